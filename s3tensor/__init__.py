@@ -1,0 +1,70 @@
+"""s3tensor: structured sparsity for PyTorch, from one Pattern to a pruned, compressed, running model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from s3tensor import presets as _presets  # registers the named patterns
+from s3tensor.errors import (
+    CalibrationError,
+    CheckpointError,
+    HessianError,
+    ModelError,
+    NonFiniteError,
+    PatternError,
+    S3Error,
+    UnsupportedOpError,
+)
+from s3tensor.layout import Layout
+from s3tensor.pattern import BoundPattern, Pattern
+
+if TYPE_CHECKING:
+    from s3tensor import llm, prune
+    from s3tensor.evaluate import perplexity
+    from s3tensor.hessian import Factors, Hessian, compute_hessian, output_error
+    from s3tensor.hf import from_pretrained, save_pretrained, verify
+    from s3tensor.llm.calibrate import ModuleInputCatcher, transfer_to_device
+    from s3tensor.mask import project, satisfies
+    from s3tensor.parametrize import S3Sparse, finalize, sparsify_
+    from s3tensor.tensor import StructuredSparseTensor
+    from s3tensor.viz import draw_layout
+
+# Loaded when first used, so that patterns and layouts cost no import of torch, and nothing but the
+# functions that need it imports transformers, pandas or matplotlib.
+_LAZY = {
+    "llm": "s3tensor.llm",
+    "prune": "s3tensor.prune",
+    "perplexity": "s3tensor.evaluate",
+    "Factors": "s3tensor.hessian",
+    "Hessian": "s3tensor.hessian",
+    "compute_hessian": "s3tensor.hessian",
+    "output_error": "s3tensor.hessian",
+    "from_pretrained": "s3tensor.hf",
+    "save_pretrained": "s3tensor.hf",
+    "verify": "s3tensor.hf",
+    "ModuleInputCatcher": "s3tensor.llm.calibrate",
+    "transfer_to_device": "s3tensor.llm.calibrate",
+    "project": "s3tensor.mask",
+    "satisfies": "s3tensor.mask",
+    "S3Sparse": "s3tensor.parametrize",
+    "finalize": "s3tensor.parametrize",
+    "sparsify_": "s3tensor.parametrize",
+    "StructuredSparseTensor": "s3tensor.tensor",
+    "draw_layout": "s3tensor.viz",
+}
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    value = module if module.__name__ == f"s3tensor.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
