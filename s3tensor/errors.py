@@ -19,6 +19,10 @@ class HessianError(S3Error, ValueError):
     """A Hessian of the wrong size, not symmetric, or not positive."""
 
 
+class NonFiniteHessianError(HessianError, NonFiniteError):
+    """NaN or Inf in a Hessian: caught as either of its bases."""
+
+
 class CalibrationError(S3Error, ValueError):
     """Calibration or evaluation data that cannot be used: too short, empty, of the wrong type."""
 

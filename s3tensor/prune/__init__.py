@@ -1,0 +1,52 @@
+"""Pruners: functional transforms ``(weight, hessian, pattern, **options) -> Pruned(weight, mask)``.
+
+None of them changes its arguments, and each gives the same result on every run. ``hessian`` is ``X'X / N``
+(K, K) of the layer's inputs, or a :class:`s3tensor.hessian.Factors` made from it, which linears of the same
+input share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from s3tensor.prune.column import sparsegpt
+from s3tensor.prune.problem import MEMORY_BUDGET, Pruned
+from s3tensor.prune.scores import magnitude, obd, wanda
+from s3tensor.prune.splitting import admm, refit
+
+PRUNERS: dict[str, Callable[..., Pruned]] = {
+    "magnitude": magnitude,
+    "wanda": wanda,
+    "obd": obd,
+    "sparsegpt": sparsegpt,
+    "admm": admm,
+}
+
+NEEDS_HESSIAN = frozenset(PRUNERS) - {"magnitude"}
+"""Names of the pruners for which ``hessian=None`` is an error."""
+
+
+def get(name: str) -> Callable[..., Pruned]:
+    """The pruner of a name in ``PRUNERS``.
+
+    Raises:
+        ValueError: an unknown name; the message lists the names.
+    """
+    if name not in PRUNERS:
+        raise ValueError(f"unknown pruner {name!r}; use one of {', '.join(PRUNERS)}")
+    return PRUNERS[name]
+
+
+__all__ = [
+    "MEMORY_BUDGET",
+    "NEEDS_HESSIAN",
+    "PRUNERS",
+    "Pruned",
+    "admm",
+    "get",
+    "magnitude",
+    "obd",
+    "refit",
+    "sparsegpt",
+    "wanda",
+]

@@ -1,0 +1,143 @@
+"""What every pruner starts from: checked inputs in one dtype, and chunks of rows that fit the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from s3tensor.errors import HessianError, NonFiniteError, PatternError
+from s3tensor.hessian import Factors, as_factors
+from s3tensor.pattern import BoundPattern, Pattern
+
+MEMORY_BUDGET = 2 << 30
+"""Default bytes of working memory of a pruner, beyond its inputs, its result and the factors."""
+
+Progress = Callable[[int, int], None]
+"""``progress(done, total)``: units of work; ``done`` never falls and ends at ``total``."""
+
+
+class Pruned(NamedTuple):
+    """A pruned weight and the mask that it satisfies; both (out_features, in_features)."""
+
+    weight: Tensor  # the dtype and device of the dense weight, zero where mask is False
+    mask: Tensor  # bool, True where kept: exactly ``keep`` blocks of every scope
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A checked layer problem in the dtype of its mathematics: float64 for float64 weights, else float32."""
+
+    dense: Tensor  # (M, K): the weight over ``unit``, largest magnitude in [1, 2)
+    unit: float  # a power of two, so that scaling a weight scales its result exactly
+    bound: BoundPattern
+    original: Tensor  # (M, K) as it was given
+
+    @property
+    def pattern(self) -> Pattern:
+        return self.bound.pattern
+
+    def chunks(self, matrices: int, memory_budget: int) -> Iterator[tuple[slice, BoundPattern]]:
+        """Slices of rows in which ``matrices`` tensors of the chunk's shape fit ``memory_budget`` bytes.
+
+        Whole groups of rows that share scopes, at least one group, however small the budget.
+        """
+        if memory_budget < 1:
+            raise ValueError(f"memory_budget={memory_budget} must be >= 1 byte")
+        rows, columns = self.bound.shape
+        period = row_group(self.bound)
+        group = matrices * columns * self.dense.element_size() * period
+        step = max(1, memory_budget // group) * period
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            yield slice(start, stop), self.pattern.bind((stop - start, columns))
+
+    def finish(self, weight: Tensor, mask: Tensor) -> Pruned:
+        """Back to the units, dtype and device of the given weight; zero outside the mask."""
+        scaled = (weight * self.unit).masked_fill_(~mask, 0.0)
+        return Pruned(scaled.to(self.original.dtype), mask)
+
+
+def pose(weight: Tensor, pattern: Pattern | str) -> Problem:
+    """Check a weight and its pattern.
+
+    Raises:
+        PatternError: not a floating (M, K) weight, or one that the pattern does not fit.
+        NonFiniteError: NaN or Inf in the weight.
+    """
+    if weight.ndim != 2:
+        raise PatternError(
+            f"pruners take a weight (out_features, in_features), got shape {tuple(weight.shape)}; "
+            "flatten the other dims first"
+        )
+    if not weight.dtype.is_floating_point:
+        raise PatternError(f"a weight of dtype {weight.dtype} cannot be pruned; dequantise it to a float")
+    bound = Pattern.parse(pattern).bind(weight.shape)
+    dense = weight.detach()
+    dense = dense if dense.dtype == torch.float64 else dense.float()
+    largest = dense.abs().amax()
+    if not bool(torch.isfinite(largest)):
+        raise NonFiniteError(
+            f"the weight of shape {bound.shape} holds NaN or Inf; repair it before it is pruned"
+        )
+    exponent = int(torch.frexp(largest).exponent) - 1 if float(largest) > 0 else 0
+    unit = 2.0**exponent
+    return Problem(dense / unit, unit, bound, weight.detach())
+
+
+def fit(problem: Problem, hessian: Tensor | Factors | None, damp: float, pruner: str) -> Factors:
+    """The damped Hessian of a problem, in its dtype and on its device."""
+    if hessian is None:
+        raise HessianError(
+            f"{pruner} needs the Hessian X'X/N of the layer's inputs; make it with s3tensor.Hessian, or "
+            "use magnitude, which needs none"
+        )
+    factors = as_factors(hessian, damp)
+    if factors.in_features != problem.bound.shape[1]:
+        raise HessianError(
+            f"Hessian of {factors.in_features} inputs for a weight of shape {problem.bound.shape}; it must "
+            f"be ({problem.bound.shape[1]}, {problem.bound.shape[1]})"
+        )
+    return factors.to(problem.dense.dtype, problem.dense.device)
+
+
+def row_group(bound: BoundPattern) -> int:
+    """Rows of the smallest group that can be pruned alone: all of them when sizes pin the row count."""
+    rows, columns = bound.shape
+    try:
+        bound.pattern.bind((bound.row_period, columns))
+    except PatternError:
+        return rows
+    return bound.row_period
+
+
+def target_term(
+    problem: Problem,
+    factors: Factors,
+    target: Tensor | None,  # (K, K): X_dense'X / N
+    alpha: float,
+) -> Tensor:
+    """The matrix T (K, K) with linear term ``G = W0 T``: damped H, or its mix with the cross term.
+
+    ``T = (1 - alpha) H + alpha X_dense'X / N``, both damped alike, is the normal equation of fitting the
+    pruned stream's outputs ``X w`` to those of the dense stream, ``X_dense w0`` (alpha = 1), or to a
+    mean of these and the pruned stream's own ``X w0``.
+    """
+    if target is None:
+        return factors.matrix
+    if target.shape != factors.matrix.shape:
+        raise HessianError(
+            f"target of shape {tuple(target.shape)} beside a Hessian of "
+            f"{tuple(factors.matrix.shape)}; it must be Hessian.cross(), X_dense'X/N of the same inputs"
+        )
+    if not 0.0 <= alpha <= 1.0:
+        raise HessianError(f"alpha={alpha} must be from 0 (H alone) to 1 (the target alone)")
+    cross = target.detach().to(factors.matrix)
+    if not bool(torch.isfinite(cross).all()):
+        raise NonFiniteError("the target holds NaN or Inf; accumulate it with Hessian.update(x, dense)")
+    mixed = (1.0 - alpha) * factors.matrix + alpha * cross
+    mixed.diagonal().add_(alpha * factors.ridge)
+    return mixed.masked_fill_(factors.dead, 0.0) if factors.has_dead else mixed

@@ -1,0 +1,99 @@
+"""Pruners that score each weight once and keep the rest as they are: magnitude, Wanda, OBD.
+
+Scores are per weight and summed over a block; in each scope the ``keep`` best blocks stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from s3tensor.hessian import Factors
+from s3tensor.mask import project, select
+from s3tensor.pattern import Pattern
+from s3tensor.prune.problem import MEMORY_BUDGET, Problem, Progress, Pruned, fit, pose
+
+_MATRICES = 6  # tensors of a chunk's shape alive at once: scores, their planes, ranks and the mask
+
+
+def magnitude(
+    weight: Tensor,  # (M, K) any floating dtype
+    hessian: Tensor | Factors | None,
+    pattern: Pattern | str,
+    *,
+    memory_budget: int = MEMORY_BUDGET,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Keep the blocks of the largest squared norm: the Euclidean projection. The Hessian is not used.
+
+    Raises:
+        PatternError, NonFiniteError: see :func:`s3tensor.prune.problem.pose`.
+    """
+    problem = pose(weight, pattern)
+    return _keep(problem, lambda rows: rows.square(), memory_budget, progress)
+
+
+def wanda(
+    weight: Tensor,  # (M, K) any floating dtype
+    hessian: Tensor | Factors | None,  # (K, K) X'X / N
+    pattern: Pattern | str,
+    *,
+    damp: float = 0.01,
+    memory_budget: int = MEMORY_BUDGET,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Keep the blocks of the largest ``sum |w_j| ||X_j||`` (Wanda, arXiv 2306.11695, eq. 1).
+
+    ``||X_j||`` is ``sqrt(N H_jj)``, undamped; the common N changes no order. ``damp`` changes nothing here.
+
+    Raises:
+        PatternError, NonFiniteError, HessianError: see :mod:`s3tensor.prune.problem`.
+    """
+    problem = pose(weight, pattern)
+    norms = _relative(fit(problem, hessian, damp, "wanda")).sqrt()
+    return _keep(problem, lambda rows: rows.abs() * norms, memory_budget, progress)
+
+
+def obd(
+    weight: Tensor,  # (M, K) any floating dtype
+    hessian: Tensor | Factors | None,  # (K, K) X'X / N
+    pattern: Pattern | str,
+    *,
+    damp: float = 0.01,
+    memory_budget: int = MEMORY_BUDGET,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Keep the blocks of the largest ``sum H_jj w_j^2 / 2`` (LeCun, Denker, Solla, 1990, eq. 5).
+
+    The loss of dropping a block under a diagonal Hessian. For blocks of one weight the order is Wanda's.
+
+    Raises:
+        PatternError, NonFiniteError, HessianError: see :mod:`s3tensor.prune.problem`.
+    """
+    problem = pose(weight, pattern)
+    curvature = _relative(fit(problem, hessian, damp, "obd"))
+    return _keep(problem, lambda rows: rows.square() * (curvature / 2), memory_budget, progress)
+
+
+def _relative(factors: Factors) -> Tensor:
+    """Undamped diag(H) over its largest entry, so that squares neither overflow nor vanish."""
+    diagonal = factors.diagonal
+    return diagonal / diagonal.amax().clamp_min(torch.finfo(diagonal.dtype).tiny)
+
+
+def _keep(
+    problem: Problem,
+    score: Callable[[Tensor], Tensor],
+    memory_budget: int,
+    progress: Progress | None,
+) -> Pruned:
+    """The weight as it is on the blocks of the best scores."""
+    rows = problem.bound.shape[0]
+    mask = torch.empty(problem.bound.shape, dtype=torch.bool, device=problem.dense.device)
+    for part, bound in problem.chunks(_MATRICES, memory_budget):
+        mask[part] = select(score(problem.dense[part]), bound)
+        if progress is not None:
+            progress(part.stop, rows)
+    return problem.finish(problem.dense, mask)
