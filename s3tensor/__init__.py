@@ -16,7 +16,7 @@ from s3tensor.errors import (
     S3Error,
     UnsupportedOpError,
 )
-from s3tensor.layout import Layout
+from s3tensor.layout import Layout, coalesce, complement, composition, right_inverse
 from s3tensor.pattern import BoundPattern, Pattern
 
 if TYPE_CHECKING:

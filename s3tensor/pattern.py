@@ -2,22 +2,26 @@
 
 ``Pattern`` is the rule without a shape; ``BoundPattern`` is that rule on one weight shape. Both are
 frozen values: hashable, comparable, picklable, so that they can ride in a compiled graph's guards.
+How a pattern is spelled is no part of it: ``2:4`` equals its parts written out.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from s3tensor.errors import PatternError
-from s3tensor.layout import Layout
+from s3tensor.layout import Layout, as_int, as_ints
 
 _AXIS = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_INT = re.compile(r"[+-]?[0-9]+")
+_LONGEST = 1000  # characters of a pattern's string; a hostile one costs no time and no page of error
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,11 @@ class ViewRule:
     @classmethod
     def parse(cls, text: str) -> ViewRule:
         """Parse and check a rule; both sides must name the same axes, each once."""
+        if not isinstance(text, str) or len(text) > _LONGEST:
+            raise PatternError(
+                f"a view rule is a string of at most {_LONGEST} characters, as in 'm (t p) -> m p t', "
+                f"got {text!r:.80}"
+            )
         sides = text.split("->")
         if len(sides) != 2:
             raise PatternError(f"view rule {text!r} needs exactly one '->', as in 'm (t p) -> m p t'")
@@ -54,6 +63,12 @@ class ViewRule:
             odd = sorted(set(left) ^ set(right))
             raise PatternError(f"view rule {text!r} must name {odd[0]!r} on both sides")
         return cls(inputs, tuple(right))
+
+    @classmethod
+    def identity(cls, ndim: int) -> ViewRule:
+        """The rule that keeps every dim as it is."""
+        names = tuple(f"d{dim}" for dim in range(ndim))
+        return cls(tuple((name,) for name in names), names)
 
     def __str__(self) -> str:
         left = " ".join(
@@ -89,7 +104,8 @@ class Pattern:
         sizes: sizes of named axes of the rule; at most one axis of each group may be left out.
         block: shape of the unit that is kept or pruned together, in view elements; -1 is the whole dim.
         scope: shape of the set of blocks that compete, **in blocks**; -1 is the whole dim.
-        keep: blocks kept in each scope, as a count (int) or as a density in (0, 1] (float).
+        keep: blocks kept in each scope of n, as a count (int), or as a density d in (0, 1] (float),
+            rounded half up: ``floor(d * n + 0.5)``. So ``1`` is one block and ``1.0`` is all of them.
 
     Example:
         >>> Pattern.parse("2:4").bind((8, 16)).scope_grid
@@ -108,69 +124,98 @@ class Pattern:
     block: tuple[int, ...] = (1, 1)
     scope: tuple[int, ...] = (1, -1)
     keep: int | float = 0.5
-    name: str = field(default="", compare=False, repr=False)
+    name: str = field(default="", init=False, compare=False, repr=False)  # the preset's spelling
+    by_density: bool = field(default=False, init=False, repr=False)  # tells keep=1.0 from keep=1
 
     def __post_init__(self) -> None:
-        sizes = self.sizes.items() if isinstance(self.sizes, Mapping) else self.sizes
-        object.__setattr__(self, "sizes", tuple(sorted((str(k), v) for k, v in sizes)))
-        object.__setattr__(self, "block", tuple(self.block))
-        object.__setattr__(self, "scope", tuple(self.scope))
-        if self.view is not None:
-            object.__setattr__(self, "view", str(self.rule))  # one spelling for one rule
-        self._check_sizes()
+        if self.view is not None:  # one spelling for one rule
+            object.__setattr__(self, "view", str(_parse_rule(self.view)))
+        object.__setattr__(self, "sizes", self._checked_sizes())
         self._check_tiles()
+        self._check_fit()
         self._check_keep()
 
-    def _check_sizes(self) -> None:
-        inputs = self.rule.inputs if self.view is not None else ()
+    def _checked_sizes(self) -> tuple[tuple[str, int], ...]:
+        inputs = _parse_rule(self.view).inputs if self.view is not None else ()
         axes = {name for group in inputs for name in group}
-        for name, size in self.sizes:
-            if name not in axes:
-                raise PatternError(f"sizes names {name!r}, which view rule {self.view!r} does not have")
-            if not _is_int(size) or size < 1:
-                raise PatternError(f"size of axis {name!r} must be an int >= 1, got {size!r}")
-        given = {name for name, _ in self.sizes}
+        sizes: dict[str, int] = {}
+        given: Any = self.sizes.items() if isinstance(self.sizes, Mapping) else self.sizes
+        try:
+            pairs: list[tuple[str, int]] = [(name, size) for name, size in given]
+        except (TypeError, ValueError):
+            raise PatternError(
+                f"sizes must map axis names to sizes, as in {{'h': 2}}, got {self.sizes!r:.80}"
+            ) from None
+        for name, size in pairs:
+            if not isinstance(name, str) or name not in axes:
+                raise PatternError(
+                    f"sizes names {name!r:.80}, which view rule {self.view or 'identity'!r} does not have"
+                )
+            if name in sizes:
+                raise PatternError(f"sizes gives axis {name!r} twice")
+            (sizes[name],) = as_ints(f"size of axis {name!r}", (size,), 1)
         for group in inputs:
-            unknown = [name for name in group if name not in given]
+            unknown = [name for name in group if name not in sizes]
             if len(unknown) > 1:
                 raise PatternError(
                     f"view rule {self.view!r} leaves {unknown} of one group open; give all but one of "
                     "them in sizes"
                 )
+        return tuple(sorted(sizes.items()))
 
     def _check_tiles(self) -> None:
-        for what, values in (("block", self.block), ("scope", self.scope)):
-            bad = [v for v in values if not _is_int(v) or (v < 1 and v != -1)]
-            if bad or not values:
+        for what in ("block", "scope"):
+            values = as_ints(what, getattr(self, what), -1)
+            if 0 in values or not values:
                 raise PatternError(
                     f"{what} {values} must hold an int >= 1, or -1 for the whole dim, for each view dim"
                 )
-        ndim = len(self.rule.outputs) if self.view is not None else len(self.block)
+            object.__setattr__(self, what, values)
+        ndim = len(self.rule.outputs)
         if len(self.block) != ndim or len(self.scope) != ndim:
             raise PatternError(
                 f"block {self.block} and scope {self.scope} need one entry for each of the {ndim} dims "
                 f"of the view {self.view or 'identity'!r}"
             )
 
-    def _check_keep(self) -> None:
-        if _is_int(self.keep):
-            blocks = math.prod(self.scope) if -1 not in self.scope else None
-            if self.keep < 1 or (blocks is not None and self.keep > blocks):
+    def _check_fit(self) -> None:
+        sizes = dict(self.sizes)
+        for axis, block, scope in zip(self.rule.outputs, self.block, self.scope, strict=True):
+            if block == -1 and scope not in (1, -1):
                 raise PatternError(
-                    f"keep={self.keep} of a scope of {blocks or 'n'} blocks; a count must be from 1 to "
+                    f"block {self.block} spans a whole dim of which scope {self.scope} wants {scope} "
+                    "blocks; there is only one, so make that entry of scope 1 or -1"
+                )
+            if sizes.get(axis, 0) % _tile(block, scope):
+                raise PatternError(
+                    f"axis {axis!r} has size {sizes[axis]}, not a multiple of {_tile(block, scope)} "
+                    f"(block {block}, scope {scope}); make the two agree"
+                )
+
+    def _check_keep(self) -> None:
+        whole = as_int(self.keep)
+        if whole is not None:
+            (count,) = as_ints("keep", (whole,), -(2**63))
+            blocks = math.prod(self.scope) if -1 not in self.scope else None
+            if count < 1 or (blocks is not None and count > blocks):
+                raise PatternError(
+                    f"keep={count} of a scope of {blocks or 'n'} blocks; a count must be from 1 to "
                     f"{blocks or 'the number of blocks in a scope'}"
                 )
-        elif not isinstance(self.keep, float) or not 0.0 < self.keep <= 1.0:
+            object.__setattr__(self, "keep", count)
+        elif isinstance(self.keep, float) and 0.0 < self.keep <= 1.0:
+            object.__setattr__(self, "keep", float(self.keep))  # a numpy float would not print as one
+            object.__setattr__(self, "by_density", True)
+        else:
             raise PatternError(
-                f"keep={self.keep!r} must be a count of blocks (int >= 1) or a density (float in (0, 1])"
+                f"keep={self.keep!r:.80} must be a count of blocks (int >= 1) or a density (float in "
+                "(0, 1])"
             )
 
     @property
     def rule(self) -> ViewRule:
-        """The parsed view rule; only for patterns whose view is not the identity."""
-        if self.view is None:
-            raise PatternError("an identity view has no rule")
-        return _parse_rule(self.view)
+        """The parsed view rule, also of the identity."""
+        return ViewRule.identity(len(self.block)) if self.view is None else _parse_rule(self.view)
 
     @staticmethod
     def parse(text: str | Pattern) -> Pattern:
@@ -179,11 +224,20 @@ class Pattern:
         Raises:
             PatternError: with the whole grammar, when the string is neither.
         """
-        return text if isinstance(text, Pattern) else _parse(text)
+        if isinstance(text, Pattern):
+            return text
+        if not isinstance(text, str):
+            raise PatternError(f"a pattern is a Pattern or a string, got {type(text).__name__}")
+        if len(text) > _LONGEST:
+            raise PatternError(f"a pattern of {len(text)} characters; at most {_LONGEST} are read")
+        return _parse(text)
 
     @property
     def parts(self) -> str:
-        """The pattern spelled out, free of presets: ``Pattern.parse(p.parts) == p`` everywhere."""
+        """The pattern spelled out, free of presets.
+
+        ``Pattern.parse(p.parts) == p``, also where a preset of that name means something else.
+        """
         fields = []
         if self.view is not None:
             fields.append(f"view={self.view}")
@@ -198,12 +252,12 @@ class Pattern:
         return self.name or self.parts
 
     def bind(self, shape: tuple[int, ...]) -> BoundPattern:
-        """This rule on a weight of ``shape``.
+        """This rule on a weight of ``shape``. The same inputs give the same, cached object.
 
         Raises:
             PatternError: naming the dim, the sizes and the remedy, when the pattern does not fit.
         """
-        return _bind(self, tuple(int(n) for n in shape))
+        return _bind(self, self.name, as_ints("weight shape", shape, 0))
 
 
 @dataclass(frozen=True)
@@ -274,17 +328,20 @@ class BoundPattern:
 
     @cached_property
     def row_period(self) -> int:
-        """Rows (dim 0) in the smallest group that no scope crosses.
+        """Rows (dim 0) in the smallest group that no scope crosses and that the view rule can split.
 
         Rows can be pruned in chunks of whole groups: each chunk is the same pattern on fewer rows.
         """
         row = math.prod(self.shape[1:])
-        spans = [1]
-        span = zip(self.view.shape, self.view.stride, self.block, self.scope, strict=True)
-        for _, stride, block, scope in span:
+        step, is_open = _step(self.pattern, 0)
+        if not is_open:
+            return self.shape[0]
+        # Strides nest, so the widest span is a multiple of the others.
+        widest = 1
+        for stride, block, scope in zip(self.view.stride, self.block, self.scope, strict=True):
             if stride >= row and block * scope > 1:
-                spans.append(stride // row * block * scope)
-        return max(spans)
+                widest = max(widest, stride // row * block * scope)
+        return math.lcm(widest, step)
 
     @cached_property
     def index_code(self) -> Literal["none", "index", "bitmap"]:
@@ -351,14 +408,13 @@ def grammar() -> str:
 
 @functools.lru_cache(maxsize=256)
 def _parse(text: str) -> Pattern:
-    if not isinstance(text, str):
-        raise PatternError(f"a pattern is a Pattern or a string, got {type(text).__name__}")
     word = text.strip()
     for regex, _, build in _PRESETS.values():
         match = regex.fullmatch(word)
         if match:
-            made = build(*match.groups())
-            return Pattern(made.view, made.sizes, made.block, made.scope, made.keep, name=word)
+            made = dataclasses.replace(build(*match.groups()))
+            object.__setattr__(made, "name", word)
+            return made
     if "=" in word:
         return _parse_parts(word)
     raise PatternError(f"unknown pattern {text!r}; a pattern is one of\n{grammar()}")
@@ -376,10 +432,10 @@ def _parse_parts(text: str) -> Pattern:
         raise PatternError(f"pattern {text!r} lacks {missing[0]!r}; a pattern is one of\n{grammar()}")
     try:
         pairs = [pair.split(":") for pair in parts.get("sizes", "").split(",") if pair.strip()]
-        sizes = {name.strip(): int(size) for name, size in pairs}
+        sizes = tuple((name.strip(), int(size)) for name, size in pairs)
         block = tuple(int(n) for n in parts["block"].split(","))
         scope = tuple(int(n) for n in parts["scope"].split(","))
-        keep = int(parts["keep"]) if parts["keep"].isdigit() else float(parts["keep"])
+        keep = int(parts["keep"]) if _INT.fullmatch(parts["keep"]) else float(parts["keep"])
     except ValueError as error:
         raise PatternError(f"cannot read the numbers of {text!r} ({error})") from None
     return Pattern(parts.get("view"), sizes, block, scope, keep)
@@ -391,75 +447,93 @@ def _parse_rule(text: str) -> ViewRule:
 
 
 @functools.lru_cache(maxsize=1024)
-def _bind(pattern: Pattern, shape: tuple[int, ...]) -> BoundPattern:
-    view, origins = _view(pattern, shape)
-    block = _whole(pattern.block, view.shape, (1,) * len(view.shape))
-    scope = _whole(pattern.scope, view.shape, block)
-    for axis, (n, b, s) in enumerate(zip(view.shape, block, scope, strict=True)):
-        tile = b if pattern.scope[axis] == -1 else b * s
-        if n % tile:
-            dim, others = origins[axis]
-            step = tile * others
-            raise PatternError(
-                f"{pattern} does not fit a weight of shape {shape}: dim {dim} has {shape[dim]} "
-                f"elements, not a multiple of {step} (block {b}"
-                f"{f' x scope {s}' if tile != b else ''}"
-                f"{f' x other axes {others}' if others > 1 else ''}); pad dim {dim} to "
-                f"{-(-shape[dim] // step) * step}, choose another pattern, or leave this weight dense"
-            )
+def _bind(pattern: Pattern, name: str, shape: tuple[int, ...]) -> BoundPattern:
+    del name  # a key of the cache, so that the pattern comes back in the caller's spelling
+    view = _view(pattern, shape)
+    block = tuple(n if b == -1 else b for n, b in zip(view.shape, pattern.block, strict=True))
+    grid = tuple(n // b for n, b in zip(view.shape, block, strict=True))
+    scope = tuple(n if s == -1 else s for n, s in zip(grid, pattern.scope, strict=True))
     blocks = math.prod(scope)
-    keep = pattern.keep if _is_int(pattern.keep) else math.floor(pattern.keep * blocks + 0.5)
+    keep = math.floor(pattern.keep * blocks + 0.5) if pattern.by_density else int(pattern.keep)
     if not 1 <= keep <= blocks:
         raise PatternError(
-            f"{pattern} keeps {keep} of the {blocks} blocks of a scope on shape {shape}; it must keep "
-            f"from 1 to {blocks}"
+            f"{pattern} keeps {keep} of the {blocks} blocks of a scope on a weight of shape {shape}; it "
+            f"must keep from 1 to {blocks}: choose another keep or density, or a wider scope"
         )
-    return BoundPattern(pattern, shape, view, block, scope, int(keep))
+    return BoundPattern(pattern, shape, view, block, scope, keep)
 
 
-def _view(pattern: Pattern, shape: tuple[int, ...]) -> tuple[Layout, list[tuple[int, int]]]:
-    """The view's layout, and for each view dim its weight dim and the size of that dim's other axes."""
-    ndim = len(pattern.rule.inputs) if pattern.view is not None else len(pattern.block)
-    if len(shape) != ndim:
+def _view(pattern: Pattern, shape: tuple[int, ...]) -> Layout:
+    """The view's layout: the axes of each dim, nested, in the order of the rule's right side."""
+    inputs = pattern.rule.inputs
+    if len(shape) != len(inputs):
         raise PatternError(
-            f"{pattern} is a pattern of {ndim}-dim weights, got shape {shape} of {len(shape)} dims; "
-            "reshape the weight or choose another pattern"
+            f"{pattern} is a pattern of {len(inputs)}-dim weights, got shape {shape} of {len(shape)} "
+            "dims; reshape the weight or choose another pattern"
         )
-    if any(n < 1 for n in shape):
-        raise PatternError(f"{pattern} cannot be bound to the empty shape {shape}; every dim must be >= 1")
-    whole = Layout.row_major(shape)
-    if pattern.view is None:
-        return whole, [(dim, 1) for dim in range(ndim)]
+    if 0 in shape:
+        raise PatternError(
+            f"{pattern} cannot be bound to the empty shape {shape}; every dim must be >= 1"
+        )
     sizes = dict(pattern.sizes)
-    modes: dict[str, tuple[int, int, int]] = {}
-    for dim, group in enumerate(pattern.rule.inputs):
-        known = math.prod(sizes.get(name, 1) for name in group)
-        is_open = any(name not in sizes for name in group)
-        if shape[dim] % known or (not is_open and shape[dim] != known):
-            need = f"a multiple of {known}" if is_open else f"{known}"
-            raise PatternError(
-                f"{pattern} does not fit a weight of shape {shape}: dim {dim} has {shape[dim]} elements, "
-                f"but its axes ({' '.join(group)}) need {need}; pad dim {dim} to "
-                f"{-(-shape[dim] // known) * known}, choose another pattern, or leave this weight dense"
-            )
+    whole = Layout.row_major(shape)
+    modes: dict[str, tuple[int, int]] = {}
+    for dim, group in enumerate(inputs):
+        _check_dim(pattern, shape, dim)
+        given = math.prod(sizes.get(name, 1) for name in group)
         stride = whole.stride[dim]
         for name in reversed(group):
-            size = sizes.get(name, shape[dim] // known)
-            modes[name] = (size, stride, dim)
+            size = sizes.get(name, shape[dim] // given)
+            modes[name] = (size, stride)
             stride *= size
     order = [modes[name] for name in pattern.rule.outputs]
-    layout = Layout(tuple(mode[0] for mode in order), tuple(mode[1] for mode in order))
-    given = [math.prod(sizes.get(n, 1) for n in pattern.rule.inputs[dim]) for _, _, dim in order]
-    own = [sizes.get(name, 1) for name in pattern.rule.outputs]
-    return layout, [(m[2], g // o) for m, g, o in zip(order, given, own, strict=True)]
+    return Layout(tuple(size for size, _ in order), tuple(stride for _, stride in order))
 
 
-def _whole(tile: tuple[int, ...], shape: tuple[int, ...], unit: tuple[int, ...]) -> tuple[int, ...]:
-    """``tile`` with each -1 replaced by the whole dim, counted in ``unit`` elements."""
-    return tuple(
-        max(1, n // u) if t == -1 else t for t, n, u in zip(tile, shape, unit, strict=True)
+def _check_dim(pattern: Pattern, shape: tuple[int, ...], dim: int) -> None:
+    """Refuse a dim that the pattern does not divide: the one check of sizes."""
+    n = shape[dim]
+    step, is_open = _step(pattern, dim)
+    if n == step or (is_open and n % step == 0):
+        return
+    failure = f"{pattern} does not fit a weight of shape {shape}: dim {dim} has {n} elements, not "
+    parts = " x ".join(_tile_words(pattern, name) for name in pattern.rule.inputs[dim])
+    if not is_open:
+        raise PatternError(
+            f"{failure}{step} ({parts}); leave one of these axes out of sizes so that it follows the "
+            "weight, choose another pattern, or leave this weight dense"
+        )
+    raise PatternError(
+        f"{failure}a multiple of {step} ({parts}); pad dim {dim} to {-(-n // step) * step}, choose "
+        "another pattern, or leave this weight dense"
     )
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _step(pattern: Pattern, dim: int) -> tuple[int, bool]:
+    """``(step, is_open)``: dim ``dim`` is a multiple of ``step``, or just ``step`` when no axis is open."""
+    sizes = dict(pattern.sizes)
+    tiles = {
+        name: _tile(block, scope)
+        for name, block, scope in zip(pattern.rule.outputs, pattern.block, pattern.scope, strict=True)
+    }
+    group = pattern.rule.inputs[dim]
+    is_open = any(name not in sizes for name in group)
+    return math.prod(sizes.get(name, tiles[name]) for name in group), is_open
+
+
+def _tile_words(pattern: Pattern, axis: str) -> str:
+    """Why an axis needs its size, for an error message."""
+    size = dict(pattern.sizes).get(axis)
+    if size is not None:
+        return f"axis {axis}={size}"
+    place = pattern.rule.outputs.index(axis)
+    block, scope = pattern.block[place], pattern.scope[place]
+    words = f"block {block}" if scope in (1, -1) else f"block {block} x scope {scope}"
+    if pattern.view is None:
+        return words
+    return f"axis {axis}" if _tile(block, scope) == 1 else f"axis {axis} in {words}"
+
+
+def _tile(block: int, scope: int) -> int:
+    """Elements of a view dim that a scope of blocks needs; -1 takes what there is."""
+    return 1 if block == -1 else block if scope == -1 else block * scope
