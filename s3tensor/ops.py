@@ -1,0 +1,455 @@
+"""Custom operators: what a compiled graph holds in place of a dense weight.
+
+Every op of the first group takes plain tensors, ints and strings. The pattern travels as its string
+(``2:4``), so that a graph can be read, and is parsed once; ``shape`` is the shape the pattern is bound
+to. ``linear`` has one kernel for each device: the reference here is torch code for any device, and a
+fast kernel takes its place with ``linear.register_kernel("cuda")``.
+
+``weight_linear`` and ``weight_linear_grad`` are what Python code calls with a compressed weight. They
+take the tensor subclass and hold no arithmetic: ``StructuredSparseTensor`` turns them into ``linear``
+and ``gather`` over its inner tensors, below autograd and autocast. A single op that nothing decomposes
+is needed because ``aten.linear`` and ``aten.matmul`` break up, for 3-D inputs, before they reach
+``__torch_dispatch__``; and an op over Triton kernels must see plain tensors (pytorch#160333).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s3tensor.errors import NonFiniteError
+from s3tensor.mask import project as project_mask
+from s3tensor.mask import tile
+from s3tensor.packing import block_indices
+from s3tensor.packing import pack as pack_blocks
+from s3tensor.packing import unpack as unpack_blocks
+from s3tensor.pattern import BoundPattern, Pattern
+
+
+@functools.lru_cache(maxsize=1024)
+def _bind(pattern: str, shape: tuple[int, ...]) -> BoundPattern:
+    return Pattern.parse(pattern).bind(shape)
+
+
+def _bound(pattern: str, shape: Sequence[int]) -> BoundPattern:
+    return _bind(pattern, tuple(int(n) for n in shape))
+
+
+# project: which weights to keep -----------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "s3tensor::project", mutates_args=(), schema="(Tensor weight, str pattern) -> Tensor"
+)
+def project(weight: Tensor, pattern: str) -> Tensor:
+    """Mask of the weights to keep by magnitude, as :func:`s3tensor.project`; bool, the weight's shape."""
+    return project_mask(weight, pattern)
+
+
+@project.register_fake
+def _(weight: Tensor, pattern: str) -> Tensor:
+    _bound(pattern, weight.shape)
+    return torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+
+
+# pack, unpack, gather: between dense and packed -------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "s3tensor::pack",
+    mutates_args=(),
+    schema="(Tensor weight, Tensor mask, str pattern) -> (Tensor, Tensor)",
+)
+def pack(weight: Tensor, mask: Tensor, pattern: str) -> tuple[Tensor, Tensor]:
+    """``(packed, indices)`` of ``weight * mask``, as :func:`s3tensor.packing.pack`.
+
+    Raises:
+        PatternError: a mask that does not fit the pattern.
+        NonFiniteError: NaN or Inf in the weight.
+    """
+    bound = _bound(pattern, weight.shape)
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteError(
+            f"the weight of shape {bound.shape} holds NaN or Inf; repair it before it is compressed"
+        )
+    return pack_blocks(weight, mask, bound)
+
+
+@pack.register_fake
+def _(weight: Tensor, mask: Tensor, pattern: str) -> tuple[Tensor, Tensor]:
+    return _empty_packed(weight, _bound(pattern, weight.shape))
+
+
+def _empty_packed(like: Tensor, bound: BoundPattern) -> tuple[Tensor, Tensor]:
+    values = torch.empty(bound.packed_shape, dtype=like.dtype, device=like.device)
+    return values, torch.empty(bound.index_bytes, dtype=torch.uint8, device=like.device)
+
+
+@torch.library.custom_op(
+    "s3tensor::unpack",
+    mutates_args=(),
+    schema="(Tensor packed, Tensor indices, str pattern, SymInt[] shape) -> Tensor",
+)
+def unpack(packed: Tensor, indices: Tensor, pattern: str, shape: Sequence[int]) -> Tensor:
+    """The dense, contiguous weight of ``shape``."""
+    return unpack_blocks(packed, indices, _bound(pattern, shape)).contiguous()
+
+
+@unpack.register_fake
+def _(packed: Tensor, indices: Tensor, pattern: str, shape: Sequence[int]) -> Tensor:
+    bound = _bound(pattern, shape)
+    return torch.empty(bound.shape, dtype=packed.dtype, device=packed.device)
+
+
+@torch.library.custom_op(
+    "s3tensor::gather",
+    mutates_args=(),
+    schema="(Tensor dense, Tensor indices, str pattern) -> Tensor",
+)
+def gather(dense: Tensor, indices: Tensor, pattern: str) -> Tensor:
+    """The packed values of ``dense`` at the blocks that ``indices`` record: the adjoint of unpack."""
+    bound = _bound(pattern, dense.shape)
+    numbers = block_indices(indices, bound).unsqueeze(-1).expand(bound.packed_shape)
+    return tile(dense, bound).gather(1, numbers).contiguous()
+
+
+@gather.register_fake
+def _(dense: Tensor, indices: Tensor, pattern: str) -> Tensor:
+    return _empty_packed(dense, _bound(pattern, dense.shape))[0]
+
+
+def _save_pack(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    weight, _, ctx.pattern = inputs
+    ctx.shape = [int(n) for n in weight.shape]
+    ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _pack_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    (indices,) = ctx.saved_tensors
+    return None if grad is None else unpack(grad, indices, ctx.pattern, ctx.shape), None, None
+
+
+def _save_unpack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, indices, ctx.pattern, _ = inputs
+    ctx.save_for_backward(indices)
+
+
+def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (indices,) = ctx.saved_tensors
+    return gather(grad, indices, ctx.pattern), None, None, None
+
+
+def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dense, indices, ctx.pattern = inputs
+    ctx.shape = [int(n) for n in dense.shape]
+    ctx.save_for_backward(indices)
+
+
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (indices,) = ctx.saved_tensors
+    return unpack(grad, indices, ctx.pattern, ctx.shape), None, None
+
+
+pack.register_autograd(_pack_backward, setup_context=_save_pack)
+unpack.register_autograd(_unpack_backward, setup_context=_save_unpack)
+gather.register_autograd(_gather_backward, setup_context=_save_gather)
+
+
+# linear: x times a packed weight ----------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "s3tensor::linear",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor packed, Tensor indices, Tensor? bias, str pattern, SymInt[] shape, "
+        "bool transposed) -> Tensor"
+    ),
+)
+def linear(
+    x: Tensor,  # (..., in_features)
+    packed: Tensor,  # (scopes, keep, block_size)
+    indices: Tensor,  # (index_bytes,) uint8
+    bias: Tensor | None,  # (out_features,)
+    pattern: str,
+    shape: Sequence[int],
+    transposed: bool,
+) -> Tensor:  # (..., out_features), contiguous
+    """``F.linear(x, weight, bias)`` with ``weight = unpack(packed, indices)``, or its transpose.
+
+    The reference unpacks to a scratch and calls ``F.linear`` on it, so that it rounds as the dense layer
+    does. ``shape`` is the stored shape: (out_features, in_features), or when ``transposed`` is set
+    (in_features, out_features).
+
+    Raises:
+        RuntimeError: sizes or dtypes that do not belong together, as ``F.linear`` does.
+    """
+    bound = _bound(pattern, shape)
+    _check_linear(x, packed, bias, bound, transposed)
+    dense = unpack_blocks(packed, indices, bound)
+    return F.linear(x, dense.t() if transposed else dense, bias).contiguous()
+
+
+@linear.register_kernel("cuda")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    shape: Sequence[int],
+    transposed: bool,
+) -> Tensor:
+    _warn_reference_path(x.device.type)
+    bound = _bound(pattern, shape)
+    _check_linear(x, packed, bias, bound, transposed)
+    dense = unpack_blocks(packed, indices, bound)
+    return F.linear(x, dense.t() if transposed else dense, bias).contiguous()
+
+
+@linear.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    shape: Sequence[int],
+    transposed: bool,
+) -> Tensor:
+    bound = _bound(pattern, shape)
+    _check_linear(x, packed, bias, bound, transposed)
+    return x.new_empty(*x.shape[:-1], bound.shape[1] if transposed else bound.shape[0])
+
+
+def _check_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, bound: BoundPattern, transposed: bool
+) -> None:
+    torch._check(
+        len(bound.shape) == 2,
+        lambda: f"linear takes a weight of 2 dims, got {bound}; call .to_dense()",
+    )
+    out_features, in_features = bound.shape[::-1] if transposed else bound.shape
+    torch._check(
+        x.ndim >= 1 and x.shape[-1] == in_features,
+        lambda: f"linear: x of shape {tuple(x.shape)} against in_features {in_features}",
+    )
+    torch._check(
+        x.dtype == packed.dtype,
+        lambda: f"linear: x is {x.dtype} and the weight {packed.dtype}; convert one with .to()",
+    )
+    torch._check(
+        tuple(packed.shape) == bound.packed_shape,
+        lambda: (
+            f"linear: packed values of shape {tuple(packed.shape)}, {bound} has {bound.packed_shape}"
+        ),
+    )
+    if bias is not None:
+        torch._check(
+            bias.dtype == x.dtype and bias.ndim == 1 and bias.shape[0] in (1, out_features),
+            lambda: (
+                f"linear: bias {tuple(bias.shape)} {bias.dtype} for {out_features} {x.dtype} outputs"
+            ),
+        )
+
+
+_warned: set[str] = set()
+
+
+def _warn_reference_path(device: str) -> None:
+    if device not in _warned:
+        _warned.add(device)
+        warnings.warn(
+            f"s3tensor has no {device} kernel for this weight: each call unpacks it to a scratch and runs "
+            "the dense matmul, which is right but slow (this warning is shown once)",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, indices, _, ctx.pattern, shape, ctx.transposed = inputs
+    ctx.shape = [int(n) for n in shape]
+    # x is kept only for the gradient of the values: frozen weights cost no activation memory.
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, packed, indices)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, packed, indices = ctx.saved_tensors
+    grad_x = grad_packed = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = linear(grad, packed, indices, None, ctx.pattern, ctx.shape, not ctx.transposed)
+    if ctx.needs_input_grad[1]:
+        dense = _outer(x, grad) if ctx.transposed else _outer(grad, x)
+        grad_packed = gather(dense, indices, ctx.pattern)
+    if ctx.needs_input_grad[3]:
+        grad_bias = _rows(grad).sum(0)
+    return grad_x, grad_packed, None, grad_bias, None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """Sum over all rows of left' right: (left features, right features)."""
+    return _rows(left).t() @ _rows(right)
+
+
+linear.register_autograd(_linear_backward, setup_context=_save_linear)
+
+
+@linear.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+    if any(dim is not None for dim in in_dims[1:]):
+        raise NotImplementedError(
+            "s3tensor::linear can be mapped over x only; stack the inputs of one weight, or loop over weights"
+        )
+    return linear(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+
+
+# weight_linear: the same for a weight that is a tensor subclass ---------------------------------------
+
+
+@torch.library.custom_op(
+    "s3tensor::weight_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+)
+def weight_linear(
+    x: Tensor,  # (..., in_features)
+    weight: Tensor,  # (out_features, in_features)
+    bias: Tensor | None,  # (out_features,)
+) -> Tensor:
+    """``F.linear``; a compressed weight turns it into :func:`linear`."""
+    return F.linear(x, weight, bias).contiguous()
+
+
+@weight_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op(
+    "s3tensor::weight_linear_grad",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight) -> Tensor",
+)
+def weight_linear_grad(
+    grad: Tensor,  # (..., out_features)
+    x: Tensor,  # (..., in_features)
+    weight: Tensor,  # (out_features, in_features)
+) -> Tensor:
+    """Gradient of ``F.linear`` by its weight, in the form of ``weight``: compressed for a compressed one."""
+    return _outer(grad, x).contiguous()
+
+
+@weight_linear_grad.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _save_weight_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+
+
+def _weight_linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = product(grad, weight.t(), None)
+    if ctx.needs_input_grad[1]:
+        grad_weight = weight_linear_grad(grad, x, weight)
+    if ctx.needs_input_grad[2]:
+        grad_bias = _rows(grad).sum(0)
+    return grad_x, grad_weight, grad_bias
+
+
+weight_linear.register_autograd(_weight_linear_backward, setup_context=_save_weight_linear)
+
+
+def _map_weight_linear(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+    if any(dim is not None for dim in in_dims[1:]):
+        raise NotImplementedError(
+            "s3tensor::weight_linear can be mapped over x only; loop over weights and biases"
+        )
+    return product(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+
+
+weight_linear.register_vmap(_map_weight_linear)
+
+
+class _WeightLinear(torch.autograd.Function):
+    """:func:`weight_linear` with the derivatives that a custom op cannot give to ``torch.func``."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return weight_linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save_weight_linear(ctx, inputs, output)
+        ctx.save_for_forward(inputs[1])
+        ctx.set_materialize_grads(False)  # a None tangent tells what is not differentiated
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        return (None, None, None) if grad is None else _weight_linear_backward(ctx, grad)
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Any:
+        if weight is not None or x is None:
+            raise NotImplementedError("s3tensor: forward-mode derivatives are of x and bias only")
+        return product(x, ctx.saved_tensors[0], bias)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        return _map_weight_linear(info, in_dims, *args)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`weight_linear`, also inside ``torch.func.grad``, ``jvp`` and ``jacrev``.
+
+    The autograd of a custom op is an ``autograd.Function`` without ``setup_context``, which functorch
+    refuses (torch 2.6 to 2.13).
+    """
+    traced = torch.compiler.is_dynamo_compiling()  # Dynamo cannot read the stack of transforms
+    if not traced and torch._C._functorch.peek_interpreter_stack() is not None:
+        mapped: Tensor = _WeightLinear.apply(x, weight, bias)
+        return mapped
+    return weight_linear(x, weight, bias)
+
+
+def _register_autocast(device: str) -> None:
+    """Cast as ``F.linear`` does under autocast, to the dtype that the context names.
+
+    ``CustomOpDef.register_autocast`` fixes one dtype at import, so ``torch.autocast(dtype=float16)``
+    would compute in bfloat16.
+    """
+    key = f"Autocast{torch._C._dispatch_key_for_device(device)}"
+    exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(t: Tensor | None) -> Tensor | None:
+            eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64
+            return t.to(dtype) if t is not None and eligible else t
+
+        with torch._C._ExcludeDispatchKeyGuard(exclude):
+            return torch.ops.s3tensor.weight_linear(cast(x), cast(weight), cast(bias))
+
+    _AUTOCAST.impl("weight_linear", kernel, key)
+
+
+_AUTOCAST = torch.library.Library("s3tensor", "FRAGMENT")
+for _device in ("cpu", "cuda"):
+    _register_autocast(_device)

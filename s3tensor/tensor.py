@@ -1,0 +1,319 @@
+"""``StructuredSparseTensor``: a weight that satisfies a pattern, kept packed, used like a dense one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from s3tensor import ops
+from s3tensor.errors import PatternError, UnsupportedOpError
+from s3tensor.packing import unpack_mask
+from s3tensor.pattern import BoundPattern, Pattern
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# One small rule for each operator, filled by ``s3tensor.tensor_rules``. An operator without a rule is
+# refused by name: nothing densifies in silence.
+DISPATCH_RULES: dict[Any, Callable[..., Any]] = {}  # rule(func, args, kwargs), by aten overload
+FUNCTION_RULES: dict[Any, Callable[..., Any]] = {}  # rule(*args, **kwargs), by torch function
+
+
+class StructuredSparseTensor(Tensor):
+    """A matrix under a structured-sparsity pattern: packed values and packed indices in a tensor's clothes.
+
+    Shape, dtype and device are those of the dense matrix. Products with a dense operand (``F.linear``,
+    ``@``, ``mm``, ``mv``, ``addmm``) run on the packed data, moves and copies keep it packed, and every
+    other operator raises :class:`~s3tensor.errors.UnsupportedOpError`. Make one with :meth:`from_dense`.
+
+    Attributes:
+        packed: kept blocks, (scopes, keep, block_size), in the tensor's dtype.
+        indices: positions of the kept blocks, uint8 stream (:mod:`s3tensor.packing`).
+        pattern: the pattern, which binds to ``bound_shape``.
+        bound_shape: the shape as packed; the shape of the tensor, or its reverse when ``transposed``.
+        transposed: True for a transposed view of the packed data.
+
+    Example:
+        >>> weight = StructuredSparseTensor.from_dense(torch.randn(64, 128), "2:4")
+        >>> torch.nn.functional.linear(torch.randn(3, 128), weight).shape
+        torch.Size([3, 64])
+    """
+
+    packed: Tensor
+    indices: Tensor  # type: ignore[assignment]  # Tensor.indices() is of torch's own sparse tensors
+    pattern: Pattern
+    bound_shape: tuple[int, ...]
+    transposed: bool
+
+    # No __slots__: torch.utils.swap_tensors, which Module.to uses, refuses them.
+
+    @staticmethod
+    def __new__(
+        cls,
+        packed: Tensor,
+        indices: Tensor,
+        pattern: Pattern | str,  # a string where Dynamo traces the call: it cannot build a Pattern
+        shape: tuple[int, ...],
+        transposed: bool = False,
+        outer_size: tuple[int, ...] | None = None,
+        outer_stride: tuple[int, ...] | None = None,
+    ) -> Self:
+        if outer_size is None or outer_stride is None:
+            stride = [1] * len(shape)
+            for dim in reversed(range(len(shape) - 1)):
+                stride[dim] = stride[dim + 1] * shape[dim + 1]
+            outer_size, outer_stride = tuple(shape), tuple(stride)
+            if transposed:
+                outer_size, outer_stride = outer_size[::-1], outer_stride[::-1]
+        made: Self = Tensor._make_wrapper_subclass(
+            cls, outer_size, strides=outer_stride, dtype=packed.dtype, device=packed.device
+        )
+        return made
+
+    def __init__(
+        self,
+        packed: Tensor,
+        indices: Tensor,
+        pattern: Pattern | str,
+        shape: tuple[int, ...],
+        transposed: bool = False,
+        outer_size: tuple[int, ...] | None = None,
+        outer_stride: tuple[int, ...] | None = None,
+    ) -> None:
+        self.packed = packed
+        self.indices = indices
+        self.pattern = Pattern.parse(pattern)
+        self.bound_shape = shape
+        self.transposed = transposed
+
+    # making one ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dense(
+        cls, dense: Tensor, pattern: Pattern | str, mask: Tensor | None = None
+    ) -> StructuredSparseTensor:
+        """Compress ``dense * mask``.
+
+        Args:
+            dense: weight of float32, float16, bfloat16 or float64, of any strides. Taken as data: no
+                gradient flows back to it (train with :class:`s3tensor.S3Sparse`).
+            pattern: a pattern or its string.
+            mask: bool tensor of the weight's shape, True where kept; ``None`` keeps the blocks of the
+                largest magnitude (:func:`s3tensor.project`).
+
+        Raises:
+            PatternError: a pattern that does not fit the shape, a mask that does not fit the pattern, or
+                a weight of a dtype that is not supported.
+            NonFiniteError: NaN or Inf in the weight.
+        """
+        _check_dense(dense)
+        text = str(pattern)
+        dense = dense.detach()
+        if mask is None:
+            mask = ops.project(dense, text)
+        packed, indices = ops.pack(dense, mask, text)
+        return cls(packed, indices, text, tuple(dense.shape))
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: Tensor,  # (scopes, keep, block_size)
+        indices: Tensor,  # (index_bytes,) uint8
+        pattern: Pattern | str,
+        shape: tuple[int, ...],
+    ) -> StructuredSparseTensor:
+        """Wrap data that :func:`s3tensor.packing.pack` made; sizes and dtypes are checked, contents not.
+
+        Raises:
+            PatternError: sizes, dtypes or devices that the pattern on ``shape`` does not have.
+        """
+        pattern = Pattern.parse(pattern)
+        bound = pattern.bind(shape)
+        if tuple(packed.shape) != bound.packed_shape or packed.dtype not in DTYPES:
+            raise PatternError(
+                f"packed values of shape {tuple(packed.shape)} and {packed.dtype}; {bound} needs shape "
+                f"{bound.packed_shape} and one of {_names(DTYPES)}"
+            )
+        if indices.dtype != torch.uint8 or tuple(indices.shape) != (bound.index_bytes,):
+            raise PatternError(
+                f"packed indices of shape {tuple(indices.shape)} and {indices.dtype}; {bound} needs shape "
+                f"({bound.index_bytes},) and torch.uint8"
+            )
+        if indices.device != packed.device:
+            raise PatternError(
+                f"packed values on {packed.device} and indices on {indices.device}; move them to one device"
+            )
+        return cls(packed.detach(), indices.detach(), pattern, bound.shape)
+
+    # what it is ---------------------------------------------------------------------------------------
+
+    def to_dense(self, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """The dense tensor of the same shape, contiguous unless transposed. Data: no gradient flows back."""
+        dense = ops.unpack(self.packed, self.indices, str(self.pattern), list(self.bound_shape))
+        dense = dense if dtype is None else dense.to(dtype)
+        return dense.t() if self.transposed else dense
+
+    def dequantize(self) -> Tensor:
+        """The dense tensor: the name that torchao and Hugging Face know for it."""
+        return self.to_dense()
+
+    def mask(self) -> Tensor:
+        """Bool tensor of the tensor's shape, True at the positions that are stored."""
+        kept = unpack_mask(self.indices, self.bound)
+        return kept.t() if self.transposed else kept
+
+    @property
+    def bound(self) -> BoundPattern:
+        """The pattern on the shape as packed (``bound.shape``; reversed when ``transposed``)."""
+        return self.pattern.bind(self.bound_shape)
+
+    @property
+    def density(self) -> float:
+        """Stored fraction of the weights."""
+        return self.bound.density
+
+    @property
+    def nbytes_compressed(self) -> int:
+        """Bytes of values and indices."""
+        return self.bound.packed_bytes(self.dtype.itemsize)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        grad = ", requires_grad=True" if self.requires_grad else ""
+        return (
+            f"{type(self).__name__}(shape={tuple(self.shape)}, pattern={self.pattern}"
+            f"{', transposed' if self.transposed else ''}, density={self.density:.4g}, "
+            f"dtype={self.dtype}, device='{self.device}', bytes={self.nbytes_compressed} of "
+            f"{self.numel() * self.dtype.itemsize} dense{grad})"
+        )
+
+    # what torch asks of it ----------------------------------------------------------------------------
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        return ["packed", "indices"], (self.pattern, self.bound_shape, self.transposed)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls,
+        inner: dict[str, Tensor],
+        context: tuple[Any, ...],
+        outer_size: tuple[int, ...],
+        outer_stride: tuple[int, ...],
+    ) -> StructuredSparseTensor:
+        # The outer size must be the given one: it may be symbolic where bound_shape is not.
+        pattern, shape, transposed = context
+        return cls(
+            *(inner["packed"], inner["indices"], pattern, shape, transposed),
+            outer_size=outer_size,
+            outer_stride=outer_stride,
+        )
+
+    def _stable_hash_for_caching(self) -> str:
+        """What a cached compilation depends on: everything but the values (AOTAutograd's cache asks)."""
+        facts = (
+            *(self.pattern.parts, str(self.pattern), self.bound_shape, self.transposed, self.dtype),
+            *(self.device, self.shape, self.stride(), self.requires_grad),
+            *(tuple(part.shape) for part in (self.packed, self.indices)),
+        )
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def map_parts(
+        self,
+        values: Callable[[Tensor], Tensor],
+        positions: Callable[[Tensor], Tensor] | None = None,
+        flip: bool = False,
+    ) -> StructuredSparseTensor:
+        """The same weight, its parts passed through functions; ``flip`` makes it the transposed view."""
+        return type(self)(
+            values(self.packed),
+            (positions or values)(self.indices),
+            self.pattern,
+            self.bound_shape,
+            self.transposed ^ flip,
+        )
+
+    def same_layout(self, other: Tensor) -> bool:
+        """True when ``other`` is packed under the same pattern, shape and orientation."""
+        return (
+            isinstance(other, StructuredSparseTensor)
+            and self.pattern == other.pattern
+            and self.bound_shape == other.bound_shape
+            and self.transposed == other.transposed
+        )
+
+    def share_memory_(self) -> StructuredSparseTensor:
+        """Move both parts to shared memory; torch's own version would touch a storage that is not there."""
+        self.packed.share_memory_()
+        self.indices.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """True when the values are in shared memory."""
+        return self.packed.is_shared()
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in FUNCTION_RULES:
+            return FUNCTION_RULES[func](*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    # Dynamo must not trace into the rules: AOTAutograd runs them while it traces.
+    @classmethod
+    @torch._disable_dynamo
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        rule = DISPATCH_RULES.get(func)
+        if rule is None:
+            raise refusal(func)
+        return rule(func, args, kwargs or {})
+
+
+def refusal(func: Any, why: str = "") -> UnsupportedOpError:
+    """The error for an operator, or a use of one, that has no rule."""
+    name = func if isinstance(func, torch._ops.OpOverload) else f"torch.{func.__name__}"
+    return UnsupportedOpError(
+        f"{name} has no rule for StructuredSparseTensor{f': {why}' if why else ''}. Call .to_dense() for a "
+        "dense copy"
+    )
+
+
+def _check_dense(dense: Tensor) -> None:
+    if not isinstance(dense, Tensor):
+        raise PatternError(f"from_dense takes a tensor, got {type(dense).__name__}")
+    if isinstance(dense, StructuredSparseTensor):
+        raise PatternError("the weight is compressed already; call .to_dense() to compress it anew")
+    if dense.layout != torch.strided:
+        raise PatternError(f"the weight has layout {dense.layout}; call .to_dense() on it first")
+    if dense.dtype not in DTYPES:
+        raise PatternError(
+            f"a weight of {dense.dtype} cannot be compressed; convert it to one of {_names(DTYPES)}"
+        )
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+# The rules need the class above, and the class needs its rules from the first tensor on.
+import s3tensor.tensor_rules  # noqa: E402, F401
+
+# Both parts of a pickled weight are harmless values, so that torch.load(weights_only=True) may read them.
+torch.serialization.add_safe_globals([StructuredSparseTensor, Pattern])

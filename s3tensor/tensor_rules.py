@@ -1,0 +1,348 @@
+"""What each operator does to a ``StructuredSparseTensor``: one small rule for each, in two registries.
+
+``@dispatch`` rules are found by aten overload and see what is left below autograd. ``@function`` rules
+are found by the torch function that was called; only the matrix products need one (see
+:mod:`s3tensor.ops`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from s3tensor import ops
+from s3tensor.tensor import (
+    DISPATCH_RULES,
+    DTYPES,
+    FUNCTION_RULES,
+    StructuredSparseTensor,
+    refusal,
+)
+
+aten = torch.ops.aten
+Rule = TypeVar("Rule", bound=Callable[..., Any])
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def dispatch(*overloads: Any) -> Callable[[Rule], Rule]:
+    """Register ``rule(func, args, kwargs)`` for aten overloads."""
+
+    def register(rule: Rule) -> Rule:
+        DISPATCH_RULES.update(dict.fromkeys(overloads, rule))
+        return rule
+
+    return register
+
+
+def function(*functions: Any) -> Callable[[Rule], Rule]:
+    """Register ``rule(*args, **kwargs)``, with the function's own arguments, for torch functions."""
+
+    def register(rule: Rule) -> Rule:
+        FUNCTION_RULES.update(dict.fromkeys(functions, rule))
+        return rule
+
+    return register
+
+
+def is_sparse(value: Any) -> bool:
+    return isinstance(value, StructuredSparseTensor)
+
+
+# views of the same packed data ------------------------------------------------------------------------
+
+
+@dispatch(aten.detach.default, aten.alias.default)
+def _alias(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    return return_and_correct_aliasing(func, args, kwargs, args[0].map_parts(func))
+
+
+def _view(func: Any, args: Args, kwargs: Kwargs, flip: bool) -> Tensor:
+    view = args[0].map_parts(aten.alias.default, flip=flip)
+    return return_and_correct_aliasing(func, args, kwargs, view)
+
+
+@dispatch(aten.t.default)
+def _t(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    if args[0].ndim != 2:
+        raise refusal(func, f"a transpose of {args[0].ndim} dims")
+    return _view(func, args, kwargs, flip=True)
+
+
+@dispatch(aten.transpose.int)
+def _transpose(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    ndim = args[0].ndim
+    flip = args[1] % ndim != args[2] % ndim
+    if flip and ndim != 2:
+        raise refusal(func, f"a transpose of {ndim} dims")
+    return _view(func, args, kwargs, flip)
+
+
+@dispatch(aten.permute.default)
+def _permute(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    ndim = args[0].ndim
+    flip = [dim % ndim for dim in args[1]] != list(range(ndim))
+    if flip and ndim != 2:
+        raise refusal(func, f"a permutation of {ndim} dims")
+    return _view(func, args, kwargs, flip)
+
+
+@dispatch(aten.as_strided.default)
+def _as_strided(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    # AOTAutograd rebuilds a graph output that is a view of an input by as_strided.
+    t, size, stride = args[0], tuple(args[1]), tuple(args[2])
+    offset = args[3] if len(args) > 3 else kwargs.get("storage_offset")
+    if not offset:
+        if (size, stride) == (tuple(t.shape), tuple(t.stride())):
+            return _view(func, args, kwargs, flip=False)
+        if t.ndim == 2 and (size, stride) == (tuple(t.shape)[::-1], tuple(t.stride())[::-1]):
+            return _view(func, args, kwargs, flip=True)
+    raise refusal(
+        func, f"to size {size}, stride {stride}; only the tensor and its transpose are views"
+    )
+
+
+@dispatch(aten.view.default)
+def _same_view(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    if tuple(args[1]) != tuple(args[0].shape):
+        raise refusal(func, f"of {tuple(args[0].shape)} as {tuple(args[1])}")
+    return _view(func, args, kwargs, flip=False)
+
+
+# copies -----------------------------------------------------------------------------------------------
+
+
+@dispatch(aten.clone.default)
+def _clone(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    t = args[0]
+    if kwargs.get("memory_format") == torch.contiguous_format and not t.is_contiguous():
+        raise refusal(
+            func, "a contiguous copy of a transposed view; copy the tensor it is a view of"
+        )
+    return t.map_parts(aten.clone.default)
+
+
+@dispatch(aten._to_copy.default, aten.empty_like.default, aten.zeros_like.default)
+def _like(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    """New values of another dtype or device, the same positions."""
+    options = {key: value for key, value in kwargs.items() if key != "memory_format"}
+    dtype = options.pop("dtype", None)
+    if dtype is not None and dtype not in DTYPES:
+        raise refusal(func, f"to {dtype}")
+    if options.pop("layout", None) not in (None, torch.strided):
+        raise refusal(func, "to another layout")
+    move = {key: value for key, value in options.items() if value is not None}
+
+    def positions(indices: Tensor) -> Tensor:
+        # An empty tensor of random positions could not be read; of a new device, they must move.
+        return aten._to_copy.default(indices, **move) if move else aten.clone.default(indices)
+
+    return args[0].map_parts(lambda values: func(values, dtype=dtype, **move), positions)
+
+
+@dispatch(aten._pin_memory.default)
+def _pin_memory(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    return args[0].map_parts(lambda part: func(part, *args[1:], **kwargs))
+
+
+@dispatch(aten.is_pinned.default)
+def _is_pinned(func: Any, args: Args, kwargs: Kwargs) -> bool:
+    return bool(func(args[0].packed, *args[1:], **kwargs))
+
+
+@dispatch(aten.copy_.default)
+def _copy_(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    target, source = args[0], args[1]
+    if not is_sparse(target):
+        raise refusal(
+            func,
+            "a compressed weight copied into a dense one would lose its compression; load the state dict "
+            "with assign=True, or copy weight.to_dense()",
+        )
+    if not is_sparse(source):
+        raise refusal(
+            func,
+            f"a dense tensor copied into a {target.pattern} weight; make a new weight with "
+            "StructuredSparseTensor.from_dense",
+        )
+    if not target.same_layout(source):
+        raise refusal(func, f"from {source!r} to {target!r}; the patterns and shapes must be equal")
+    func(target.packed, source.packed, *args[2:], **kwargs)
+    func(target.indices, source.indices, *args[2:], **kwargs)
+    return target
+
+
+@dispatch(aten.equal.default)
+def _equal(func: Any, args: Args, kwargs: Kwargs) -> bool:
+    """Equality of the dense values: one matrix can be packed in several ways where it has zeros to spare."""
+    left, right = args
+    alike = is_sparse(left) and left.same_layout(right)
+    if alike and func(left.packed, right.packed) and func(left.indices, right.indices):
+        return True
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    dense = [t.to_dense() if is_sparse(t) else t for t in (left, right)]
+    return bool(func(*dense))
+
+
+# products ---------------------------------------------------------------------------------------------
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, func: Any) -> Tensor:
+    """``F.linear`` by the opaque op over plain tensors."""
+    if not is_sparse(weight) or is_sparse(x) or is_sparse(bias):
+        raise refusal(func, "only one operand, a weight, may be compressed")
+    assert isinstance(weight, StructuredSparseTensor)
+    out: Tensor = torch.ops.s3tensor.linear(
+        x,
+        weight.packed,
+        weight.indices,
+        bias,
+        str(weight.pattern),
+        list(weight.bound_shape),
+        weight.transposed,
+    )
+    return out
+
+
+@dispatch(torch.ops.s3tensor.weight_linear.default, aten.linear.default)
+def _linear_op(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    return _linear(args[0], args[1], bias, func)
+
+
+@dispatch(torch.ops.s3tensor.weight_linear_grad.default)
+def _linear_grad(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    """The gradient at the stored positions, packed like the weight."""
+    grad, x, weight = args
+    if is_sparse(grad) or is_sparse(x):
+        raise refusal(func, "only one operand, a weight, may be compressed")
+    left, right = (x, grad) if weight.transposed else (grad, x)
+    dense = left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
+    packed = torch.ops.s3tensor.gather(dense, weight.indices, str(weight.pattern))
+    return weight.map_parts(lambda values: packed, aten.clone.default)
+
+
+@dispatch(aten.mm.default)
+def _mm(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    left, right = args
+    if is_sparse(left):
+        return _linear(right.t(), left, None, func).t()
+    return _linear(left, right.t(), None, func)
+
+
+@dispatch(aten.mv.default)
+def _mv(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    return _linear(args[1], args[0], None, func)
+
+
+@dispatch(aten.addmm.default)
+def _addmm(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    bias, left, right = args
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    if is_sparse(bias):
+        raise refusal(func, "only one operand, a weight, may be compressed")
+    if is_sparse(right) and beta == alpha == 1 and bias.ndim == 1 and bias.dtype == left.dtype:
+        return _linear(
+            left, right.t(), bias, func
+        )  # added in the matmul's epilogue, as F.linear does
+    product = _mm(aten.mm.default, (left, right), {})
+    return _combine(bias, product, beta, alpha)
+
+
+def _combine(bias: Tensor, product: Tensor, beta: Any, alpha: Any) -> Tensor:
+    """``beta * bias + alpha * product``; as in torch, a bias times 0 is ignored, NaN and all."""
+    product = product if alpha == 1 else alpha * product
+    if beta == 0:
+        return product
+    return product + (bias if beta == 1 else beta * bias)
+
+
+# The functions that users call. They go to one op that takes the weight whole and does not decompose.
+
+
+@function(F.linear)
+def _function_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not is_sparse(weight) or is_sparse(input) or is_sparse(bias):
+        raise refusal(F.linear, "only the weight may be compressed")
+    return ops.product(input, weight, bias)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` with a compressed matrix on one side and any number of dims on the other."""
+    if is_sparse(left) == is_sparse(right):
+        raise refusal(torch.matmul, "both operands are compressed")
+    if is_sparse(right):
+        return ops.product(left, right.t(), None)
+    if right.ndim == 1:
+        return ops.product(right, left, None)
+    return ops.product(right.mT, left, None).mT
+
+
+@function(torch.matmul, Tensor.matmul, Tensor.__matmul__)
+def _function_matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
+    _refuse_out(torch.matmul, out)
+    return _product(input, other)
+
+
+@function(Tensor.__rmatmul__)
+def _function_rmatmul(right: Tensor, left: Tensor) -> Tensor:
+    return _product(left, right)
+
+
+@function(torch.mm, Tensor.mm)
+def _function_mm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None) -> Tensor:
+    _refuse_out(torch.mm, out)
+    _check_dims(torch.mm, input, 2, mat2, 2)
+    return _product(input, mat2)
+
+
+@function(torch.mv, Tensor.mv)
+def _function_mv(input: Tensor, vec: Tensor, *, out: Tensor | None = None) -> Tensor:
+    _refuse_out(torch.mv, out)
+    _check_dims(torch.mv, input, 2, vec, 1)
+    return _product(input, vec)
+
+
+@function(torch.addmm, Tensor.addmm)
+def _function_addmm(
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: Any = 1,
+    alpha: Any = 1,
+    out: Tensor | None = None,
+) -> Tensor:
+    _refuse_out(torch.addmm, out)
+    _check_dims(torch.addmm, mat1, 2, mat2, 2)
+    if is_sparse(input):
+        raise refusal(torch.addmm, "only one of the factors may be compressed")
+    if is_sparse(mat2) and not is_sparse(mat1) and beta == 1 and alpha == 1 and input.ndim == 1:
+        return ops.product(mat1, mat2.t(), input)
+    return _combine(input, _product(mat1, mat2), beta, alpha)
+
+
+@function(Tensor.apply_, Tensor.map_, Tensor.map2_)
+def _refuse_storage(self: Tensor, *args: Any) -> Tensor:
+    """These walk over the storage, which a wrapper does not have: torch's own version crashes."""
+    raise refusal(Tensor.apply_)
+
+
+def _refuse_out(func: Any, out: Tensor | None) -> None:
+    if out is not None:
+        raise refusal(func, "with out=")
+
+
+def _check_dims(func: Any, left: Tensor, left_dims: int, right: Tensor, right_dims: int) -> None:
+    if left.ndim != left_dims or right.ndim != right_dims:
+        raise refusal(
+            func,
+            f"takes {left_dims} and {right_dims} dims, got shapes {tuple(left.shape)} and "
+            f"{tuple(right.shape)}",
+        )
