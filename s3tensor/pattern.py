@@ -241,8 +241,9 @@ class Pattern:
         fields = []
         if self.view is not None:
             fields.append(f"view={self.view}")
-        if self.sizes:
-            fields.append("sizes=" + ",".join(f"{name}:{size}" for name, size in self.sizes))
+        sizes: dict[str, int] = dict(self.sizes)
+        if sizes:
+            fields.append("sizes=" + ",".join(f"{name}:{size}" for name, size in sizes.items()))
         fields.append("block=" + ",".join(map(str, self.block)))
         fields.append("scope=" + ",".join(map(str, self.scope)))
         fields.append(f"keep={self.keep!r}")
@@ -361,14 +362,16 @@ class BoundPattern:
         return self.scopes, self.keep, self.block_size
 
     @cached_property
+    def scope_bits(self) -> int:
+        """Bits that record the kept blocks of one scope."""
+        if self.index_code == "none":
+            return 0
+        return self.keep * self.index_bits if self.index_code == "index" else self.blocks_per_scope
+
+    @cached_property
     def index_bytes(self) -> int:
         """Bytes of the packed indices of the whole weight."""
-        per_scope = {
-            "none": 0,
-            "index": self.keep * self.index_bits,
-            "bitmap": self.blocks_per_scope,
-        }[self.index_code]
-        return -(-self.scopes * per_scope // 8)
+        return -(-self.scopes * self.scope_bits // 8)
 
     def packed_bytes(self, itemsize: int) -> int:
         """Bytes of the packed weight, values and indices, with values of ``itemsize`` bytes."""
