@@ -191,7 +191,17 @@ def linear(
     Raises:
         RuntimeError: sizes or dtypes that do not belong together, as ``F.linear`` does.
     """
-    bound = _bound(pattern, shape)
+    return _reference_linear(x, packed, indices, bias, _bound(pattern, shape), transposed)
+
+
+def _reference_linear(
+    x: Tensor,
+    packed: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    bound: BoundPattern,
+    transposed: bool,
+) -> Tensor:
     _check_linear(x, packed, bias, bound, transposed)
     dense = unpack_blocks(packed, indices, bound)
     return F.linear(x, dense.t() if transposed else dense, bias).contiguous()
@@ -208,10 +218,7 @@ def _(
     transposed: bool,
 ) -> Tensor:
     _warn_reference_path(x.device.type)
-    bound = _bound(pattern, shape)
-    _check_linear(x, packed, bias, bound, transposed)
-    dense = unpack_blocks(packed, indices, bound)
-    return F.linear(x, dense.t() if transposed else dense, bias).contiguous()
+    return _reference_linear(x, packed, indices, bias, _bound(pattern, shape), transposed)
 
 
 @linear.register_fake
