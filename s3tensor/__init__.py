@@ -18,6 +18,7 @@ from s3tensor.errors import (
 )
 from s3tensor.layout import Layout, coalesce, complement, composition, right_inverse
 from s3tensor.pattern import BoundPattern, Pattern
+from s3tensor.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from s3tensor import llm, prune
@@ -53,8 +54,6 @@ _LAZY = {
     "StructuredSparseTensor": "s3tensor.tensor",
     "draw_layout": "s3tensor.viz",
 }
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

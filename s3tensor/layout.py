@@ -39,11 +39,11 @@ def as_ints(what: str, values: Iterable[int], low: int, high: int = 2**63 - 1) -
     ints = [as_int(item) for item in items]
     for item, value in zip(items, ints, strict=True):
         if value is not None and abs(value) > high:
-            raise PatternError(f"{what} has an entry beyond 2**63 - 1, the largest size of a tensor")
-        if value is None or value < low:
             raise PatternError(
-                f"{what} has {item!r:.80}; every entry must be an int >= {low}"
+                f"{what} has an entry beyond 2**63 - 1, the largest size of a tensor"
             )
+        if value is None or value < low:
+            raise PatternError(f"{what} has {item!r:.80}; every entry must be an int >= {low}")
     return tuple(value for value in ints if value is not None)
 
 
@@ -130,7 +130,9 @@ class Layout:
         mode). Each entry of ``tile`` must divide its mode.
         """
         tile = as_ints("tile", tile, 1)
-        if len(tile) != len(self.shape) or any(n % t for n, t in zip(self.shape, tile, strict=True)):
+        if len(tile) != len(self.shape) or any(
+            n % t for n, t in zip(self.shape, tile, strict=True)
+        ):
             raise PatternError(f"tile {tile} does not divide layout shape {self.shape}")
         outer = tuple(n // t for n, t in zip(self.shape, tile, strict=True))
         stride = tuple(d * t for d, t in zip(self.stride, tile, strict=True))
@@ -222,7 +224,9 @@ def complement(layout: Layout, size: int) -> Layout:
         if n == 1 or d == 0:
             continue
         if d % covered:
-            raise PatternError(f"{layout} has no complement: stride {d} is not a multiple of {covered}")
+            raise PatternError(
+                f"{layout} has no complement: stride {d} is not a multiple of {covered}"
+            )
         modes.append((d // covered, covered))
         covered = d * n
     modes.append((-(-size // covered), covered))

@@ -117,7 +117,9 @@ def _numbers(indices: Tensor, bound: BoundPattern) -> Tensor:
     return codes.reshape(bound.scopes, bound.keep)
 
 
-def check_packed(values: Tensor, indices: Tensor, bound: BoundPattern, name: str = "weight") -> None:
+def check_packed(
+    values: Tensor, indices: Tensor, bound: BoundPattern, name: str = "weight"
+) -> None:
     """Refuse packed data that :func:`pack` could not have made (a truncated or hostile file).
 
     Raises:
@@ -127,10 +129,10 @@ def check_packed(values: Tensor, indices: Tensor, bound: BoundPattern, name: str
         raise CheckpointError(
             f"{name}: values of shape {tuple(values.shape)}, but {bound} packs to {bound.packed_shape}"
         )
-    if indices.dtype != torch.uint8 or indices.numel() != bound.index_bytes:
+    if indices.dtype != torch.uint8 or tuple(indices.shape) != (bound.index_bytes,):
         raise CheckpointError(
-            f"{name}: {indices.numel()} {indices.dtype} indices, but {bound} needs {bound.index_bytes} "
-            "bytes (uint8)"
+            f"{name}: indices {indices.dtype} of shape {tuple(indices.shape)}, but {bound} needs uint8 of "
+            f"shape ({bound.index_bytes},)"
         )
     if bound.index_code == "none":
         return

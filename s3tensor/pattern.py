@@ -21,7 +21,9 @@ from s3tensor.layout import Layout, as_int, as_ints
 
 _AXIS = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INT = re.compile(r"[+-]?[0-9]+")
-_LONGEST = 1000  # characters of a pattern's string; a hostile one costs no time and no page of error
+_LONGEST = (
+    1000  # characters of a pattern's string; a hostile one costs no time and no page of error
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class ViewRule:
             )
         sides = text.split("->")
         if len(sides) != 2:
-            raise PatternError(f"view rule {text!r} needs exactly one '->', as in 'm (t p) -> m p t'")
+            raise PatternError(
+                f"view rule {text!r} needs exactly one '->', as in 'm (t p) -> m p t'"
+            )
         inputs = _groups(sides[0], text)
         outputs = _groups(sides[1], text)
         if any(len(group) != 1 for group in outputs):
@@ -204,7 +208,9 @@ class Pattern:
                 )
             object.__setattr__(self, "keep", count)
         elif isinstance(self.keep, float) and 0.0 < self.keep <= 1.0:
-            object.__setattr__(self, "keep", float(self.keep))  # a numpy float would not print as one
+            object.__setattr__(
+                self, "keep", float(self.keep)
+            )  # a numpy float would not print as one
             object.__setattr__(self, "by_density", True)
         else:
             raise PatternError(
@@ -251,6 +257,19 @@ class Pattern:
 
     def __str__(self) -> str:
         return self.name or self.parts
+
+    def step(self, dim: int) -> tuple[int, bool]:
+        """``(step, is_open)``: dim ``dim`` of a weight that fits is a multiple of ``step``.
+
+        It is ``step`` itself where ``is_open`` is False: then every axis of that dim has a given size.
+        """
+        sizes: dict[str, int] = dict(self.sizes)
+        places = zip(self.rule.outputs, self.block, self.scope, strict=True)
+        tiles = {name: _tile(block, scope) for name, block, scope in places}
+        group = self.rule.inputs[dim]
+        return math.prod(sizes.get(name, tiles[name]) for name in group), not sizes.keys() >= {
+            *group
+        }
 
     def bind(self, shape: tuple[int, ...]) -> BoundPattern:
         """This rule on a weight of ``shape``. The same inputs give the same, cached object.
@@ -334,7 +353,7 @@ class BoundPattern:
         Rows can be pruned in chunks of whole groups: each chunk is the same pattern on fewer rows.
         """
         row = math.prod(self.shape[1:])
-        step, is_open = _step(self.pattern, 0)
+        step, is_open = self.pattern.step(0)
         if not is_open:
             return self.shape[0]
         # Strides nest, so the widest span is a multiple of the others.
@@ -428,11 +447,15 @@ def _parse_parts(text: str) -> Pattern:
     for item in text.split(";"):
         key, equals, value = (piece.strip() for piece in item.partition("="))
         if not equals or key not in ("view", "sizes", "block", "scope", "keep") or key in parts:
-            raise PatternError(f"cannot read {item.strip()!r} in {text!r}; a pattern is one of\n{grammar()}")
+            raise PatternError(
+                f"cannot read {item.strip()!r} in {text!r}; a pattern is one of\n{grammar()}"
+            )
         parts[key] = value
     missing = [key for key in ("block", "scope", "keep") if key not in parts]
     if missing:
-        raise PatternError(f"pattern {text!r} lacks {missing[0]!r}; a pattern is one of\n{grammar()}")
+        raise PatternError(
+            f"pattern {text!r} lacks {missing[0]!r}; a pattern is one of\n{grammar()}"
+        )
     try:
         pairs = [pair.split(":") for pair in parts.get("sizes", "").split(",") if pair.strip()]
         sizes = tuple((name.strip(), int(size)) for name, size in pairs)
@@ -496,7 +519,7 @@ def _view(pattern: Pattern, shape: tuple[int, ...]) -> Layout:
 def _check_dim(pattern: Pattern, shape: tuple[int, ...], dim: int) -> None:
     """Refuse a dim that the pattern does not divide: the one check of sizes."""
     n = shape[dim]
-    step, is_open = _step(pattern, dim)
+    step, is_open = pattern.step(dim)
     if n == step or (is_open and n % step == 0):
         return
     failure = f"{pattern} does not fit a weight of shape {shape}: dim {dim} has {n} elements, not "
@@ -510,18 +533,6 @@ def _check_dim(pattern: Pattern, shape: tuple[int, ...], dim: int) -> None:
         f"{failure}a multiple of {step} ({parts}); pad dim {dim} to {-(-n // step) * step}, choose "
         "another pattern, or leave this weight dense"
     )
-
-
-def _step(pattern: Pattern, dim: int) -> tuple[int, bool]:
-    """``(step, is_open)``: dim ``dim`` is a multiple of ``step``, or just ``step`` when no axis is open."""
-    sizes = dict(pattern.sizes)
-    tiles = {
-        name: _tile(block, scope)
-        for name, block, scope in zip(pattern.rule.outputs, pattern.block, pattern.scope, strict=True)
-    }
-    group = pattern.rule.inputs[dim]
-    is_open = any(name not in sizes for name in group)
-    return math.prod(sizes.get(name, tiles[name]) for name in group), is_open
 
 
 def _tile_words(pattern: Pattern, axis: str) -> str:

@@ -10,7 +10,9 @@ from s3tensor.errors import PatternError
 from s3tensor.pattern import Pattern, preset
 
 
-@preset("N:M", r"([0-9]+):([0-9]+)", "keep N of every M consecutive weights of a row, for example 2:4")
+@preset(
+    "N:M", r"([0-9]+):([0-9]+)", "keep N of every M consecutive weights of a row, for example 2:4"
+)
 def n_of_m(n: str, m: str) -> Pattern:
     """N of M along the input dim; 2:4 is what sparse tensor cores take."""
     if not 1 <= int(n) <= int(m):
@@ -36,7 +38,11 @@ def row_pair_16() -> Pattern:
     return Pattern("(t h r) k -> t r h k", {"h": 2, "r": 8}, (1, 1, 1, 16), (1, 1, 2, 1), 1)
 
 
-@preset("block:RxC@D", r"block:([0-9]+)x([0-9]+)@([0-9.]+)", "RxC blocks at density D of each row of blocks")
+@preset(
+    "block:RxC@D",
+    r"block:([0-9]+)x([0-9]+)@([0-9.]+)",
+    "RxC blocks at density D of each row of blocks",
+)
 def blocks(rows: str, columns: str, density: str) -> Pattern:
     """Dense blocks; every row of blocks keeps the same number, so that work is balanced."""
     if int(rows) < 1 or int(columns) < 1:
@@ -56,7 +62,9 @@ def rows(density: str) -> Pattern:
     return Pattern(block=(1, -1), scope=(-1, 1), keep=_density(density))
 
 
-@preset("column@D", r"column@([0-9.]+)", "whole columns (input features) at density D of the weight")
+@preset(
+    "column@D", r"column@([0-9.]+)", "whole columns (input features) at density D of the weight"
+)
 def columns(density: str) -> Pattern:
     """Input features compete with each other: one decision a column."""
     return Pattern(block=(-1, 1), scope=(1, -1), keep=_density(density))

@@ -74,7 +74,9 @@ def pose(weight: Tensor, pattern: Pattern | str) -> Problem:
             "flatten the other dims first"
         )
     if not weight.dtype.is_floating_point:
-        raise PatternError(f"a weight of dtype {weight.dtype} cannot be pruned; dequantise it to a float")
+        raise PatternError(
+            f"a weight of dtype {weight.dtype} cannot be pruned; dequantise it to a float"
+        )
     bound = Pattern.parse(pattern).bind(weight.shape)
     dense = weight.detach()
     dense = dense if dense.dtype == torch.float64 else dense.float()
@@ -137,7 +139,9 @@ def target_term(
         raise HessianError(f"alpha={alpha} must be from 0 (H alone) to 1 (the target alone)")
     cross = target.detach().to(factors.matrix)
     if not bool(torch.isfinite(cross).all()):
-        raise NonFiniteError("the target holds NaN or Inf; accumulate it with Hessian.update(x, dense)")
+        raise NonFiniteError(
+            "the target holds NaN or Inf; accumulate it with Hessian.update(x, dense)"
+        )
     mixed = (1.0 - alpha) * factors.matrix + alpha * cross
     mixed.diagonal().add_(alpha * factors.ridge)
     return mixed.masked_fill_(factors.dead, 0.0) if factors.has_dead else mixed

@@ -1,0 +1,270 @@
+"""Hugging Face models in and out: load, save compressed or dense, reload, verify."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s3tensor.checkpoint import load_state, save_state
+from s3tensor.errors import CheckpointError, ModelError
+from s3tensor.mask import satisfies
+from s3tensor.tensor import StructuredSparseTensor
+
+WEIGHTS = "s3tensor.safetensors"
+
+
+def load_model(
+    source: str | Path,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+) -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        source: a folder or hub name of a Hugging Face model, a ``.gguf`` file, or a folder that
+            :func:`save_pretrained` wrote.
+        dtype: of the weights; ``auto`` is the checkpoint's own, float32 for GGUF.
+        device: where the model goes.
+
+    Raises:
+        ModelError: when nothing can be loaded, in one line.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(source)
+    if (path / WEIGHTS).is_file():
+        model = from_pretrained(path, device)
+        return model, _tokenizer(path)
+    names: dict[str, Any] = {}
+    location: str | Path = source
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no GGUF file at {path}")
+        location, names = path.parent, {"gguf_file": path.name}
+    if path.is_absolute() and not Path(location).exists():
+        raise ModelError(f"no model at {path}")
+    with _quiet():
+        try:
+            wanted = torch.float32 if names and dtype == "auto" else dtype
+            model = AutoModelForCausalLM.from_pretrained(str(location), dtype=wanted, **names)
+            tokenizer = AutoTokenizer.from_pretrained(str(location), **names)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ModelError(f"cannot load a model from {source} ({lines[0]})") from error
+    _forget_gguf(model)
+    return model.to(device).eval(), tokenizer
+
+
+def save_pretrained(
+    model: nn.Module,
+    directory: str | Path,
+    tokenizer: Any = None,
+    *,
+    dense: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write a pruned model.
+
+    Compressed (the default), ``s3tensor.safetensors`` holds packed values and packed indices, and
+    :func:`from_pretrained` reads it. With ``dense=True`` the files are plain safetensors with zeros
+    that any Hugging Face user can load without s3tensor.
+
+    Args:
+        model: a Hugging Face model, its sparse weights ``StructuredSparseTensor`` or dense with zeros.
+        directory: made if it is not there.
+        tokenizer: written beside the model when given.
+        dense: write plain dense safetensors.
+        overwrite: replace a model that is there.
+
+    Returns:
+        The file, or for ``dense=True`` the folder, that holds the weights.
+
+    Raises:
+        CheckpointError: a model is there already, or the folder cannot be written.
+    """
+    folder = Path(directory)
+    refuse_existing(folder, overwrite)
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ModelError(
+            f"{type(model).__name__} has no Hugging Face config; save its state_dict with "
+            "s3tensor.checkpoint.save_state"
+        )
+    _forget_gguf(model)
+    state = unshared_state(model)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write to {folder} ({error}); choose another folder"
+        ) from error
+    if dense:
+        plain = {name: densified(tensor).contiguous() for name, tensor in state.items()}
+        model.save_pretrained(folder, state_dict=plain)  # type: ignore[operator]
+        return folder
+    # The weights last: a folder with this file is complete.
+    config.save_pretrained(folder)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+    save_state(folder / WEIGHTS, state)
+    return folder / WEIGHTS
+
+
+def from_pretrained(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The model that :func:`save_pretrained` wrote compressed, with compressed parameters.
+
+    Raises:
+        CheckpointError: files that are missing, truncated, altered, or of another model.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(directory)
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{folder} holds no {WEIGHTS}; give a folder that s3tensor.save_pretrained wrote, or load a "
+            "dense model with transformers"
+        )
+    state = load_state(folder / WEIGHTS, device)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}/config.json cannot be read ({error})") from error
+    # Parameters start on the meta device, so that no dense copy of them is ever made.
+    with init_empty_weights(include_buffers=False), _quiet():
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    try:
+        found = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} does not fit its own config ({error})") from error
+    model.tie_weights()
+    missing = [name for name, value in model.named_parameters() if value.is_meta]
+    if missing or found.unexpected_keys:
+        odd = (missing or found.unexpected_keys)[0]
+        raise CheckpointError(
+            f"{folder}: {odd!r} is {'missing from the file' if missing else 'unknown to the model'}"
+        )
+    if (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.to(device).eval()
+
+
+def verify(source: nn.Module | str | Path) -> list[tuple[str, str, float]]:
+    """Check that every sparse weight of a model or of a saved folder satisfies its pattern.
+
+    For a folder every checksum and every index is verified too.
+
+    Returns:
+        ``(name, pattern, density)`` for each sparse weight.
+
+    Raises:
+        CheckpointError: a damaged file, or a weight that breaks its pattern.
+    """
+    if isinstance(source, nn.Module):
+        state = dict(source.state_dict())
+    else:
+        path = Path(source)
+        state = load_state(path / WEIGHTS if path.is_dir() else path)
+    rows = []
+    for name, tensor in state.items():
+        if not isinstance(tensor, StructuredSparseTensor):
+            continue
+        upright = tensor.t() if tensor.transposed else tensor
+        dense = upright.to_dense()
+        if not satisfies(dense, tensor.pattern):
+            raise CheckpointError(f"{name} does not satisfy {tensor.pattern}")
+        if not bool(torch.isfinite(dense).all()):
+            raise CheckpointError(f"{name} holds NaN or Inf")
+        rows.append((name, str(tensor.pattern), float((dense != 0).double().mean())))
+    return rows
+
+
+def unshared_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with each storage once: tied weights keep their first name."""
+    seen: set[object] = set()
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = tensor.packed if isinstance(tensor, StructuredSparseTensor) else tensor
+        key = (first.data_ptr(), tuple(tensor.shape)) if first.numel() else name
+        if key not in seen:
+            seen.add(key)
+            state[name] = tensor.detach()
+    return state
+
+
+def densified(tensor: Tensor) -> Tensor:
+    """The tensor, unpacked when it is compressed."""
+    return tensor.to_dense() if isinstance(tensor, StructuredSparseTensor) else tensor
+
+
+def weight_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of a model's weights in memory, ``(now, if all were dense)``; tied weights count once."""
+    now = dense = 0
+    for tensor in unshared_state(model).values():
+        whole = tensor.numel() * tensor.element_size()
+        dense += whole
+        now += tensor.nbytes_compressed if isinstance(tensor, StructuredSparseTensor) else whole
+    return now, dense
+
+
+def refuse_existing(folder: Path, overwrite: bool = False) -> None:
+    """Raise CheckpointError when ``folder`` holds a model already and must not be overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give a folder")
+    names = (WEIGHTS, "model*.safetensors", "pytorch_model*.bin", "*.gguf")
+    present = [path for name in names for path in folder.glob(name)]
+    if present and not overwrite:
+        raise CheckpointError(
+            f"{folder} holds a model already ({present[0].name}); nothing was overwritten: choose another "
+            "folder, or pass overwrite=True"
+        )
+
+
+def _forget_gguf(model: nn.Module) -> None:
+    """A model that was dequantized from GGUF is plain; transformers would refuse to save it."""
+    config = getattr(model, "config", None)
+    quantization = getattr(config, "quantization_config", None)
+    if (
+        quantization is not None
+        and "gguf" in str(getattr(quantization, "quant_method", "")).lower()
+    ):
+        del config.quantization_config  # type: ignore[union-attr]
+        model.hf_quantizer = None  # type: ignore[assignment]
+        model.is_quantized = False  # type: ignore[assignment]
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} has no tokenizer ({error})") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and advice of transformers; errors stay."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()

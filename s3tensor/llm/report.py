@@ -1,0 +1,133 @@
+"""What pruning a model did: a row for each linear and each block, as text, CSV and pandas frames."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LINEARS_CSV = "linears.csv"
+BLOCKS_CSV = "blocks.csv"
+
+
+@dataclass(frozen=True)
+class LinearRow:
+    """One linear that was pruned."""
+
+    block: int
+    name: str
+    out_features: int
+    in_features: int
+    error: float  # relative output error on the calibration inputs, sqrt(tr(dW H dW') / tr(W H W'))
+    seconds: float  # in the pruner
+    samples: int  # calibration tokens that its Hessian has seen
+    density: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """One decoder block that was finished."""
+
+    block: int
+    linears: int
+    error: float  # relative error of the block's output against the dense block's
+    seconds: float  # everything: passes, Hessians, pruners
+    solver_seconds: float  # in the pruners alone
+    peak_memory_bytes: int
+
+
+@dataclass
+class PruneReport:
+    """The outcome of :func:`s3tensor.llm.prune_model`.
+
+    Attributes:
+        linears: a row for each pruned linear.
+        blocks: a row for each finished block.
+        skipped: ``(name, reason)`` of each linear that stayed dense.
+        seconds: wall-clock seconds of the whole run, resumed runs counted from their resumption.
+        resumed: blocks that were taken from an earlier, interrupted run.
+    """
+
+    pattern: str
+    pruner: str
+    linears: list[LinearRow] = field(default_factory=list)
+    blocks: list[BlockRow] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+    resumed: int = 0
+
+    @property
+    def solver_seconds(self) -> float:
+        """Seconds spent in the pruner itself."""
+        return sum(row.solver_seconds for row in self.blocks)
+
+    def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The linears and the blocks as pandas frames."""
+        import pandas as pd
+
+        return (
+            pd.DataFrame([asdict(row) for row in self.linears], columns=_names(LinearRow)),
+            pd.DataFrame([asdict(row) for row in self.blocks], columns=_names(BlockRow)),
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """The figures that matter, for JSON."""
+        errors = sorted(row.error for row in self.linears)
+        weights = sum(row.out_features * row.in_features for row in self.linears)
+        kept = sum(row.out_features * row.in_features * row.density for row in self.linears)
+        return {
+            "pattern": self.pattern,
+            "pruner": self.pruner,
+            "layers": len(self.linears),
+            "blocks": len(self.blocks),
+            "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
+            "density": kept / weights if weights else 1.0,
+            "median_error": errors[len(errors) // 2] if errors else None,
+            "seconds": round(self.seconds, 3),
+            "solver_seconds": round(self.solver_seconds, 3),
+            "resumed_blocks": self.resumed,
+        }
+
+    def __str__(self) -> str:
+        figures = self.summary()
+        lines = [
+            f"{figures['layers']} linears in {figures['blocks']} blocks pruned to {self.pattern} by "
+            f"{self.pruner} in {self.seconds:.1f} s ({self.solver_seconds:.1f} s in the pruner)"
+        ]
+        if figures["median_error"] is not None:
+            lines.append(f"median relative output error of a linear: {figures['median_error']:.4f}")
+        lines.extend(f"left dense: {name}: {reason}" for name, reason in self.skipped)
+        return "\n".join(lines)
+
+
+def write_rows(path: Path, rows: Iterable[LinearRow] | Iterable[BlockRow], kind: type) -> None:
+    """Write rows of one kind as a CSV file with a header."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _names(kind))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def _names(kind: type) -> list[str]:
+    return [f.name for f in fields(kind)]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated on a CUDA device since its last reset, else of the whole process (0 if unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows has no resource module
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,134 @@
+"""Calibration and evaluation text, and its tokens."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s3tensor.errors import CalibrationError
+
+# Parts of the Python documentation topics, by a checksum of the topic's name modulo 10: the split
+# does not move when Python adds a topic.
+_PYDOC_PARTS = {"calibration": range(7), "development": range(7, 8), "held-out": range(8, 10)}
+_HUB = {  # name: (repository, configuration, splits by part, column)
+    "c4": (
+        "allenai/c4",
+        None,
+        {"calibration": "train", "development": "validation", "held-out": "validation"},
+        {
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+    ),
+    "wikitext2": (
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        {"calibration": "train", "development": "validation", "held-out": "test"},
+        None,
+    ),
+}
+
+
+def load_text(source: str, part: str = "calibration", documents: int = 4096) -> str:
+    """Text of one part of a source.
+
+    Args:
+        source: ``pydoc`` (the standard library's documentation topics, offline), ``c4`` or ``wikitext2``
+            (through ``datasets``, online or from its cache), or a path: a text file, or a folder of
+            ``.txt`` and ``.md`` files. A path has no parts of its own: all of it is used.
+        part: ``calibration``, ``development`` or ``held-out``; of pydoc, disjoint sets of topics.
+        documents: at most this many documents of ``c4``.
+
+    Raises:
+        CalibrationError: an unknown source or part, or a source without text.
+    """
+    if part not in _PYDOC_PARTS:
+        raise CalibrationError(f"unknown part {part!r}; use one of {', '.join(_PYDOC_PARTS)}")
+    if source == "pydoc":
+        from pydoc_data.topics import topics
+
+        keys = _PYDOC_PARTS[part]
+        return "\n\n".join(topics[t] for t in sorted(topics) if zlib.crc32(t.encode()) % 10 in keys)
+    if source in _HUB:
+        return _hub_text(source, part, documents)
+    return _path_text(Path(source))
+
+
+def _path_text(path: Path) -> str:
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md") and f.is_file())
+    elif path.is_file():
+        files = [path]
+    else:
+        raise CalibrationError(
+            f"no text at {str(path)!r}; give pydoc, c4, wikitext2, a text file, or a folder of .txt or .md"
+        )
+    try:
+        text = "\n\n".join(f.read_text(encoding="utf-8") for f in files)
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{str(path)!r} is not UTF-8 text ({error.reason} at {error.start})"
+        ) from None
+    if not text.strip():
+        raise CalibrationError(f"{str(path)!r} holds no text")
+    return text
+
+
+def _hub_text(source: str, part: str, documents: int) -> str:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise CalibrationError(
+            f"{source} needs the package datasets: pip install 's3tensor[data]'; offline, use pydoc or a path"
+        ) from None
+    repository, configuration, splits, files = _HUB[source]
+    split = splits[part]
+    try:
+        data = load_dataset(
+            repository,
+            configuration,
+            split=split,
+            data_files={split: files[split]} if files else None,
+        )
+    except Exception as error:  # the library raises many kinds; all mean that there is no data
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CalibrationError(
+            f"cannot load {source} ({first_line}); without a network use pydoc or a path to text"
+        ) from error
+    return "\n\n".join(data[: min(documents, len(data))]["text"])
+
+
+def tokenize(text: str, tokenizer: Any) -> Tensor:
+    """Token ids of a text, (tokens,) int64, without special tokens."""
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return torch.tensor(ids["input_ids"], dtype=torch.int64)
+
+
+def windows(tokens: Tensor, samples: int, seq_len: int, seed: int = 0) -> Tensor:
+    """``samples`` windows of ``seq_len`` tokens without overlap, (samples, seq_len), in a seeded order.
+
+    Raises:
+        CalibrationError: when the text is too short, with both numbers.
+    """
+    if samples < 1 or seq_len < 2:
+        raise CalibrationError(f"samples={samples} must be >= 1 and seq_len={seq_len} >= 2")
+    available = tokens.numel() // seq_len
+    if available < samples:
+        raise CalibrationError(
+            f"the text has {tokens.numel()} tokens, {samples} x {seq_len} = {samples * seq_len} are needed; "
+            f"give more text, at most {available} samples, or shorter sequences"
+        )
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
+    return tokens[: available * seq_len].reshape(available, seq_len)[order]
+
+
+def calibration_tokens(
+    source: str, tokenizer: Any, samples: int, seq_len: int, seed: int = 0, batch: int = 1
+) -> list[Tensor]:
+    """Calibration batches, each (batch, seq_len) int64, from a source that :func:`load_text` knows."""
+    picked = windows(tokenize(load_text(source), tokenizer), samples, seq_len, seed)
+    return list(picked.split(batch))

@@ -1,0 +1,381 @@
+"""Whole models: structure, calibration, the driver, resuming, and every kind of refusal."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import s3tensor as s3
+from s3tensor import llm
+from s3tensor.llm import driver, structure, text
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY = 97
+
+
+def tiny(kind: str, blocks: int = 2) -> nn.Module:
+    """A small random language model of one family, float32, in eval mode."""
+    torch.manual_seed(0)
+    wide = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": blocks,
+        "vocab_size": VOCABULARY,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = {
+        "llama": lambda: transformers.LlamaConfig(**wide, **heads, tie_word_embeddings=True),
+        "qwen2": lambda: transformers.Qwen2Config(**wide, **heads),
+        "mistral": lambda: transformers.MistralConfig(**wide, **heads, sliding_window=16),
+        "gpt2": lambda: transformers.GPT2Config(
+            n_embd=32, n_layer=blocks, n_head=4, vocab_size=VOCABULARY, n_positions=128
+        ),
+    }[kind]()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def batches(count: int = 4, tokens: int = 24) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCABULARY, (2, tokens), generator=generator) for _ in range(count)]
+
+
+FAMILIES = ["llama", "qwen2", "mistral", "gpt2"]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_linear_of_every_family_is_pruned_and_compressed(kind: str) -> None:
+    model = tiny(kind)
+    head = model.get_output_embeddings().weight.detach().clone()
+    report = llm.prune_model(model, batches(), "2:4", progress=False)
+    linears = [
+        m for b in llm.decoder_blocks(model)[1] for m in b.modules() if structure.is_linear(m)
+    ]
+    assert len(report.linears) == len(linears) == (8 if kind == "gpt2" else 14)
+    for linear in linears:
+        weight = linear.weight
+        assert isinstance(weight, s3.StructuredSparseTensor)
+        upright = weight.t() if weight.transposed else weight
+        assert s3.satisfies(upright.to_dense(), "2:4")
+    assert torch.equal(model.get_output_embeddings().weight, head)
+    assert all(0 < row.error < 1 for row in report.linears)
+    assert not report.skipped
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_compressed_model_computes_what_the_dense_one_with_zeros_computes(kind: str) -> None:
+    model = tiny(kind)
+    llm.prune_model(model, batches(), "2:4", "magnitude", progress=False)
+    ids = batches(1)[0]
+    with torch.no_grad():
+        compressed = model(input_ids=ids).logits
+    for block in llm.decoder_blocks(model)[1]:
+        for module in block.modules():
+            if structure.is_linear(module):
+                dense = module.weight.to_dense()
+                module.weight = nn.Parameter(dense.contiguous(), requires_grad=False)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+    # The same products in float32; only the memory layout given to the matmul may differ.
+    torch.testing.assert_close(compressed, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_linears_that_share_an_input_share_a_group_in_the_order_of_their_calls() -> None:
+    model = tiny("llama", 1)
+    prefix, blocks = llm.decoder_blocks(model)
+    assert prefix == "model.layers"
+    layers, _ = llm.prunable_layers(blocks[0], prefix, s3.Pattern.parse("2:4"))
+    chunks = llm.calibrate.catch_chunks(model, blocks, batches(1), "cpu")
+    runner = llm.calibrate.BlockRunner(blocks[0], 0, torch.device("cpu"), torch.device("cpu"))
+    groups, unused = driver._groups(runner, chunks[0], layers)
+    names = [[layer.name.rpartition(".")[2] for layer in group] for group in groups]
+    assert names == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+    assert not unused
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_caught_chunks_run_through_the_blocks_give_the_models_hidden_states(kind: str) -> None:
+    model = tiny(kind, 3)
+    ids = batches(1)[0]
+    _, blocks = llm.decoder_blocks(model)
+    with torch.no_grad():
+        expected = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    chunk = llm.calibrate.catch_chunks(model, blocks, [ids], "cpu")[0]
+    for index, block in enumerate(blocks):
+        assert torch.equal(chunk.hidden, expected[index])
+        runner = llm.calibrate.BlockRunner(block, index, torch.device("cpu"), torch.device("cpu"))
+        chunk.hidden = runner.output(chunk)
+
+
+def test_the_dense_target_lowers_the_error_of_the_last_block_on_calibration_data() -> None:
+    def last_error(alpha: float) -> float:
+        report = llm.prune_model(tiny("llama", 3), batches(8), "2:4", alpha=alpha, progress=False)
+        return report.blocks[-1].error
+
+    assert last_error(0.5) < last_error(0.0)
+
+
+def test_pruning_is_deterministic() -> None:
+    def state() -> dict[str, torch.Tensor]:
+        model = tiny("llama")
+        llm.prune_model(model, batches(), "2:4", compress=False, progress=False)
+        return model.state_dict()
+
+    first, second = state(), state()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_linear_that_does_not_fit_is_skipped_with_the_reason_or_refused() -> None:
+    model = tiny("llama")
+    pattern = s3.Pattern(block=(1, 1), scope=(1, 64), keep=32)  # fits down_proj (64 inputs) alone
+    report = llm.prune_model(model, batches(), pattern, "magnitude", progress=False)
+    assert len(report.linears) == 2
+    assert len(report.skipped) == 12
+    assert "multiple of 64" in report.skipped[0][1]
+    model = tiny("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(s3.PatternError, match=r"q_proj.*multiple of 64"):
+        llm.prune_model(model, batches(), pattern, "magnitude", on_misfit="error", progress=False)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_filter_leaves_linears_dense() -> None:
+    model = tiny("llama")
+    report = llm.prune_model(
+        model,
+        batches(),
+        "2:4",
+        "magnitude",
+        filter_fn=lambda _, name: "mlp" in name,
+        progress=False,
+    )
+    assert {row.name.split(".")[3] for row in report.linears} == {"mlp"}
+    assert not isinstance(model.model.layers[0].self_attn.q_proj.weight, s3.StructuredSparseTensor)
+
+
+def test_only_the_first_blocks_are_pruned_when_asked() -> None:
+    model = tiny("llama", 3)
+    report = llm.prune_model(model, batches(), "2:4", "wanda", blocks=1, progress=False)
+    assert [row.block for row in report.blocks] == [0]
+    assert isinstance(model.model.layers[1].mlp.up_proj.weight, nn.Parameter)
+    assert not isinstance(model.model.layers[1].mlp.up_proj.weight, s3.StructuredSparseTensor)
+
+
+class _Killed(BaseException):
+    """Stands for a signal: nothing in the library may catch it."""
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_a_killed_run_resumes_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: bool
+) -> None:
+    def run(folder: Path) -> nn.Module:
+        model = tiny("llama", 3)
+        llm.prune_model(model, batches(), "2:4", work_dir=folder, compress=compress, progress=False)
+        return model
+
+    whole = run(tmp_path / "whole").state_dict()
+    real = driver._prune_block
+
+    def dies_in_block_two(block: nn.Module, index: int, *rest: object) -> object:
+        if index == 2:
+            raise _Killed
+        return real(block, index, *rest)
+
+    monkeypatch.setattr(driver, "_prune_block", dies_in_block_two)
+    with pytest.raises(_Killed):
+        run(tmp_path / "broken")
+    monkeypatch.setattr(driver, "_prune_block", real)
+    model = tiny("llama", 3)
+    report = llm.prune_model(
+        model, batches(), "2:4", work_dir=tmp_path / "broken", compress=compress, progress=False
+    )
+    assert report.resumed == 2
+    assert len(report.linears) == 21
+    for name, value in model.state_dict().items():
+        assert torch.equal(_plain(value), _plain(whole[name])), name
+    with (tmp_path / "broken" / "linears.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 21
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    return value.to_dense() if isinstance(value, s3.StructuredSparseTensor) else value
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    llm.prune_model(tiny("llama"), batches(), "2:4", "wanda", work_dir=tmp_path, progress=False)
+    with pytest.raises(s3.CheckpointError, match="pattern"):
+        llm.prune_model(tiny("llama"), batches(), "4:8", "wanda", work_dir=tmp_path, progress=False)
+
+
+def test_a_damaged_block_of_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    llm.prune_model(tiny("llama"), batches(), "2:4", "wanda", work_dir=tmp_path, progress=False)
+    path = tmp_path / "block-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(s3.CheckpointError, match="checksum"):
+        llm.prune_model(tiny("llama"), batches(), "2:4", "wanda", work_dir=tmp_path, progress=False)
+
+
+def test_nan_in_a_weight_is_refused_by_name_before_any_work() -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    with pytest.raises(s3.NonFiniteError, match=r"layers\.1\.mlp\.up_proj"):
+        llm.prune_model(model, batches(), "2:4", progress=False)
+
+
+def test_inf_in_activations_is_refused_by_name() -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[0] = float("inf")
+    with pytest.raises(s3.NonFiniteError, match=r"block 0|layers\.0"):
+        llm.prune_model(model, batches(), "2:4", progress=False)
+
+
+def test_a_model_without_decoder_blocks_is_refused() -> None:
+    with pytest.raises(s3.ModelError, match="no decoder blocks"):
+        llm.prune_model(nn.Sequential(nn.ReLU()), batches(), "2:4", progress=False)
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        [],
+        [torch.zeros(2, 8)],
+        [torch.zeros(8, dtype=torch.int64)],
+        [torch.zeros(0, 8, dtype=torch.int64)],
+        ["x"],
+    ],
+    ids=["none", "float", "one dim", "no sequence", "strings"],
+)
+def test_unusable_calibration_is_refused(calibration: list[object]) -> None:
+    with pytest.raises(s3.CalibrationError):
+        llm.prune_model(tiny("llama"), calibration, "2:4", progress=False)
+
+
+def test_an_unknown_pruner_and_an_unknown_option_are_refused() -> None:
+    with pytest.raises(s3.S3Error, match="admm"):
+        llm.prune_model(tiny("llama"), batches(), "2:4", "optimal", progress=False)
+    with pytest.raises(TypeError, match="has no option 'speed'"):
+        llm.prune_model(tiny("llama"), batches(), "2:4", "admm", speed=9, progress=False)
+    with pytest.raises(s3.CalibrationError, match="dense target"):
+        llm.prune_model(tiny("llama"), batches(), "2:4", "wanda", alpha=0.3, progress=False)
+
+
+def test_a_compressed_model_is_not_pruned_again() -> None:
+    model = tiny("llama")
+    llm.prune_model(model, batches(), "2:4", "wanda", progress=False)
+    with pytest.raises(s3.ModelError, match="compressed already"):
+        llm.prune_model(model, batches(), "2:4", "wanda", progress=False)
+
+
+def test_training_mode_is_given_back() -> None:
+    model = tiny("llama").train()
+    llm.prune_model(model, batches(), "2:4", "magnitude", progress=False)
+    assert model.training
+
+
+def test_progress_in_a_log_is_one_line_a_block_with_the_time_left(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    llm.prune_model(tiny("llama"), batches(), "2:4", "magnitude")
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line.split(":")[0] for line in lines] == ["block 1/2", "block 2/2"]
+    assert "left" in lines[0]
+
+
+def test_the_report_gives_frames_and_a_summary() -> None:
+    report = llm.prune_model(tiny("llama"), batches(), "2:4", "wanda", progress=False)
+    linears, blocks = report.frames()
+    assert list(linears["name"])[0] == "model.layers.0.self_attn.q_proj"
+    assert len(blocks) == 2
+    assert (linears["density"] == 0.5).all()
+    assert (linears["samples"] == 4 * 2 * 24).all()
+    assert json.loads(json.dumps(report.summary()))["layers"] == 14
+    assert "14 linears in 2 blocks" in str(report)
+
+
+class TestModuleInputCatcher:
+    def test_it_records_arguments_and_ends_the_pass(self) -> None:
+        late = nn.Linear(4, 4)
+        late.forward = None  # type: ignore[assignment] # would fail if it were called
+        net = nn.Sequential(nn.Linear(3, 4), late)
+        with s3.ModuleInputCatcher(late, "cpu") as catcher:
+            assert catcher.run(net, torch.ones(2, 3)) is None
+        (args, kwargs) = catcher.pop()
+        assert args[0].shape == (2, 4)
+        assert kwargs == {}
+
+    def test_it_leaves_no_hooks_behind(self) -> None:
+        linear = nn.Linear(3, 4)
+        with s3.ModuleInputCatcher(linear):
+            assert len(linear._forward_pre_hooks) == 1
+        assert not linear._forward_pre_hooks
+
+    def test_an_error_in_the_module_is_not_swallowed(self) -> None:
+        linear = nn.Linear(3, 4)
+        with s3.ModuleInputCatcher(linear, stop=False) as catcher, pytest.raises(RuntimeError):
+            catcher.run(linear, torch.ones(2, 5))
+
+
+def test_transfer_to_device_keeps_structure_and_moves_tensors() -> None:
+    from collections import namedtuple
+
+    pair = namedtuple("pair", "a b")
+    value = {"x": [torch.ones(2), (torch.zeros(1), None)], "y": pair(torch.ones(1), "text")}
+    moved = s3.transfer_to_device(value, "meta")
+    assert moved["x"][0].is_meta
+    assert moved["x"][1][0].is_meta
+    assert moved["x"][1][1] is None
+    assert isinstance(moved["y"], pair)
+    assert moved["y"].b == "text"
+    here = torch.ones(2)
+    assert s3.transfer_to_device(here, "cpu") is here
+
+
+class TestText:
+    def test_the_parts_of_pydoc_share_no_topic(self) -> None:
+        from pydoc_data.topics import topics
+
+        parts = [
+            text.load_text("pydoc", part) for part in ("calibration", "development", "held-out")
+        ]
+        assert sum(len(part) for part in parts) > 0.95 * sum(map(len, topics.values()))
+        for topic in topics.values():
+            assert sum(topic in part for part in parts if len(topic) > 200) <= 1
+
+    def test_windows_do_not_overlap_and_are_seeded(self) -> None:
+        tokens = torch.arange(100)
+        picked = llm.windows(tokens, 5, 16, seed=3)
+        assert picked.unique().numel() == picked.numel() == 80
+        assert torch.equal(picked, llm.windows(tokens, 5, 16, seed=3))
+        assert not torch.equal(picked, llm.windows(tokens, 5, 16, seed=4))
+
+    def test_a_text_too_short_names_both_numbers(self) -> None:
+        with pytest.raises(s3.CalibrationError, match=r"100 tokens.*7 x 16 = 112.*at most 6"):
+            llm.windows(torch.arange(100), 7, 16)
+
+    def test_paths_are_read_and_bad_ones_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "b.txt").write_text("second")
+        (tmp_path / "a.md").write_text("first")
+        (tmp_path / "c.bin").write_bytes(b"\xff\xfe")
+        assert llm.load_text(str(tmp_path)) == "first\n\nsecond"
+        with pytest.raises(s3.CalibrationError, match="no text at"):
+            llm.load_text(str(tmp_path / "nothing"))
+        with pytest.raises(s3.CalibrationError, match="UTF-8"):
+            llm.load_text(str(tmp_path / "c.bin"))
+        (tmp_path / "empty.txt").write_text("  ")
+        with pytest.raises(s3.CalibrationError, match="holds no text"):
+            llm.load_text(str(tmp_path / "empty.txt"))
