@@ -15,9 +15,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import math
 import platform
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import s3tensor as s3
 
 LAYERS = {
     "15.down": "model.layers.15.mlp.down_proj",
@@ -54,8 +52,6 @@ def prepare(path: Path, samples: int, seq_len: int) -> None:
     """Save weight, calibration Hessian and held-out Hessian of each layer."""
     from pydoc_data.topics import topics
 
-    from s3tensor.hessian import Hessian
-
     model, tokenizer = load_model()
     linears = {name: model.get_submodule(module) for name, module in LAYERS.items()}
     record: dict[str, Any] = {"model": GGUF, "seq_len": seq_len, "layers": {}}
@@ -65,7 +61,7 @@ def prepare(path: Path, samples: int, seq_len: int) -> None:
         text = "\n\n".join(topics[t] for t in chosen)
         tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         rows = tokens[: tokens.numel() // seq_len * seq_len].reshape(-1, seq_len)[:most]
-        hessians = {name: Hessian(linear.in_features) for name, linear in linears.items()}
+        hessians = {name: s3.Hessian(linear.in_features) for name, linear in linears.items()}
         hooks = [
             linear.register_forward_pre_hook(lambda _, x, h=hessians[name]: h.update(x[0]))
             for name, linear in linears.items()
@@ -85,11 +81,154 @@ def prepare(path: Path, samples: int, seq_len: int) -> None:
     print(f"wrote {path}: {path.stat().st_size / 2**20:.1f} MiB")
 
 
-if __name__ == "__main__":
+Method = Callable[[Tensor, Tensor, str], Tensor]  # (weight, hessian, pattern) -> pruned weight
+
+
+def ours() -> dict[str, Method]:
+    """Every pruner of s3tensor at its defaults, and SparseGPT's mask with exact weights."""
+
+    def sparsegpt_refit(weight: Tensor, hessian: Tensor, pattern: str) -> Tensor:
+        factors = s3.Factors(hessian, damp=0.01)
+        mask = s3.prune.sparsegpt(weight, factors, pattern).mask
+        return s3.prune.refit(weight, factors, mask)
+
+    methods: dict[str, Method] = {
+        name: lambda w, h, p, prune=prune: prune(w, h, p).weight  # type: ignore[misc]
+        for name, prune in s3.prune.PRUNERS.items()
+        if name != "obd"  # for single weights its order is Wanda's
+    }
+    methods["sparsegpt+refit"] = sparsegpt_refit
+    return methods
+
+
+def rivals() -> dict[str, Method]:
+    """The reference implementation's S-OBS and SparseGPT, through its public functions; none without it."""
+    if importlib.util.find_spec("sparsekit") is None or not torch.cuda.is_available():
+        return {}
+    from sparsekit import BlockSpec, ScopeSpec, StructuredOBS, View
+    from sparsekit.pruners import sparsegpt
+
+    def scope_of(weight: Tensor, pattern: str) -> tuple[Any, int]:
+        m, k = weight.shape
+        if pattern == "2:4":
+            return ScopeSpec(BlockSpec(weight, shape=(1, 1)), shape=(1, 4)), 2
+        if pattern == "pair4:8":
+            return ScopeSpec(BlockSpec(weight, shape=(1, 2)), shape=(1, 4)), 2
+        if pattern == "coupled2:4":
+            view = View(weight, shape=(m, k // 16, 8, 2), stride=(k, 16, 1, 8))
+            return ScopeSpec(BlockSpec(view, shape=(1, 1, 1, 2)), shape=(1, 1, 4, 1)), 2
+        view = View(weight, shape=(m // 16, 8, 2, k), stride=(16 * k, k, 8 * k, 1))
+        return ScopeSpec(BlockSpec(view, shape=(1, 1, 1, 16)), shape=(1, 1, 2, 1)), 1
+
+    def s_obs(weight: Tensor, hessian: Tensor, pattern: str) -> Tensor:
+        parameter = torch.nn.Parameter(weight.clone(), requires_grad=False)
+        scope, keep = scope_of(parameter, pattern)
+        # float32 working matrices: its default, float16, overflows on some of these layers.
+        StructuredOBS(scope, hessian).prune_true_obs(
+            nnz=keep, ng=64, order="largest_first", c_dtype=torch.float32
+        )
+        return parameter.data
+
+    def their_sparsegpt(weight: Tensor, hessian: Tensor, pattern: str) -> Tensor:
+        given = weight.clone(), hessian.clone()
+        if pattern == "coupled2:4":
+            return sparsegpt.sparsegpt_coupled_24(*given)
+        if pattern == "rowpair16":
+            return sparsegpt.sparsegpt_block16(*given)
+        return sparsegpt.sparsegpt(*given, block_size=2 if pattern == "pair4:8" else 1)
+
+    return {"sparsekit S-OBS": s_obs, "sparsekit SparseGPT": their_sparsegpt}
+
+
+def measure(
+    method: Method, weight: Tensor, hessian: Tensor, held_out: Tensor, pattern: str
+) -> dict[str, Any]:
+    """Error on both Hessians and seconds of one method; a failure is recorded, not hidden."""
+    _synchronize(weight)
+    start = time.perf_counter()
+    try:
+        pruned = method(weight.clone(), hessian.clone(), pattern)
+    except Exception as error:  # a rival may raise anything, and one row must not end the table
+        return {"failed": f"{type(error).__name__}: {error}"[:200]}
+    _synchronize(weight)
+    seconds = time.perf_counter() - start
+    if not bool(torch.isfinite(pruned).all()):
+        return {"failed": "NaN or Inf in the result", "seconds": seconds}
+    return {
+        "error": s3.output_error(pruned, weight, hessian),
+        "held_out_error": s3.output_error(pruned, weight, held_out),
+        "seconds": seconds,
+        "satisfies": s3.satisfies(pruned, pattern),
+    }
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def run(path: Path, store: Path) -> None:
+    """Print the table of every method on every layer and pattern, and store it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    record = torch.load(path, weights_only=True)
+    methods = {**ours(), **rivals()}
+    first = next(iter(record["layers"].values()))
+    for method in methods.values():  # compile and load whatever the first call needs
+        small = first["weight"][:16, :64].to(device, torch.float32).clone()
+        measure(method, small, torch.eye(64, device=device), torch.eye(64, device=device), "2:4")
+    rows = []
+    for name, layer in record["layers"].items():
+        weight, hessian, held_out = (
+            layer[key].to(device, torch.float32) for key in ("weight", "calibration", "held-out")
+        )
+        for pattern in PATTERNS:
+            for label, method in methods.items():
+                row = measure(method, weight, hessian, held_out, pattern)
+                rows.append({"layer": name, "pattern": pattern, "method": label, **row})
+                figures = row.get("failed") or (
+                    f"error {row['error']:.4f}  held out {row['held_out_error']:.4f}  "
+                    f"{row['seconds']:7.2f} s" + ("" if row["satisfies"] else "  PATTERN BROKEN")
+                )
+                print(f"{name:8} {pattern:10} {label:20} {figures}", flush=True)
+    document = {
+        "model": record["model"],
+        "tokens": {name: layer["calibration tokens"] for name, layer in record["layers"].items()},
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in ("torch", "triton", "s3tensor", "sparsekit")},
+        "rows": rows,
+    }
+    store.parent.mkdir(parents=True, exist_ok=True)
+    store.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(f"stored in {store}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prepare", type=Path, metavar="FILE")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--seq-len", type=int, default=512)
-    a = parser.parse_args()
-    torch.set_num_threads(2)
-    prepare(a.prepare, a.samples, a.seq_len)
+    parser.add_argument("--prepare", type=Path, metavar="FILE", help="write layers and Hessians")
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens in a window")
+    parser.add_argument("--run", type=Path, metavar="FILE", help="prune what --prepare wrote")
+    parser.add_argument(
+        "--store", type=Path, default=Path("bench/results/layer_errors.json"), help="JSON of --run"
+    )
+    args = parser.parse_args()
+    if args.prepare is None and args.run is None:
+        parser.error("give --prepare FILE, --run FILE, or both")
+    if args.prepare is not None:
+        prepare(args.prepare, args.samples, args.seq_len)
+    if args.run is not None:
+        run(args.run, args.store)
+
+
+if __name__ == "__main__":
+    main()

@@ -122,9 +122,8 @@ def main() -> None:
         f"{'equal bit for bit' if same else 'DIFFER'}"
     )
     print(f"the reloaded model says  {words}")
-    print(
-        f"files                    {compressed_file}, {dense_folder}/, {args.out}/linears.csv, blocks.csv, demo.json"
-    )
+    print(f"files                    {compressed_file}, {dense_folder}/")
+    print(f"                         {args.out}/linears.csv, blocks.csv, demo.json")
     if not same:
         sys.exit("error: the reloaded model's logits differ")
 

