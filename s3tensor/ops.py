@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3tensor.errors import NonFiniteError
+from s3tensor.errors import NonFiniteError, PatternError
 from s3tensor.mask import project as project_mask
 from s3tensor.mask import tile
 from s3tensor.packing import block_indices
@@ -122,6 +122,36 @@ def gather(dense: Tensor, indices: Tensor, pattern: str) -> Tensor:
 @gather.register_fake
 def _(dense: Tensor, indices: Tensor, pattern: str) -> Tensor:
     return _empty_packed(dense, _bound(pattern, dense.shape))[0]
+
+
+@torch.library.custom_op(
+    "s3tensor::add_packed",
+    mutates_args=(),
+    schema="(Tensor packed, Tensor indices, Tensor other, Tensor other_indices, Scalar alpha) -> Tensor",
+)
+def add_packed(
+    packed: Tensor, indices: Tensor, other: Tensor, other_indices: Tensor, alpha: float
+) -> Tensor:
+    """``packed + alpha * other`` for two weights that keep the same blocks: what sums their gradients.
+
+    An op, and not an addition, because whether the positions are equal is not known while tracing.
+
+    Raises:
+        PatternError: positions that differ, whose sum need not satisfy the pattern.
+    """
+    if not torch.equal(indices, other_indices):
+        raise PatternError(
+            "the sum of two compressed weights that keep different blocks need not satisfy their "
+            "pattern; add .to_dense() of both and project the sum"
+        )
+    return torch.add(packed, other, alpha=alpha)
+
+
+@add_packed.register_fake
+def _(
+    packed: Tensor, indices: Tensor, other: Tensor, other_indices: Tensor, alpha: float
+) -> Tensor:
+    return torch.empty_like(packed)
 
 
 def _save_pack(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -315,7 +345,8 @@ linear.register_autograd(_linear_backward, setup_context=_save_linear)
 
 @linear.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-    if any(dim is not None for dim in in_dims[1:]):
+    # packed, indices and bias; the dims of shape, a list, come as a list
+    if any(dim is not None for dim in in_dims[1:4]):
         raise NotImplementedError(
             "s3tensor::linear can be mapped over x only; stack the inputs of one weight, or loop over weights"
         )

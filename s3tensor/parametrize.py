@@ -31,7 +31,7 @@ class _StraightThrough(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -262,7 +262,7 @@ def sparsify_(
     pattern: Pattern | str,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> SparsifyReport:
-    """Compress the weights of linear layers in place: as they are if they satisfy ``pattern``, else projected.
+    """Compress the weights of linear layers in place; those that do not satisfy ``pattern`` are projected.
 
     Linear layers are ``nn.Linear`` and the ``Conv1D`` of transformers, whose weight is stored transposed.
     Projection keeps the blocks of the largest magnitude; prune with data first for better accuracy

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from s3tensor import ops
 from s3tensor.errors import PatternError, UnsupportedOpError
@@ -153,7 +154,7 @@ class StructuredSparseTensor(Tensor):
 
     # what it is ---------------------------------------------------------------------------------------
 
-    def to_dense(self, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def to_dense(self, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
         """The dense tensor of the same shape, contiguous unless transposed. Data: no gradient flows back."""
         dense = ops.unpack(self.packed, self.indices, str(self.pattern), list(self.bound_shape))
         dense = dense if dtype is None else dense.to(dtype)
@@ -272,7 +273,7 @@ class StructuredSparseTensor(Tensor):
 
     # Dynamo must not trace into the rules: AOTAutograd runs them while it traces.
     @classmethod
-    @torch._disable_dynamo
+    @_disable_dynamo
     def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,

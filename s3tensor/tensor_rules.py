@@ -190,6 +190,31 @@ def _equal(func: Any, args: Args, kwargs: Kwargs) -> bool:
     return bool(func(*dense))
 
 
+# sums -------------------------------------------------------------------------------------------------
+
+
+def _sum(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    """Packed values of ``left + alpha * right``: gradients of a weight that is used twice are summed."""
+    left, right = args
+    if not (is_sparse(left) and is_sparse(right) and left.same_layout(right)):
+        raise refusal(func, "only two of the same pattern, shape and positions add up")
+    parts = (left.packed, left.indices, right.packed, right.indices)
+    total: Tensor = torch.ops.s3tensor.add_packed(*parts, kwargs.get("alpha", 1))
+    return total
+
+
+@dispatch(aten.add.Tensor)
+def _add(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    packed = _sum(func, args, kwargs)
+    return args[0].map_parts(lambda values: packed, aten.clone.default)
+
+
+@dispatch(aten.add_.Tensor)
+def _add_(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    args[0].packed.copy_(_sum(func, args, kwargs))
+    return args[0]
+
+
 # products ---------------------------------------------------------------------------------------------
 
 

@@ -52,6 +52,14 @@ def test_unpack_and_gather_obey_the_contract_of_an_op(pattern: str) -> None:
 
 
 @every_pattern
+def test_add_packed_obeys_the_contract_of_an_op(pattern: str) -> None:
+    _, values, indices = packed(pattern)
+    arguments = (values, indices, torch.ones_like(values), indices.clone(), 0.5)
+    torch.library.opcheck(ops.add_packed, arguments)
+    assert torch.equal(ops.add_packed(*arguments), values + 0.5)
+
+
+@every_pattern
 @pytest.mark.parametrize("transposed", [False, True])
 def test_linear_obeys_the_contract_of_an_op(pattern: str, transposed: bool) -> None:
     dense, values, indices = packed(pattern)
