@@ -13,6 +13,7 @@ from s3tensor.errors import (
     ModelError,
     NonFiniteError,
     PatternError,
+    PrunerError,
     S3Error,
     UnsupportedOpError,
 )

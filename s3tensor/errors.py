@@ -15,6 +15,10 @@ class NonFiniteError(S3Error, ValueError):
     """NaN or Inf in a weight, an activation or a Hessian."""
 
 
+class PrunerError(S3Error, ValueError):
+    """A pruner that is unknown, or an option out of its range."""
+
+
 class HessianError(S3Error, ValueError):
     """A Hessian of the wrong size, not symmetric, or not positive."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from s3tensor.errors import PrunerError
 from s3tensor.prune.column import sparsegpt
 from s3tensor.prune.problem import MEMORY_BUDGET, Pruned
 from s3tensor.prune.scores import magnitude, obd, wanda
@@ -30,10 +31,10 @@ def get(name: str) -> Callable[..., Pruned]:
     """The pruner of a name in ``PRUNERS``.
 
     Raises:
-        ValueError: an unknown name; the message lists the names.
+        PrunerError: an unknown name; the message lists the names.
     """
     if name not in PRUNERS:
-        raise ValueError(f"unknown pruner {name!r}; use one of {', '.join(PRUNERS)}")
+        raise PrunerError(f"unknown pruner {name!r}; use one of {', '.join(PRUNERS)}")
     return PRUNERS[name]
 
 
