@@ -21,26 +21,31 @@ _CONVERGED = {torch.float32: 1e-5, torch.float64: 1e-12}
 def full_precision() -> Iterator[None]:
     """Matrix products in the precision of their inputs: no TF32, no bfloat16, no autocast, no autograd.
 
-    The flags of the caller are restored on leaving, also after an error.
+    The flags of the caller, of the whole process, are restored on leaving, also after an error.
     """
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with (
-            torch.no_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else _nothing(),
-        ):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.cuda.is_available():
+            stack.enter_context(torch.autocast("cuda", enabled=False))
+        stack.callback(_set_precision, _set_precision(None))
+        yield
 
 
-def _nothing() -> contextlib.nullcontext[None]:
-    return contextlib.nullcontext()
+def _set_precision(wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Set the precision of float32 products, ``None`` for the full one; returns what was set before."""
+    known: Any = torch.backends  # untyped: its members differ by version
+    if not hasattr(known.cuda.matmul, "fp32_precision"):
+        # Before torch 2.9 one flag serves all backends.
+        before: tuple[str, ...] = (torch.get_float32_matmul_precision(),)
+        torch.set_float32_matmul_precision(*(wanted or ("highest",)))
+        return before
+    # Where a program has set these attributes the old function raises, so they come first.
+    backends = (known.cuda.matmul, known.mkldnn.matmul)
+    before = tuple(backend.fp32_precision for backend in backends)
+    for backend, precision in zip(backends, wanted or ("ieee", "ieee"), strict=True):
+        backend.fp32_precision = precision
+    return before
 
 
 def masked_least_squares(
