@@ -29,6 +29,15 @@ if TYPE_CHECKING:
     from s3tensor.llm.calibrate import ModuleInputCatcher, transfer_to_device
     from s3tensor.mask import project, satisfies
     from s3tensor.parametrize import S3Sparse, finalize, sparsify_
+    from s3tensor.selection import kth_largest, mid_kth_largest
+    from s3tensor.specs import (
+        BlockCoupling,
+        BlockSpec,
+        ScopeCoupling,
+        ScopeSpec,
+        SparsityBuilder,
+        View,
+    )
     from s3tensor.tensor import StructuredSparseTensor
     from s3tensor.viz import draw_layout
 
@@ -52,6 +61,14 @@ _LAZY = {
     "S3Sparse": "s3tensor.parametrize",
     "finalize": "s3tensor.parametrize",
     "sparsify_": "s3tensor.parametrize",
+    "kth_largest": "s3tensor.selection",
+    "mid_kth_largest": "s3tensor.selection",
+    "BlockCoupling": "s3tensor.specs",
+    "BlockSpec": "s3tensor.specs",
+    "ScopeCoupling": "s3tensor.specs",
+    "ScopeSpec": "s3tensor.specs",
+    "SparsityBuilder": "s3tensor.specs",
+    "View": "s3tensor.specs",
     "StructuredSparseTensor": "s3tensor.tensor",
     "draw_layout": "s3tensor.viz",
 }
