@@ -1,10 +1,10 @@
 """Strided layouts: functions from coordinates to offsets, in the vocabulary of CuTe.
 
-A ``Layout`` is a shape and a stride of the same length. It maps a coordinate ``(c0, c1, ...)`` to the
-offset ``c0 * d0 + c1 * d1 + ...``; a single integer is read as a colexicographic index (the first
-mode runs fastest), as in CuTe, "Layout Algebra". As there, a layout is not bounded: past its size the
-last mode goes on. Modes are flat: CuTe nests the modes of a composition, here they stand side by side,
-which is the same function of an integer.
+A ``Layout`` is a shape and a stride of the same nesting. It maps a coordinate ``(c0, c1, ...)`` to the
+offset ``c0 * d0 + c1 * d1 + ...``. A single integer is read as a colexicographic index (the first mode
+runs fastest), and so is an integer that stands for the coordinate of a nested mode: the layout
+``((2,2),3):((24,2),8)`` takes ``L(i)``, ``L(c0, c1)`` and ``L((a, b), c1)`` (CuTe, "Layout Algebra").
+As there, a layout is not bounded: past its size the last mode goes on. ``check_bounds`` asks.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, TypeAlias, Union
 
 from s3tensor.errors import PatternError
+
+IntTuple: TypeAlias = Union[int, "tuple[IntTuple, ...]"]
+_DEEPEST = 16  # levels of nesting; keeps hostile ones from the interpreter's own limit
+_LARGEST = 2**63 - 1  # the largest size of a tensor
 
 
 def as_int(value: object) -> int | None:
@@ -28,7 +33,7 @@ def as_int(value: object) -> int | None:
         return None
 
 
-def as_ints(what: str, values: Iterable[int], low: int, high: int = 2**63 - 1) -> tuple[int, ...]:
+def as_ints(what: str, values: Iterable[int], low: int, high: int = _LARGEST) -> tuple[int, ...]:
     """``values`` as a tuple of plain ints from ``low`` to ``high``; the one check of sizes and strides.
 
     The upper bound is that of a tensor's size, and keeps hostile numbers out of products and messages.
@@ -47,26 +52,66 @@ def as_ints(what: str, values: Iterable[int], low: int, high: int = 2**63 - 1) -
     return tuple(value for value in ints if value is not None)
 
 
+def _as_int_tuple(what: str, values: Any, low: int, level: int = 1) -> tuple[Any, ...]:
+    """``values`` as nested tuples of plain ints, each checked by :func:`as_ints`."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise PatternError(f"{what} must be a tuple of ints, got {values!r:.80}")
+    if level > _DEEPEST:
+        raise PatternError(f"{what} is nested deeper than {_DEEPEST} levels")
+    return tuple(
+        _as_int_tuple(what, item, low, level + 1)
+        if isinstance(item, (tuple, list))
+        else as_ints(what, (item,), low)[0]
+        for item in values
+    )
+
+
+def flatten(values: IntTuple) -> tuple[int, ...]:
+    """The ints of nested tuples, from left to right."""
+    if not isinstance(values, tuple):
+        return (values,)
+    return tuple(leaf for value in values for leaf in flatten(value))
+
+
+def _profile(values: IntTuple) -> Any:
+    """The nesting of ``values`` alone: equal for congruent tuples."""
+    return tuple(map(_profile, values)) if isinstance(values, tuple) else None
+
+
+def _depth(values: IntTuple) -> int:
+    return 1 + max(map(_depth, values), default=0) if isinstance(values, tuple) else 0
+
+
 @dataclass(frozen=True)
 class Layout:
     """A map from coordinates to offsets.
+
+    Args:
+        shape: an int, or nested tuples of ints, for each mode; every entry >= 1.
+        stride: the same nesting; every entry >= 0.
 
     Example:
         >>> row_major = Layout((4, 8), (8, 1))
         >>> row_major(1, 3), row_major(5), row_major.size, row_major.cosize
         (11, 9, 32, 32)
+        >>> Layout(((2, 2), 3), ((24, 2), 8))(3, 1) == Layout(((2, 2), 3), ((24, 2), 8))((1, 1), 1)
+        True
+
+    Raises:
+        PatternError: entries that are no such ints, or a stride that is not nested as the shape is.
     """
 
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    # Of ints where a layout is flat, as every view of a pattern is; a mode may hold an IntTuple.
+    shape: tuple[Any, ...]
+    stride: tuple[Any, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", as_ints("layout shape", self.shape, 1))
-        object.__setattr__(self, "stride", as_ints("layout stride", self.stride, 0))
-        if len(self.shape) != len(self.stride):
+        object.__setattr__(self, "shape", _as_int_tuple("layout shape", self.shape, 1))
+        object.__setattr__(self, "stride", _as_int_tuple("layout stride", self.stride, 0))
+        if _profile(self.shape) != _profile(self.stride):
             raise PatternError(
-                f"a layout needs one stride for each dim of its shape, got shape {self.shape} and "
-                f"stride {self.stride}"
+                f"a layout needs one stride for each dim of its shape, nested alike, got shape "
+                f"{self.shape} and stride {self.stride}"
             )
 
     @classmethod
@@ -77,45 +122,70 @@ class Layout:
             stride[dim] = stride[dim + 1] * shape[dim + 1]
         return cls(tuple(shape), tuple(stride))
 
+    @classmethod
+    def of_modes(cls, *modes: Layout) -> Layout:
+        """Layouts side by side, each a mode of the result; ``(c0, c1)`` goes to the sum of theirs.
+
+        A layout of one flat mode becomes a flat mode, any other a nested one (CuTe's make_layout).
+        """
+        return cls(
+            tuple(mode.shape[0] if mode.rank == 1 else mode.shape for mode in modes),
+            tuple(mode.stride[0] if mode.rank == 1 else mode.stride for mode in modes),
+        )
+
+    @property
+    def rank(self) -> int:
+        """Number of modes."""
+        return len(self.shape)
+
+    @property
+    def depth(self) -> int:
+        """Levels of nesting: 1 for a flat layout."""
+        return _depth(self.shape)
+
     @property
     def size(self) -> int:
         """Number of coordinates."""
-        return math.prod(self.shape)
+        return math.prod(n for n, _ in self._modes())
 
     @property
     def cosize(self) -> int:
         """One past the largest offset."""
-        return 1 + sum((n - 1) * d for n, d in zip(self.shape, self.stride, strict=True))
+        return 1 + sum((n - 1) * d for n, d in self._modes())
 
-    def __call__(self, *coord: int) -> int:
+    def mode(self, index: int) -> Layout:
+        """One mode as a layout."""
+        if not -self.rank <= index < self.rank:
+            raise PatternError(f"{self} has no mode {index}; it has {self.rank}")
+        shape, stride = self.shape[index], self.stride[index]
+        return Layout(shape, stride) if isinstance(shape, tuple) else Layout((shape,), (stride,))
+
+    def flat(self) -> Layout:
+        """The same function of an index, without nesting."""
+        return Layout(flatten(self.shape), flatten(self.stride))
+
+    def __call__(self, *coord: IntTuple) -> int:
         """Offset of a coordinate, or of one colexicographic index."""
         if len(coord) == 1 and len(self.shape) != 1:
-            coord = self.coordinate(coord[0])
-        if len(coord) != len(self.shape):
-            raise PatternError(
-                f"layout of shape {self.shape} takes 1 or {len(self.shape)} ints, got {len(coord)}"
-            )
-        return sum(c * d for c, d in zip(coord, self.stride, strict=True))
+            return _offset(coord[0], self.shape, self.stride)
+        return _offset(coord, self.shape, self.stride)
 
-    def coordinate(self, index: int) -> tuple[int, ...]:
-        """Coordinate of a colexicographic index; past ``size`` the last mode goes on."""
-        if index < 0:
-            raise PatternError(f"layout index {index} must be >= 0")
-        coord = []
-        for n in self.shape[:-1]:
-            coord.append(index % n)
-            index //= n
-        return (*coord, index) if self.shape else ()
+    def coordinate(self, index: int) -> tuple[Any, ...]:
+        """Coordinate of a colexicographic index, nested as the shape is; past ``size`` it runs on."""
+        return _coordinate(_checked_index(index), self.shape)
 
     def offsets(self) -> list[int]:
         """Every offset, coordinates in lexicographic (row-major) order: what a view reads, in order."""
-        return [self(*coord) for coord in itertools.product(*map(range, self.shape))]
+        offsets = [0]
+        for n, d in self._modes():
+            offsets = [start + c * d for start in offsets for c in range(n)]
+        return offsets
 
     @property
     def is_compact(self) -> bool:
         """True when the layout is a bijection onto ``[0, size)``: a permuted, contiguous tensor."""
         expected = 1
-        for n, d in sorted(zip(self.shape, self.stride, strict=True), key=lambda mode: mode[1]):
+        for n, d in sorted(self._modes(), key=lambda mode: mode[1]):
             if n == 1:
                 continue
             if d != expected:
@@ -123,13 +193,61 @@ class Layout:
             expected *= n
         return True
 
-    def divide(self, tile: tuple[int, ...]) -> tuple[Layout, Layout]:
-        """Split every mode by ``tile``: the layout of tile origins, and the layout inside one tile.
+    @property
+    def is_injective(self) -> bool:
+        """True when no two coordinates below ``size`` share an offset.
 
-        ``outer(i) + inner(j)`` is the offset of element ``j`` of tile ``i`` (CuTe's logical divide by
-        mode). Each entry of ``tile`` must divide its mode.
+        Strides that nest, as those of any sliced or permuted tensor, are told at once. Otherwise two
+        coordinates are looked for whose difference moves nothing, widest stride first; a view has few
+        dims, and no two of them meet by themselves, so that the search is short.
+        """
+        modes = sorted((d, n - 1) for n, d in self._modes() if n > 1)
+        if any(d == 0 for d, _ in modes):
+            return False
+        reach = list(itertools.accumulate((d * most for d, most in modes), initial=0))
+        if all(d > below for (d, _), below in zip(modes, reach, strict=False)):
+            return True
+        for (d, most), (e, other) in itertools.combinations(modes, 2):
+            if e // math.gcd(d, e) <= most and d // math.gcd(d, e) <= other:
+                return False
+        # Differences of two coordinates so far: their offset, and whether any entry is not zero.
+        sums = {(0, False)}
+        for (d, most), below in zip(reversed(modes), reversed(reach[:-1]), strict=True):
+            sums = {
+                (offset + step * d, moved or step != 0)
+                for offset, moved in sums
+                for step in range(
+                    max(-most, -(-(-below - offset) // d)), min(most, (below - offset) // d) + 1
+                )
+            }
+        return (0, True) not in sums
+
+    def check_bounds(self, numel: int, offset: int = 0) -> None:
+        """Refuse a layout that reads beyond a storage.
+
+        Args:
+            numel: elements of the storage.
+            offset: element at which the layout begins.
+
+        Raises:
+            PatternError: when an offset lies outside ``[0, numel)``.
+        """
+        (offset,) = as_ints("storage offset", (offset,), 0)
+        if offset + self.cosize > numel:
+            raise PatternError(
+                f"{self} from element {offset} reads up to element {offset + self.cosize - 1}, but the "
+                f"storage has {numel}; make the shape or the strides smaller"
+            )
+
+    def divide(self, tile: tuple[int, ...]) -> tuple[Layout, Layout]:
+        """Split every mode of a flat layout: the layout of tile origins, and the layout inside one tile.
+
+        ``outer(i) + inner(j)`` is the offset of element ``j`` of tile ``i`` (CuTe's zipped divide).
+        Each entry of ``tile`` must divide its mode.
         """
         tile = as_ints("tile", tile, 1)
+        if self.depth > 1:
+            raise PatternError(f"{self} is nested; divide layout.flat(), or use logical_divide")
         if len(tile) != len(self.shape) or any(
             n % t for n, t in zip(self.shape, tile, strict=True)
         ):
@@ -139,76 +257,178 @@ class Layout:
         return Layout(outer, stride), Layout(tile, self.stride)
 
     def __str__(self) -> str:
-        return f"({','.join(map(str, self.shape))}):({','.join(map(str, self.stride))})"
+        return f"{_words(self.shape)}:{_words(self.stride)}"
+
+    def _modes(self) -> list[tuple[int, int]]:
+        """(size, stride) of every mode, flat."""
+        return list(zip(flatten(self.shape), flatten(self.stride), strict=True))
 
 
-def coalesce(layout: Layout) -> Layout:
+def _words(values: IntTuple) -> str:
+    return f"({','.join(map(_words, values))})" if isinstance(values, tuple) else str(values)
+
+
+def _checked_index(index: object) -> int:
+    value = as_int(index)
+    if value is None or value < 0:
+        raise PatternError(f"layout index {index!r:.80} must be an int >= 0")
+    return value
+
+
+def _coordinate(index: int, shape: IntTuple) -> Any:
+    if not isinstance(shape, tuple):
+        return index
+    coord = []
+    for mode in shape[:-1]:
+        index, within = divmod(index, math.prod(flatten(mode)))
+        coord.append(_coordinate(within, mode))
+    return (*coord, _coordinate(index, shape[-1])) if shape else ()
+
+
+def _offset(coord: IntTuple, shape: IntTuple, stride: Any) -> int:
+    if not isinstance(shape, tuple):
+        return _checked_index(coord) * stride
+    place: tuple[IntTuple, ...]
+    place = coord if isinstance(coord, tuple) else _coordinate(_checked_index(coord), shape)
+    if len(place) != len(shape):
+        raise PatternError(
+            f"layout of shape {_words(shape)} takes 1 or {len(shape)} ints, got {len(place)}"
+        )
+    return sum(_offset(c, n, d) for c, n, d in zip(place, shape, stride, strict=True))
+
+
+def coalesce(layout: Layout, by_mode: bool = False) -> Layout:
     """The same function of an integer in ``[0, size)``, with as few modes as can be.
 
+    Args:
+        layout: any layout.
+        by_mode: coalesce inside each mode, so that the modes and their sizes stay.
+
     Example:
-        >>> str(coalesce(Layout((2, 1, 6), (1, 6, 2))))
+        >>> str(coalesce(Layout((2, (1, 6)), (1, (6, 2)))))
         '(12):(1)'
     """
-    modes: list[tuple[int, int]] = []
-    for n, d in zip(layout.shape, layout.stride, strict=True):
-        if n == 1:
-            continue
-        if modes and modes[-1][0] * modes[-1][1] == d:
-            modes[-1] = (modes[-1][0] * n, modes[-1][1])
+    if by_mode:
+        return Layout.of_modes(*(coalesce(layout.mode(i)) for i in range(layout.rank)))
+    return _from_modes(_merged([(n, d) for n, d in layout._modes() if n > 1]) or [(1, 0)])
+
+
+def _merged(modes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Neighbours in one where the second goes on as the first does."""
+    merged: list[tuple[int, int]] = []
+    for n, d in modes:
+        if merged and merged[-1][0] * merged[-1][1] == d:
+            merged[-1] = (merged[-1][0] * n, merged[-1][1])
         else:
-            modes.append((n, d))
-    return _from_modes(modes or [(1, 0)])
+            merged.append((n, d))
+    return merged
 
 
-def composition(outer: Layout, inner: Layout) -> Layout:
-    """The layout ``R`` with ``R(i) == outer(inner(i))`` for every ``i`` in ``[0, inner.size)``.
+def composition(outer: Layout, inner: Layout | tuple[Layout | None, ...]) -> Layout:
+    """The layout ``R`` with ``R(i) == outer(inner(i))``, in the modes of ``inner``.
+
+    ``R(c0, c1) == outer(inner(c0, c1))`` holds as well: where a mode of ``inner`` falls into several of
+    ``outer`` it becomes a nested mode of the same size. Steps that CuTe asks to divide the modes of
+    ``outer`` are taken here wherever the composition is a layout, unless two carries between modes of
+    ``outer`` happen to cancel.
+
+    Args:
+        outer: applied last.
+        inner: applied first; or one layout for each of the first modes of ``outer``, each composed with
+            its mode alone (CuTe's tiler), None for a mode that stays.
 
     Example:
         >>> str(composition(Layout((6, 2), (8, 2)), Layout((4, 3), (3, 1))))
-        '(2,2,3):(24,2,8)'
+        '((2,2),3):((24,2),8)'
 
     Raises:
-        PatternError: when no layout is that function, because a mode of ``inner`` crosses the modes of
-            ``outer`` at places that do not divide.
+        PatternError: when no layout is that function: steps of ``inner`` cross a mode of ``outer`` at a
+            place that does not divide, or two modes of ``inner`` carry over it together.
     """
-    flat = coalesce(outer)
-    modes: list[tuple[int, int]] = []
-    for n, d in zip(inner.shape, inner.stride, strict=True):
-        modes.extend(_compose_mode(flat, n, d, f"cannot compose {outer} with {inner}"))
-    return _from_modes(modes)
+    if isinstance(inner, tuple):
+        return _by_mode(composition, outer, inner)
+    # The last mode goes on for ever, so a last mode of size 1 still has its stride.
+    flat = outer._modes() or [(1, 0)]
+    radix = _merged([(n, d) for n, d in flat[:-1] if n > 1] + flat[-1:])
+    composed = _Composition(radix, f"cannot compose {outer} with {inner}")
+    modes = [composed.mode(n, d) for n, d in zip(inner.shape, inner.stride, strict=True)]
+    return Layout(tuple(n for n, _ in modes), tuple(d for _, d in modes))
 
 
-def _compose_mode(outer: Layout, n: int, d: int, failure: str) -> list[tuple[int, int]]:
-    """Modes of ``outer`` after ``n:d``: skip ``d`` coordinates of ``outer``, then take ``n`` of them."""
-    if n == 1 or d == 0:
-        return [(n, 0)]
-    modes: list[tuple[int, int]] = []
-    for size, stride in zip(outer.shape[:-1], outer.stride[:-1], strict=True):
-        if n == 1:
-            break
-        if d >= size:  # the steps jump over this whole mode
-            if d % size:
-                raise PatternError(f"{failure}: stride {d} and mode {size} do not divide")
-            d //= size
-            continue
-        inside = -(-size // d)  # steps that begin within this mode
-        if n <= inside:
-            modes.append((n, d * stride))
-            n = 1
-            continue
-        if size % d or n % inside:
-            raise PatternError(f"{failure}: {n} steps of {d} cross a mode of {size}")
-        modes.append((inside, d * stride))
-        n, d = n // inside, 1
-    if n > 1:
-        modes.append((n, d * outer.stride[-1]))
-    return modes
+class _Composition:
+    """A layout's coordinates as the digits of a number; each mode composed with it takes some room.
+
+    ``outer(x + y) == outer(x) + outer(y)`` where the digits of x and y add without a carry. That is
+    what a stride means, within one mode of the result and between two of them.
+    """
+
+    def __init__(self, radix: list[tuple[int, int]], failure: str) -> None:
+        self.radix = radix
+        self.room = [n - 1 for n, _ in radix[:-1]]  # what is left of each digit but the last
+        self.failure = failure
+
+    def mode(self, n: IntTuple, d: Any) -> tuple[IntTuple, IntTuple]:
+        """(shape, stride) of ``outer`` after ``n:d``."""
+        if isinstance(n, tuple):
+            modes = [self.mode(*pair) for pair in zip(n, d, strict=True)]
+            return tuple(size for size, _ in modes), tuple(stride for _, stride in modes)
+        parts = self._split(n, d)
+        if len(parts) == 1:
+            return parts[0]
+        return tuple(size for size, _ in parts), tuple(stride for _, stride in parts)
+
+    def _split(self, n: int, d: int) -> list[tuple[int, int]]:
+        parts = []
+        left, step = n, d
+        while left > 1:
+            digits = self._digits(step)
+            # The longest run of equal steps that no digit carries over.
+            bounded = zip(self.radix[:-1], digits[:-1], strict=True)
+            run = min([left, *(-(-size // digit) for (size, _), digit in bounded if digit)])
+            stride = sum(digit * d for digit, (_, d) in zip(digits, self.radix, strict=True))
+            if left % run:
+                raise PatternError(
+                    f"{self.failure}: {left} steps of {step} leave a mode after {run}, which does not "
+                    f"divide them"
+                )
+            for place, digit in enumerate(digits[:-1]):
+                self.room[place] -= (run - 1) * digit
+                if self.room[place] < 0:
+                    raise PatternError(
+                        f"{self.failure}: {n} steps of {d} run over the mode of {self.radix[place][0]} "
+                        "together with the modes before them"
+                    )
+            parts.append((run, stride))
+            left, step = left // run, step * run
+        return parts or [(1, 0)]
+
+    def _digits(self, index: int) -> list[int]:
+        digits = []
+        for size, _ in self.radix[:-1]:
+            index, digit = divmod(index, size)
+            digits.append(digit)
+        return [*digits, index]
+
+
+def _by_mode(
+    operation: Callable[[Layout, Layout], Layout],
+    layout: Layout,
+    tilers: tuple[Layout | None, ...],
+) -> Layout:
+    if len(tilers) > layout.rank:
+        raise PatternError(f"{len(tilers)} layouts for the {layout.rank} modes of {layout}")
+    modes = [layout.mode(i) for i in range(layout.rank)]
+    for i, tiler in enumerate(tilers):
+        if tiler is not None:
+            modes[i] = operation(modes[i], tiler)
+    return Layout.of_modes(*modes)
 
 
 def complement(layout: Layout, size: int) -> Layout:
     """Offsets that ``layout`` leaves out: ``layout(i) + complement(j)`` covers at least ``[0, size)``.
 
-    Every sum is met once; strides of the complement rise.
+    Every sum of two offsets is met once, strides of the complement rise, and a stride of 0, which adds
+    no offset to ``layout``, asks for nothing.
 
     Example:
         >>> str(complement(Layout((4,), (2,)), 24))
@@ -220,7 +440,7 @@ def complement(layout: Layout, size: int) -> Layout:
     (size,) = as_ints("complement size", (size,), 1)
     modes: list[tuple[int, int]] = []
     covered = 1
-    for d, n in sorted(zip(layout.stride, layout.shape, strict=True)):
+    for d, n in sorted((d, n) for n, d in layout._modes()):
         if n == 1 or d == 0:
             continue
         if d % covered:
@@ -242,15 +462,72 @@ def right_inverse(layout: Layout) -> Layout:
     """
     modes: list[tuple[int, int]] = []
     reached = 1
-    steps = itertools.accumulate(layout.shape, operator.mul, initial=1)  # colex index of each mode
-    modes_by_stride = sorted(
-        zip(layout.stride, layout.shape, steps, strict=False), key=lambda mode: (mode[0], -mode[1])
+    flat = layout._modes()
+    steps = itertools.accumulate((n for n, _ in flat), operator.mul, initial=1)  # colex indices
+    by_stride = sorted(
+        ((d, n, step) for (n, d), step in zip(flat, steps, strict=False)),
+        key=lambda mode: (mode[0], -mode[1]),
     )
-    for d, n, step in modes_by_stride:
+    for d, n, step in by_stride:
         if d == reached and n > 1:
             modes.append((n, step))
             reached *= n
     return coalesce(_from_modes(modes or [(1, 0)]))
+
+
+def left_inverse(layout: Layout) -> Layout:
+    """A layout ``R`` with ``R(layout(i)) == i`` for every ``i`` in ``[0, layout.size)``.
+
+    Example:
+        >>> str(left_inverse(Layout((4, 2), (2, 16))))
+        '(2,4,2,2):(8,1,16,4)'
+
+    Raises:
+        PatternError: when ``layout`` has no complement, or meets an offset twice.
+    """
+    if any(d == 0 and n > 1 for n, d in layout._modes()):
+        raise PatternError(f"{layout} has no left inverse: a stride of 0 forgets its coordinate")
+    return right_inverse(Layout.of_modes(layout, complement(layout, 1)))
+
+
+def logical_divide(layout: Layout, tiler: Layout | tuple[Layout | None, ...]) -> Layout:
+    """``layout`` in two modes: inside the tile that ``tiler`` picks, and over the tiles.
+
+    Args:
+        layout: what is divided.
+        tiler: indices of ``layout`` that form the first tile; or one such layout for each of the first
+            modes of ``layout``, each of which is divided alone, None for a mode that stays.
+
+    Example:
+        >>> str(logical_divide(Layout((16,), (1,)), Layout((4,), (2,))))
+        '(4,(2,2)):(2,(1,8))'
+
+    Raises:
+        PatternError: when tiles do not meet every index of ``layout`` once.
+    """
+    if isinstance(tiler, tuple):
+        return _by_mode(logical_divide, layout, tiler)
+    rest = complement(tiler, layout.size)
+    if tiler.size * rest.size != layout.size:
+        raise PatternError(
+            f"{tiler} does not divide {layout}: its {tiler.size} indices and their complement make "
+            f"{tiler.size * rest.size}, not {layout.size}"
+        )
+    return composition(layout, Layout.of_modes(tiler, rest))
+
+
+def logical_product(layout: Layout, tiler: Layout) -> Layout:
+    """Copies of ``layout``, disjoint, laid out as ``tiler``: the modes are the tile and the copies.
+
+    Example:
+        >>> str(logical_product(Layout((2, 2), (4, 1)), Layout((6,), (1,))))
+        '((2,2),(2,3)):((4,1),(2,8))'
+
+    Raises:
+        PatternError: when ``layout`` has no complement, or ``tiler`` does not fit it.
+    """
+    rest = complement(layout, layout.size * tiler.cosize)
+    return Layout.of_modes(layout, composition(rest, tiler))
 
 
 def _from_modes(modes: list[tuple[int, int]]) -> Layout:
