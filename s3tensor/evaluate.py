@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3tensor.errors import CalibrationError, NonFiniteError
+from s3tensor.llm.text import check_tokens
 
 
 @torch.no_grad()
@@ -26,14 +27,16 @@ def perplexity(
     when it has at least two.
 
     Args:
-        model: called as ``model(input_ids=..., use_cache=False).logits``.
+        model: called as ``model(input_ids=..., use_cache=False)``; gives ``.logits`` or a tuple that
+            begins with them, (batch, tokens, vocabulary).
         token_ids: (tokens,) or (sequences, tokens) int64; sequences are joined.
         seq_len: tokens in a window.
         batch: windows in one forward pass.
         progress: called with (windows done, windows).
 
     Raises:
-        CalibrationError: fewer than two tokens, a window of fewer than two, or ids beyond the vocabulary.
+        CalibrationError: fewer than two tokens, a window of fewer than two or of more than the model
+            has positions, or ids beyond the vocabulary.
         NonFiniteError: the model gives NaN or Inf.
     """
     ids = token_ids.flatten()
@@ -42,12 +45,7 @@ def perplexity(
             f"perplexity needs at least 2 integer token ids, seq_len >= 2 and batch >= 1; got {ids.numel()} "
             f"{ids.dtype} ids, seq_len={seq_len}, batch={batch}"
         )
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-        raise CalibrationError(
-            f"token ids from {int(ids.min())} to {int(ids.max())} for a vocabulary of {vocabulary}; use "
-            "the model's own tokenizer"
-        )
+    check_tokens(model, ids, min(seq_len, ids.numel()))
     device = next(model.parameters()).device
     full = ids.numel() // seq_len
     pieces = list(ids[: full * seq_len].reshape(full, seq_len).split(batch)) if full else []
@@ -59,11 +57,11 @@ def perplexity(
     windows = sum(len(piece) for piece in pieces)
     try:
         for piece in pieces:
-            piece = piece.to(device)
-            logits = model(input_ids=piece, use_cache=False).logits
-            for row, target in zip(
-                logits, piece, strict=True
-            ):  # one row at a time bounds float32 memory
+            piece = piece.to(device, torch.int64)
+            given = model(input_ids=piece, use_cache=False)
+            logits = given[0] if isinstance(given, tuple) else given.logits
+            # One row at a time bounds the memory of the float32 copy.
+            for row, target in zip(logits, piece, strict=True):
                 total += float(F.cross_entropy(row[:-1].float(), target[1:], reduction="sum"))
             count += piece.numel() - len(piece)
             done += len(piece)

@@ -12,7 +12,7 @@ from torch import nn
 
 import s3tensor as s3
 from s3tensor import llm
-from s3tensor.llm import driver, structure, text
+from s3tensor.llm import calibrate, driver, resume, structure, text
 
 transformers = pytest.importorskip("transformers")
 
@@ -85,36 +85,23 @@ def test_the_compressed_model_computes_what_the_dense_one_with_zeros_computes(ki
     torch.testing.assert_close(compressed, plain, rtol=1e-5, atol=1e-6)
 
 
+CPU = torch.device("cpu")
+
+
 def test_linears_that_share_an_input_share_a_group_in_the_order_of_their_calls() -> None:
     model = tiny("llama", 1)
     prefix, blocks = llm.decoder_blocks(model)
     assert prefix == "model.layers"
     layers, _ = llm.prunable_layers(blocks[0], prefix, s3.Pattern.parse("2:4"))
-    chunks = llm.calibrate.catch_chunks(model, blocks, batches(1), "cpu")
-    runner = llm.calibrate.BlockRunner(blocks[0], 0, torch.device("cpu"), torch.device("cpu"))
-    groups, unused = driver._groups(runner, chunks[0], layers)
-    names = [[layer.name.rpartition(".")[2] for layer in group] for group in groups]
-    assert names == [
+    chunk = calibrate.catch_chunks(model, blocks, batches(1), "cpu")[0]
+    runner = calibrate.BlockRunner(blocks[0], 0, prefix, CPU, CPU)
+    groups = runner.input_groups(chunk, [layer.module for layer in layers])
+    assert [[layers[i].name.rpartition(".")[2] for i in group] for group in groups] == [
         ["q_proj", "k_proj", "v_proj"],
         ["o_proj"],
         ["gate_proj", "up_proj"],
         ["down_proj"],
     ]
-    assert not unused
-
-
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_caught_chunks_run_through_the_blocks_give_the_models_hidden_states(kind: str) -> None:
-    model = tiny(kind, 3)
-    ids = batches(1)[0]
-    _, blocks = llm.decoder_blocks(model)
-    with torch.no_grad():
-        expected = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-    chunk = llm.calibrate.catch_chunks(model, blocks, [ids], "cpu")[0]
-    for index, block in enumerate(blocks):
-        assert torch.equal(chunk.hidden, expected[index])
-        runner = llm.calibrate.BlockRunner(block, index, torch.device("cpu"), torch.device("cpu"))
-        chunk.hidden = runner.output(chunk)
 
 
 def test_the_dense_target_lowers_the_error_of_the_last_block_on_calibration_data() -> None:
@@ -187,10 +174,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     whole = run(tmp_path / "whole").state_dict()
     real = driver._prune_block
 
-    def dies_in_block_two(block: nn.Module, index: int, *rest: object) -> object:
-        if index == 2:
+    def dies_in_block_two(runner: calibrate.BlockRunner, *rest: object) -> object:
+        if runner.index == 2:
             raise _Killed
-        return real(block, index, *rest)
+        return real(runner, *rest)
 
     monkeypatch.setattr(driver, "_prune_block", dies_in_block_two)
     with pytest.raises(_Killed):
@@ -240,7 +227,7 @@ def test_inf_in_activations_is_refused_by_name() -> None:
     model = tiny("llama")
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight[0] = float("inf")
-    with pytest.raises(s3.NonFiniteError, match=r"block 0|layers\.0"):
+    with pytest.raises(s3.NonFiniteError, match=r"model\.layers\.0\.input_layernorm gives NaN"):
         llm.prune_model(model, batches(), "2:4", progress=False)
 
 
@@ -270,7 +257,7 @@ def test_an_unknown_pruner_and_an_unknown_option_are_refused() -> None:
         llm.prune_model(tiny("llama"), batches(), "2:4", "optimal", progress=False)
     with pytest.raises(TypeError, match="has no option 'speed'"):
         llm.prune_model(tiny("llama"), batches(), "2:4", "admm", speed=9, progress=False)
-    with pytest.raises(s3.CalibrationError, match="dense target"):
+    with pytest.raises(s3.PrunerError, match="dense target"):
         llm.prune_model(tiny("llama"), batches(), "2:4", "wanda", alpha=0.3, progress=False)
 
 

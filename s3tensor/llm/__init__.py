@@ -1,9 +1,9 @@
 """Whole language models: find the decoder blocks, calibrate them one by one, prune, report, resume."""
 
 from s3tensor.llm.calibrate import ModuleInputCatcher, transfer_to_device
-from s3tensor.llm.driver import prune_model
+from s3tensor.llm.driver import check_options, prune_model
 from s3tensor.llm.report import BlockRow, LinearRow, PruneReport
-from s3tensor.llm.resume import check_out, forget_run
+from s3tensor.llm.resume import check_out, forget_run, locked
 from s3tensor.llm.structure import decoder_blocks, prunable_layers
 from s3tensor.llm.text import calibration_tokens, load_text, tokenize, windows
 
@@ -13,10 +13,12 @@ __all__ = [
     "ModuleInputCatcher",
     "PruneReport",
     "calibration_tokens",
+    "check_options",
     "check_out",
     "decoder_blocks",
     "forget_run",
     "load_text",
+    "locked",
     "prunable_layers",
     "prune_model",
     "tokenize",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s3tensor.errors import CalibrationError, NonFiniteError
+from s3tensor.errors import CalibrationError, ModelError, NonFiniteError
+from s3tensor.llm.text import check_tokens
+
+_PROBE_TOKENS = 16
+_Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # hidden states and the other arguments
 
 
 def transfer_to_device(value: Any, device: torch.device | str) -> Any:
@@ -18,15 +22,19 @@ def transfer_to_device(value: Any, device: torch.device | str) -> Any:
 
     A tensor that is already there is not copied. Other objects pass through unchanged.
     """
+    return _map_tensors(value, lambda tensor: tensor.to(device))
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, tuple):
-        moved = [transfer_to_device(item, device) for item in value]
-        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+        items = [_map_tensors(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
-        return [transfer_to_device(item, device) for item in value]
+        return [_map_tensors(item, change) for item in value]
     if isinstance(value, dict):
-        return {key: transfer_to_device(item, device) for key, item in value.items()}
+        return {key: _map_tensors(item, change) for key, item in value.items()}
     return value
 
 
@@ -38,7 +46,8 @@ class ModuleInputCatcher:
     """Records the inputs of modules and, if wanted, ends the forward pass once the last is reached.
 
     Args:
-        modules: one module or several; ``inputs[i]`` are the calls of ``modules[i]`` in order.
+        modules: one module or several (a ``ModuleList`` is several); ``inputs[i]`` are the calls of
+            ``modules[i]`` in order.
         device: where recorded tensors are kept; ``None`` leaves them where they are.
         stop: end the forward pass when the last of ``modules`` is called, so that nothing after it is
             computed. Then run the pass inside :meth:`run`.
@@ -58,7 +67,8 @@ class ModuleInputCatcher:
         device: torch.device | str | None = None,
         stop: bool = True,
     ) -> None:
-        self.modules = [modules] if isinstance(modules, nn.Module) else list(modules)
+        several = not isinstance(modules, nn.Module) or isinstance(modules, nn.ModuleList)
+        self.modules: list[nn.Module] = list(modules) if several else [modules]  # type: ignore[arg-type, list-item]
         self.device = device
         self.stop = stop
         self.inputs: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in self.modules]
@@ -114,52 +124,85 @@ def catch_chunks(
 
     The blocks themselves do not compute: each passes its input on, so that masks and position
     embeddings, which may differ from block to block, are caught at the cost of the embedding alone.
+    A few tokens are run through the whole blocks first, to see that the model is a chain of them.
 
     Raises:
-        CalibrationError: no batches, or batches that are not (batch, tokens) of integers.
+        CalibrationError: no batches, or batches that :func:`check_batches` refuses.
+        ModelError: a model that does more than pass hidden states from block to block.
+        NonFiniteError: NaN or Inf in the embedding of a batch.
     """
-    chunks: list[Chunk] = []
+    batches = list(calibration)
+    check_batches(model, batches)
     device = next(model.parameters()).device
-    as_tuple: bool | None = None
-    for batch in calibration:
-        _check_batch(batch)
-        batch = batch.to(device)
-        if as_tuple is None:
-            as_tuple = _returns_tuple(model, blocks[0], batch[:1])
-        with (
-            _passing_on(blocks, as_tuple),
-            ModuleInputCatcher(blocks, cache) as catcher,
-            torch.no_grad(),
-        ):
-            catcher.run(model, input_ids=batch, use_cache=False)
-        calls = [split_hidden(*catcher.pop(index)) for index in range(len(blocks))]
-        chunks.append(Chunk(calls[0][0], [(args, kwargs) for _, args, kwargs in calls]))
-    if not chunks:
-        raise CalibrationError(
-            "calibration is empty; give an iterable of (batch, tokens) token tensors"
-        )
+    tuples = _probe(model, blocks, batches[0][:1, :_PROBE_TOKENS].to(device))
+    chunks: list[Chunk] = []
+    shared = _Shared(cache)
+    for batch in batches:
+        calls = _caught(model, blocks, batch.to(device), tuples)
+        hidden = calls[0][0].to(cache)
+        check_finite(hidden, "the embedding of the calibration tokens")
+        chunks.append(Chunk(hidden, shared.keep([call[1:] for call in calls])))
     return chunks
 
 
-def _check_batch(batch: Tensor) -> None:
-    if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.is_floating_point():
-        found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+def check_batches(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    """Refuse calibration batches that the model cannot be run on.
+
+    Raises:
+        CalibrationError: none, not (batch, tokens) of integers, ids beyond the vocabulary, or more
+            tokens than the model has positions.
+    """
+    if not batches:
         raise CalibrationError(
-            f"calibration must hold (batch, tokens) tensors of token ids, got {found}; stack sequences "
-            "with torch.stack, or use s3tensor.llm.calibration_tokens"
+            "calibration is empty; give an iterable of (batch, tokens) token tensors"
         )
-    if batch.numel() == 0:
-        raise CalibrationError(f"a calibration batch of shape {tuple(batch.shape)} holds no tokens")
+    for batch in batches:
+        if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.is_floating_point():
+            found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+            raise CalibrationError(
+                f"calibration must hold (batch, tokens) tensors of token ids, got {found}; stack "
+                "sequences with torch.stack, or use s3tensor.llm.calibration_tokens"
+            )
+        if batch.numel() == 0:
+            raise CalibrationError(
+                f"a calibration batch of shape {tuple(batch.shape)} holds no tokens"
+            )
+        check_tokens(model, batch, batch.shape[1])
 
 
-def split_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """A block's hidden states and its other arguments; caches of generation are left out."""
+def _caught(
+    model: nn.Module, blocks: Sequence[nn.Module], batch: Tensor, tuples: Sequence[bool]
+) -> list[_Call]:
+    """What each block is called with when every block passes its hidden states on."""
+    with _passing_on(blocks, tuples), ModuleInputCatcher(blocks) as catcher, torch.no_grad():
+        catcher.run(model, input_ids=batch, use_cache=False)
+    return [_only_call(blocks, index, catcher.inputs[index]) for index in range(len(blocks))]
+
+
+def _only_call(blocks: Sequence[nn.Module], index: int, calls: list[Any]) -> _Call:
+    if len(calls) != 1:
+        raise ModelError(
+            f"block {index} ({type(blocks[index]).__name__}) is called {len(calls)} times for a "
+            "sequence, not once; such a model cannot be pruned block by block"
+        )
+    return split_hidden(*calls[0])
+
+
+def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    """A block's hidden states and its other arguments; caches of generation are left out.
+
+    Raises:
+        ModelError: no tensor comes first, nor one named ``hidden_states``.
+    """
     kwargs = {name: value for name, value in kwargs.items() if not _is_cache(value)}
-    if args:
-        return args[0], args[1:], kwargs
-    return kwargs.pop("hidden_states"), (), kwargs
+    args = tuple(None if _is_cache(value) else value for value in args)
+    hidden = args[0] if args else kwargs.pop("hidden_states", None)
+    if not isinstance(hidden, Tensor):
+        raise ModelError(
+            "the decoder blocks take no hidden states as their first argument, nor as hidden_states; "
+            "such a model cannot be pruned block by block"
+        )
+    return hidden, args[1:], kwargs
 
 
 def _is_cache(value: object) -> bool:
@@ -167,31 +210,105 @@ def _is_cache(value: object) -> bool:
 
 
 @torch.no_grad()
-def _returns_tuple(model: nn.Module, block: nn.Module, batch: Tensor) -> bool:
-    """Whether a block returns a tuple, as older models' do, or its hidden states alone."""
-    returned: list[bool] = []
+def _probe(model: nn.Module, blocks: Sequence[nn.Module], batch: Tensor) -> list[bool]:
+    """Whether each block returns a tuple, as older models' do, or its hidden states alone.
 
-    def look(_: nn.Module, args: Any, out: Any) -> None:
-        returned.append(isinstance(out, tuple))
-        raise _Caught
+    Raises:
+        ModelError: a block that is given other hidden states than the block before it returned, or
+            arguments that the blocks before it have a part in. What is caught from blocks that do
+            not compute would be wrong then.
+    """
+    outs: list[Any] = []
+
+    def look(block: nn.Module, args: Any, out: Any) -> None:
+        outs.append(out)
+        if block is blocks[-1]:
+            raise _Caught
 
     with ExitStack() as hooks:
-        hooks.callback(block.register_forward_hook(look).remove)
-        with suppress(_Caught):
-            model(input_ids=batch, use_cache=False)
-    return returned[0]
+        catcher = hooks.enter_context(ModuleInputCatcher(blocks, stop=False))
+        for block in blocks:
+            hooks.callback(block.register_forward_hook(look).remove)
+        catcher.run(model, input_ids=batch, use_cache=False)
+    true = [_only_call(blocks, index, catcher.inputs[index]) for index in range(len(blocks))]
+    tuples = [isinstance(out, tuple) for out in outs]
+    caught = _caught(model, blocks, batch, tuples)
+    for index in range(len(blocks)):
+        chained = index == 0 or _equal(true[index][0], hidden_of(outs[index - 1]))
+        if not chained or not _equal(true[index][1:], caught[index][1:]):
+            raise ModelError(
+                f"block {index} ({type(blocks[index]).__name__}) is given more than the hidden states "
+                "of the block before it; such a model cannot be pruned block by block"
+            )
+    return tuples
+
+
+def hidden_of(out: Any) -> Tensor:
+    """The hidden states among what a block returned."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Equality of nested arguments, NaN equal to itself; objects that are no data count as equal."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        second = second.to(first.device)
+        if first.shape != second.shape:
+            return False
+        return bool(((first == second) | ((first != first) & (second != second))).all())
+    if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_equal(first[k], second[k]) for k in first)
+    return isinstance(first, Tensor) == isinstance(second, Tensor)
+
+
+class _Shared:
+    """Keeps arguments of blocks on a device, equal tensors once.
+
+    The blocks of a model share masks and position embeddings, and batches of one length do: a mask of
+    1024 x 1024 for each of 30 blocks and 128 batches would take 4 GB.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = device
+        self._kept: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._moved: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # by id, which the first of the two holds
+
+    def keep(self, value: Any) -> Any:
+        """``value`` with its tensors on the device, those that were kept before in place of equal ones."""
+        self._moved.clear()
+        return _map_tensors(value, self._one)
+
+    def _one(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self._moved:
+            self._moved[id(tensor)] = tensor, self._known(tensor.to(self.device))
+        return self._moved[id(tensor)][1]
+
+    def _known(self, tensor: Tensor) -> Tensor:
+        alike = self._kept.setdefault((tensor.shape, tensor.dtype), [])
+        for known in alike:
+            if torch.equal(known, tensor):
+                return known
+        if len(alike) < 8:  # beyond, each is of its own kind, and comparing them is for nothing
+            alike.append(tensor)
+        return tensor
 
 
 @contextmanager
-def _passing_on(blocks: Sequence[nn.Module], as_tuple: bool) -> Iterator[None]:
-    """Blocks whose forward returns the hidden states that it is given."""
+def _passing_on(blocks: Sequence[nn.Module], tuples: Sequence[bool]) -> Iterator[None]:
+    """Blocks whose forward returns the hidden states that it is given, in a tuple where they do so."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = split_hidden(args, kwargs)[0]
-        return (hidden,) if as_tuple else hidden
+    def passing(as_tuple: bool) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = split_hidden(args, kwargs)[0]
+            return (hidden,) if as_tuple else hidden
 
-    for block in blocks:
-        block.__dict__["forward"] = forward
+        return forward
+
+    for block, as_tuple in zip(blocks, tuples, strict=True):
+        block.__dict__["forward"] = passing(as_tuple)
     try:
         yield
     finally:
@@ -203,46 +320,60 @@ class BlockRunner:
     """Runs one block over chunks: whole, or only until a layer inside has its input."""
 
     def __init__(
-        self, block: nn.Module, index: int, device: torch.device, cache: torch.device
+        self, block: nn.Module, index: int, name: str, device: torch.device, cache: torch.device
     ) -> None:
         self.block = block
         self.index = index
+        self.name = name  # in the model
         self.device = device
         self.cache = cache
 
     def _call(self, chunk: Chunk) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = transfer_to_device(chunk.extras[self.index], self.device)
-        return (chunk.hidden.to(self.device), *args), kwargs
+        # A copy always: some blocks add to their input in place.
+        return (chunk.hidden.to(self.device, copy=True), *args), kwargs
 
     @torch.no_grad()
     def output(self, chunk: Chunk) -> Tensor:
-        """The block's output hidden states, on the block's device."""
+        """The block's output hidden states, on the block's device.
+
+        Raises:
+            NonFiniteError: NaN or Inf in them, naming the layer from which it came.
+        """
         args, kwargs = self._call(chunk)
-        out = self.block(*args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return self._finite(chunk, hidden_of(self.block(*args, **kwargs)))
 
     @torch.no_grad()
-    def layer_input(self, chunk: Chunk, layer: nn.Module) -> Tensor:
-        """The input of ``layer`` inside the block; nothing after it is computed."""
+    def layer_input(self, chunk: Chunk, layer: nn.Module) -> Tensor | None:
+        """The input of ``layer`` inside the block, nothing after it computed; see ``layer_inputs``."""
         args, kwargs = self._call(chunk)
         with ModuleInputCatcher(layer) as catcher:
             catcher.run(self.block, *args, **kwargs)
-        if not catcher.inputs[0]:
-            raise CalibrationError("a layer that took part before was not called on this batch")
-        return first_tensor(*catcher.pop())
+        return _whole_input(catcher.inputs[0], chunk)
 
     @torch.no_grad()
     def layer_inputs(
-        self, chunk: Chunk, layers: Sequence[nn.Module]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The block's output, and the input of each layer on the cache device, from one pass."""
+        self, chunk: Chunk, layers: Sequence[nn.Module], keep: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The block's output, and the input of each layer on the cache device, from one pass.
+
+        The input is ``None`` for a layer that does not see every token: never called, or a routed
+        expert. Without ``keep`` inputs are empty tensors.
+        """
         args, kwargs = self._call(chunk)
-        with ModuleInputCatcher(layers, self.cache, stop=False) as catcher:
-            out = self.block(*args, **kwargs)
-        return (
-            out[0] if isinstance(out, tuple) else out,
-            [first_tensor(*catcher.pop(index)) for index in range(len(layers))],
-        )
+        inputs: list[Tensor | None] = [None] * len(layers)
+        with ExitStack() as hooks:
+            for index, layer in enumerate(layers):
+
+                def record(_: nn.Module, a: Any, k: Any, index: int = index) -> None:
+                    given = _whole_input([(a, k)], chunk)
+                    if given is not None and inputs[index] is None:
+                        # A copy: what comes after may change it in place, or it is part of more.
+                        inputs[index] = (given if keep else given[:0]).to(self.cache, copy=True)
+
+                hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
+            out = hidden_of(self.block(*args, **kwargs))
+        return self._finite(chunk, out), inputs
 
     @torch.no_grad()
     def input_groups(self, chunk: Chunk, layers: Sequence[nn.Module]) -> list[list[int]]:
@@ -256,24 +387,57 @@ class BlockRunner:
             for index, layer in enumerate(layers):
 
                 def record(_: nn.Module, a: Any, k: Any, index: int = index) -> None:
-                    calls.append((index, first_tensor(a, k)))
+                    given = _whole_input([(a, k)], chunk)
+                    if given is not None:
+                        calls.append((index, given))
 
                 hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
             self.block(*args, **kwargs)
         groups: dict[tuple[int, int], list[int]] = {}
         seen: set[int] = set()
         for index, given in calls:
-            tokens = chunk.hidden.shape[:-1].numel()
-            # A layer that is called twice is calibrated on its first call.
-            if index not in seen and given.shape[:-1].numel() == tokens:
+            if index not in seen:  # a layer that is called twice is calibrated on its first call
                 seen.add(index)
                 groups.setdefault((id(given), given.shape[-1]), []).append(index)
         return list(groups.values())
 
+    def _finite(self, chunk: Chunk, out: Tensor) -> Tensor:
+        if not bool(torch.isfinite(out).all()):
+            raise NonFiniteError(
+                f"{self._source(chunk)} gives NaN or Inf on the calibration tokens; load the model in "
+                "float32 or bfloat16, and look for damaged weights there"
+            )
+        return out
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The input of a linear call, given by position or by name."""
-    return args[0] if args else next(iter(kwargs.values()))
+    def _source(self, chunk: Chunk) -> str:
+        """Name of the first module in the block whose output is not finite."""
+        found: list[str] = []
+
+        def look(name: str) -> Any:
+            def hook(_: nn.Module, args: Any, out: Any) -> None:
+                first = out[0] if isinstance(out, (tuple, list)) and out else out
+                if isinstance(first, Tensor) and not bool(torch.isfinite(first).all()):
+                    found.append(name)
+                    raise _Caught
+
+            return hook
+
+        args, kwargs = self._call(chunk)
+        with ExitStack() as hooks, suppress(_Caught):
+            for name, module in self.block.named_modules():
+                full = f"{self.name}.{name}" if name else self.name
+                hooks.callback(module.register_forward_hook(look(full)).remove)
+            self.block(*args, **kwargs)
+        return found[0] if found else self.name
+
+
+def _whole_input(calls: list[Any], chunk: Chunk) -> Tensor | None:
+    """The input of a linear's first call when it holds every token of the chunk."""
+    if not calls:
+        return None
+    args, kwargs = calls[0]
+    given = args[0] if args else next(iter(kwargs.values()))
+    return given if given.shape[:-1].numel() == chunk.hidden.shape[:-1].numel() else None
 
 
 def check_finite(x: Tensor, where: str) -> None:
@@ -284,6 +448,6 @@ def check_finite(x: Tensor, where: str) -> None:
     """
     if not bool(torch.isfinite(x).all()):
         raise NonFiniteError(
-            f"{where} has NaN or Inf in its activations; load the model in float32 or bfloat16, and look "
-            "for damaged weights before it"
+            f"{where} holds NaN or Inf; load the model in float32 or bfloat16, and look for damaged "
+            "weights before it"
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import math
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from s3tensor import prune
-from s3tensor.errors import CalibrationError, ModelError, NonFiniteError, PatternError
+from s3tensor.errors import ModelError, NonFiniteError, PatternError, PrunerError
 from s3tensor.hessian import Factors, Hessian, output_error
-from s3tensor.llm.calibrate import BlockRunner, Chunk, catch_chunks, check_finite
+from s3tensor.llm.calibrate import BlockRunner, Chunk, catch_chunks, check_batches
 from s3tensor.llm.progress import PruneProgress
-from s3tensor.llm.report import BlockRow, LinearRow, PruneReport, peak_memory
-from s3tensor.llm.resume import RunFolder, fingerprint
+from s3tensor.llm.report import BlockRow, LinearRow, PeakMemory, PruneReport
+from s3tensor.llm.resume import RunFolder, fingerprint, locked
 from s3tensor.llm.structure import (
     LayerFilter,
     LinearLayer,
@@ -32,7 +35,7 @@ from s3tensor.tensor import StructuredSparseTensor
 DEFAULT_ALPHA = 0.3  # best of 0.3, 0.5 and 1.0 on held-out text with SmolLM2-135M (docs/pruners.md)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Run:
     """What stays the same while a model is pruned."""
 
@@ -44,13 +47,18 @@ class _Run:
     device: torch.device
     cache: torch.device
     compress: bool
-    dense: list[Tensor] = field(
-        default_factory=list
-    )  # hidden states of the dense model, if they differ
 
     @property
     def dense_target(self) -> bool:
         return self.alpha > 0
+
+
+@dataclass
+class _Streams:
+    """The calibration tokens' hidden states on their way through the blocks, on the cache device."""
+
+    pruned: list[Chunk]  # in the model as it is pruned so far
+    dense: list[Chunk]  # in the dense model; the same until something is pruned
 
 
 def prune_model(
@@ -73,17 +81,18 @@ def prune_model(
 ) -> PruneReport:
     """Prune the linears of every decoder block of ``model`` to ``pattern``, in place.
 
-    Blocks are found by structure (the largest list of equal modules that holds linears). In a block,
-    linears are taken in the order in which they are called; those that are given the same tensor share
+    Blocks are found by structure (the largest list of modules that hold linears). In a block, linears
+    are taken in the order in which they are called; those that are given the same tensor share
     one Hessian and its factorisations. Each Hessian is measured on inputs that have passed through
     everything pruned before. ``lm_head`` and embeddings lie outside the blocks and stay as they are.
 
-    Memory beyond the model: one dense block, one Hessian with its factors (about ``6 * in_features**2``
-    floats), and on ``cache_device`` the hidden states of all calibration tokens (twice with a dense
-    target) and one block's dense linear inputs.
+    Memory beyond the model: on ``device`` one dense block and one Hessian with its factors (about
+    ``6 * in_features**2`` floats), and on ``cache_device`` the hidden states of all calibration tokens
+    twice and, with a dense target, one block's dense linear inputs.
 
     Args:
-        model: a decoder-only language model, called as ``model(input_ids=..., use_cache=False)``.
+        model: a decoder-only language model, called as ``model(input_ids=..., use_cache=False)``, on
+            one device.
         calibration: token ids, an iterable of (batch, tokens) int64 tensors.
         pattern: a pattern or its string.
         pruner: a name in ``s3tensor.prune.PRUNERS``.
@@ -97,7 +106,8 @@ def prune_model(
         on_misfit: a linear whose shape the pattern does not fit is reported and skipped, or refused.
         compress: leave ``StructuredSparseTensor`` parameters; else dense weights with zeros.
         work_dir: folder that receives each finished block and the CSV rows; a killed run that is
-            started again with the same arguments goes on after the last finished block.
+            started again with the same arguments goes on after the last finished block, to the same
+            weights.
         progress: show a bar with the time left on a terminal, or one line for each block in a log.
         options: passed on to the pruner.
 
@@ -105,51 +115,68 @@ def prune_model(
         The report, with a row for each linear and each block.
 
     Raises:
-        ModelError: no decoder blocks, or nothing to prune in them.
+        ModelError: no decoder blocks, nothing to prune in them, or blocks that are no chain.
+        PrunerError: an unknown pruner, or a damp or alpha out of range.
         PatternError: a misfit under ``on_misfit="error"``.
         CalibrationError: unusable calibration data.
         NonFiniteError: NaN or Inf in a weight or an activation, by name of the layer.
-        CheckpointError: ``work_dir`` holds another run or cannot be written.
+        CheckpointError: ``work_dir`` holds another run, is in use, or cannot be written.
     """
     start = time.perf_counter()
     pattern = Pattern.parse(pattern)
+    check_options(pruner, alpha, damp)
     prefix, found = decoder_blocks(model)
-    chosen = list(found)[: _block_count(blocks, len(found))]
-    plan = _plan(chosen, prefix, pattern, filter_fn, on_misfit)
     run = _settings(model, pattern, pruner, alpha, damp, device, cache_device, compress, options)
+    chosen = list(found)[: _block_count(blocks, len(found))]
+    plan = _plan(model, chosen, prefix, pattern, filter_fn, on_misfit)
     batches = list(calibration)
-    folder = None
-    if work_dir is not None:
-        folder = RunFolder(Path(work_dir), _resume_settings(run, model, batches, len(chosen)))
+    check_batches(model, batches)
     report = PruneReport(str(pattern), pruner)
     was_training = model.training
     model.eval()
     total = sum(layer.weight.numel() for layers, _ in plan for layer in layers)
-    try:
-        with PruneProgress(total, len(chosen), progress) as bar:
-            chunks = catch_chunks(model, chosen, batches, run.cache)
-            for index, (block, (layers, skipped)) in enumerate(zip(chosen, plan, strict=True)):
-                home = next(block.parameters()).device
-                block.to(run.device)
+    with ExitStack() as stack:
+        stack.callback(model.train, was_training)
+        folder = None
+        if work_dir is not None:
+            stack.enter_context(locked(work_dir))
+            folder = RunFolder(Path(work_dir), _resume_settings(run, model, batches, plan))
+        bar = stack.enter_context(PruneProgress(total, len(chosen), progress))
+        chunks = catch_chunks(model, chosen, batches, run.cache)
+        streams = _Streams(chunks, [Chunk(chunk.hidden, chunk.extras) for chunk in chunks])
+        for index, (block, (layers, skipped)) in enumerate(zip(chosen, plan, strict=True)):
+            runner = BlockRunner(block, index, f"{prefix}.{index}", run.device, run.cache)
+            with _on_device(block, run.device):
                 if folder is not None and folder.finished(index):
-                    weights = sum(layer.weight.numel() for layer in layers)
-                    row, linears = _replay(block, index, chunks, run, folder)
-                    bar.advance(weights)
+                    row, linears = _replay(runner, streams, folder)
+                    bar.resumed(sum(layer.weight.numel() for layer in layers))
                     report.resumed += 1
                 else:
-                    row, linears, unused = _prune_block(block, index, layers, chunks, run, bar)
-                    skipped = skipped + unused
+                    row, linears = _prune_block(runner, layers, streams, run, bar)
                     if folder is not None:
                         folder.save(index, block, row, linears)
                     bar.block(row)
-                block.to(home)
-                report.blocks.append(row)
-                report.linears.extend(linears)
-                report.skipped.extend((s.name, s.reason) for s in skipped)
-    finally:
-        model.train(was_training)
+            report.blocks.append(row)
+            report.linears.extend(linears)
+            report.skipped.extend((s.name, s.reason) for s in skipped)
+            pruned = {linear.name for linear in linears}
+            report.skipped.extend((x.name, _ROUTED) for x in layers if x.name not in pruned)
     report.seconds = time.perf_counter() - start
     return report
+
+
+_ROUTED = "it does not see every token of a sequence (never called, or routed)"
+
+
+@contextmanager
+def _on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """The block on a device for a while."""
+    home = next(block.parameters()).device
+    block.to(device)
+    try:
+        yield
+    finally:
+        block.to(home)
 
 
 def _block_count(wanted: int | None, present: int) -> int:
@@ -162,35 +189,59 @@ def _block_count(wanted: int | None, present: int) -> int:
     return wanted
 
 
+_Plan = list[tuple[list[LinearLayer], list[Skipped]]]  # for each block
+
+
 def _plan(
+    model: nn.Module,
     blocks: Sequence[nn.Module],
     prefix: str,
     pattern: Pattern,
     filter_fn: LayerFilter | None,
     on_misfit: str,
-) -> list[tuple[list[LinearLayer], list[Skipped]]]:
+) -> _Plan:
     """What will be pruned in each block; everything that can be refused is refused here, before any work."""
     if on_misfit not in ("skip", "error"):
         raise PatternError(f"on_misfit={on_misfit!r} must be 'skip' or 'error'")
-    plan = [
-        prunable_layers(block, f"{prefix}.{index}", pattern, filter_fn)
-        for index, block in enumerate(blocks)
-    ]
-    for layers, skipped in plan:
-        misfits = [s for s in skipped if s.reason.startswith(str(pattern))]
+    _check_placed(model)
+    plan: _Plan = []
+    owners: dict[int, str] = {}  # the first linear of each parameter, by id
+    for index, block in enumerate(blocks):
+        layers, skipped = prunable_layers(block, f"{prefix}.{index}", pattern, filter_fn)
+        misfits = [s for s in skipped if s.misfit]
         if misfits and on_misfit == "error":
             raise PatternError(f"{misfits[0].name}: {misfits[0].reason}")
+        mine = []
         for layer in layers:
-            if isinstance(layer.module.weight, StructuredSparseTensor):
-                raise ModelError(f"{layer.name} is compressed already; prune the dense model")
-            if not bool(torch.isfinite(layer.weight).all()):
-                raise NonFiniteError(
-                    f"{layer.name} has NaN or Inf in its weight; repair the model first"
-                )
+            owner = owners.setdefault(id(layer.module.weight), layer.name)
+            if owner == layer.name:
+                _check_weight(layer)
+                mine.append(layer)
+            else:
+                skipped.append(Skipped(layer.name, f"it shares its weight with {owner}"))
+        plan.append((mine, skipped))
     if not any(layers for layers, _ in plan):
         reasons = sorted({s.reason for _, skipped in plan for s in skipped})
         raise ModelError(f"no linear of the model can be pruned to {pattern}: {reasons[0]}")
     return plan
+
+
+def _check_placed(model: nn.Module) -> None:
+    """Refuse a model whose parameters are elsewhere than on one device."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type == "meta":
+        places = ", ".join(sorted(str(device) for device in devices))
+        raise ModelError(
+            f"the model lies on {places}; load it on one device, such as the CPU, and let device= say "
+            "where its blocks are pruned, one at a time"
+        )
+
+
+def _check_weight(layer: LinearLayer) -> None:
+    if isinstance(layer.module.weight, StructuredSparseTensor):
+        raise ModelError(f"{layer.name} is compressed already; prune the dense model")
+    if not bool(torch.isfinite(layer.weight).all()):
+        raise NonFiniteError(f"{layer.name} has NaN or Inf in its weight; repair the model first")
 
 
 def _settings(
@@ -208,12 +259,6 @@ def _settings(
     takes_target = "target" in accepts
     if alpha is None:
         alpha = DEFAULT_ALPHA if takes_target else 0.0
-    if not 0.0 <= alpha <= 1.0:
-        raise CalibrationError(f"alpha={alpha} must be from 0 (pruned stream) to 1 (dense outputs)")
-    if alpha > 0 and not takes_target:
-        raise CalibrationError(
-            f"pruner {pruner!r} takes no dense target; leave alpha out or use 'admm'"
-        )
     unknown = sorted(set(options) - set(accepts))
     if unknown:
         known = [name for name in accepts if name not in ("weight", "hessian", "pattern")]
@@ -224,9 +269,27 @@ def _settings(
     return _Run(pattern, pruner, alpha, damp, options, where, torch.device(cache_device), compress)
 
 
+def check_options(pruner: str, alpha: float | None = None, damp: float = 0.01) -> None:
+    """Refuse what :func:`prune_model` would refuse without a model.
+
+    Raises:
+        PrunerError: an unknown pruner, alpha or damp out of range, or alpha for a pruner without target.
+    """
+    accepts = inspect.signature(prune.get(pruner)).parameters
+    if not 0.0 <= damp < math.inf:
+        raise PrunerError(f"damp={damp} must be a finite share >= 0 of the mean diagonal")
+    if alpha is None:
+        return
+    if not 0.0 <= alpha <= 1.0:
+        raise PrunerError(f"alpha={alpha} must be from 0 (pruned stream) to 1 (dense outputs)")
+    if alpha > 0 and "target" not in accepts:
+        raise PrunerError(f"pruner {pruner!r} takes no dense target; leave alpha out or use 'admm'")
+
+
 def _resume_settings(
-    run: _Run, model: nn.Module, batches: list[Tensor], blocks: int
+    run: _Run, model: nn.Module, batches: list[Tensor], plan: _Plan
 ) -> dict[str, Any]:
+    names = "\n".join(layer.name for layers, _ in plan for layer in layers)
     return {
         "pattern": run.pattern.parts,
         "pruner": run.pruner,
@@ -234,102 +297,110 @@ def _resume_settings(
         "damp": run.damp,
         "options": {name: repr(value) for name, value in sorted(run.options.items())},
         "compress": run.compress,
-        "blocks": blocks,
+        "blocks": len(plan),
+        "linears": hashlib.sha256(names.encode()).hexdigest(),
         **fingerprint(model, batches),
     }
 
 
 def _replay(
-    block: nn.Module, index: int, chunks: list[Chunk], run: _Run, folder: RunFolder
+    runner: BlockRunner, streams: _Streams, folder: RunFolder
 ) -> tuple[BlockRow, list[LinearRow]]:
     """Take a finished block from disk and move both streams past it."""
-    runner = BlockRunner(block, index, run.device, run.cache)
-    if run.dense_target:
-        run.dense = [runner.output(c).to(run.cache) for c in _dense_stream(chunks, run)]
-    row, linears = folder.load(index, block)
-    for chunk in chunks:
-        chunk.hidden = runner.output(chunk).to(run.cache)
+    state, row, linears = folder.load(runner.index, runner.block)
+    for chunk in streams.dense:
+        chunk.hidden = runner.output(chunk).to(runner.cache)
+    # As in the run that wrote it, the pruned stream passes through dense weights: the same products
+    # in the same order give the same bits.
+    with torch.no_grad():
+        for name, tensor in runner.block.state_dict().items():
+            found = state[name]
+            tensor.copy_(found.to_dense() if isinstance(found, StructuredSparseTensor) else found)
+    for chunk in streams.pruned:
+        chunk.hidden = runner.output(chunk).to(runner.cache)
+    for name, tensor in state.items():
+        if isinstance(tensor, StructuredSparseTensor):
+            owner, _, attribute = name.rpartition(".")
+            parameter = nn.Parameter(tensor.to(runner.device), requires_grad=False)
+            setattr(runner.block.get_submodule(owner), attribute, parameter)
     return row, linears
 
 
-def _dense_stream(chunks: list[Chunk], run: _Run) -> list[Chunk]:
-    """The chunks as the dense model sees them; before the first pruned block they are the same."""
-    if not run.dense:
-        return chunks
-    return [Chunk(dense, chunk.extras) for dense, chunk in zip(run.dense, chunks, strict=True)]
-
-
 def _prune_block(
-    block: nn.Module,
-    index: int,
+    runner: BlockRunner,
     layers: list[LinearLayer],
-    chunks: list[Chunk],
+    streams: _Streams,
     run: _Run,
     bar: PruneProgress,
-) -> tuple[BlockRow, list[LinearRow], list[Skipped]]:
+) -> tuple[BlockRow, list[LinearRow]]:
     start = time.perf_counter()
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
-    bar.doing(index, "dense pass")
-    runner = BlockRunner(block, index, run.device, run.cache)
-    groups, unused = _groups(runner, chunks[0], layers)
-    leaders = [group[0].module for group in groups]
-    # One pass of the dense block gives its outputs, and with a dense target its linears' inputs.
-    wanted = leaders if run.dense_target else []
-    dense_out: list[Tensor] = []
-    dense_inputs: list[list[Tensor]] = []
-    for chunk in _dense_stream(chunks, run) if run.dense_target else chunks:
-        out, inputs = runner.layer_inputs(chunk, wanted)
-        check_finite(out, f"block {index}")
-        dense_out.append(out.to(run.cache))
-        dense_inputs.append(inputs)
-
+    memory = PeakMemory(run.device)
+    bar.doing(runner.index, "dense pass")
+    groups = [
+        [layers[i] for i in group]
+        for group in runner.input_groups(streams.pruned[0], [layer.module for layer in layers])
+    ]
+    groups, dense_inputs = _dense_pass(runner, groups, streams, run)
     rows: list[LinearRow] = []
     masks: list[tuple[LinearLayer, Tensor]] = []
-    for number, group in enumerate(groups):
-        bar.doing(index, f"inputs of {_short(group)}")
-        targets = [inputs[number] for inputs in dense_inputs] if run.dense_target else None
-        hessian = _hessian(runner, chunks, group, targets, run)
-        rows.extend(_prune_group(group, index, hessian, run, bar, masks))
-    bar.doing(index, "pruned pass")
-    error = _advance(runner, chunks, dense_out)
-    if run.dense_target:
-        run.dense = dense_out
+    for group, targets in zip(groups, dense_inputs, strict=True):
+        bar.doing(runner.index, f"inputs of {_short(group)}")
+        hessian = _hessian(runner, streams.pruned, group, targets, run)
+        targets.clear()
+        if hessian is not None:
+            rows.extend(_prune_group(group, runner.index, hessian, run, bar, memory, masks))
+    bar.skip(sum(x.weight.numel() for x in layers) - sum(m.numel() for _, m in masks))
+    bar.doing(runner.index, "pruned pass")
+    error = _advance(runner, streams)
     if run.compress:
         for layer, mask in masks:
             layer.set_weight(StructuredSparseTensor.from_dense(layer.weight, run.pattern, mask))
     solver = sum(row.seconds for row in rows)
     seconds = time.perf_counter() - start
-    peak = peak_memory(run.device)
-    return BlockRow(index, len(rows), error, seconds, solver, peak), rows, unused
+    return BlockRow(runner.index, len(rows), error, seconds, solver, memory.whole()), rows
 
 
-def _groups(
-    runner: BlockRunner, chunk: Chunk, layers: list[LinearLayer]
-) -> tuple[list[list[LinearLayer]], list[Skipped]]:
-    """Layers that share an input, in order of call, and the layers that cannot be calibrated."""
-    indices = runner.input_groups(chunk, [layer.module for layer in layers])
-    called = {i for group in indices for i in group}
-    unused = [
-        Skipped(layer.name, "it does not see every token of a sequence (never called, or routed)")
-        for i, layer in enumerate(layers)
-        if i not in called
+def _dense_pass(
+    runner: BlockRunner, groups: list[list[LinearLayer]], streams: _Streams, run: _Run
+) -> tuple[list[list[LinearLayer]], list[list[Tensor]]]:
+    """Move the dense stream past the block.
+
+    Returns:
+        The groups that see every token of every chunk, and for each, with a dense target, its inputs
+        for every chunk.
+    """
+    leaders = [group[0].module for group in groups]
+    caught: list[list[Tensor | None]] = [[] for _ in groups]
+    for chunk in streams.dense:
+        out, inputs = runner.layer_inputs(chunk, leaders, keep=run.dense_target)
+        chunk.hidden = out.to(runner.cache)
+        for kept, given in zip(caught, inputs, strict=True):
+            kept.append(given)
+    whole = [
+        (group, [x for x in kept if x is not None])
+        for group, kept in zip(groups, caught, strict=True)
+        if all(x is not None for x in kept)
     ]
-    return [[layers[i] for i in group] for group in indices], unused
+    return [group for group, _ in whole], [kept for _, kept in whole]
 
 
 def _hessian(
     runner: BlockRunner,
     chunks: list[Chunk],
     group: list[LinearLayer],
-    targets: list[Tensor] | None,
+    targets: list[Tensor],
     run: _Run,
-) -> Hessian:
-    """Second moments of the group's inputs in the pruned stream, and against those of the dense one."""
+) -> Hessian | None:
+    """Second moments of the group's inputs in the pruned stream, and against those of the dense one.
+
+    None when the group no longer sees every token, because what was pruned before it routes otherwise.
+    """
     hessian = Hessian(group[0].shape[1], device=run.device)
-    for number, chunk in enumerate(chunks):
+    for chunk, target in zip(chunks, targets, strict=True):
         given = runner.layer_input(chunk, group[0].module)
-        dense = None if targets is None else targets[number].to(run.device)
+        if given is None:
+            return None
+        dense = target.to(run.device) if run.dense_target else None
         try:
             hessian.update(given, dense)
         except NonFiniteError as error:
@@ -343,20 +414,25 @@ def _prune_group(
     hessian: Hessian,
     run: _Run,
     bar: PruneProgress,
+    memory: PeakMemory,
     masks: list[tuple[LinearLayer, Tensor]],  # appended to
 ) -> list[LinearRow]:
     pruner = prune.get(run.pruner)
     value = hessian.value()
     factors = Factors(value, run.damp)
-    extra: dict[str, Any] = dict(run.options)
+    extra: dict[str, Any] = {}
     if run.dense_target:
-        extra |= {"target": hessian.cross(), "alpha": run.alpha}
+        extra = {"target": hessian.cross(), "alpha": run.alpha}
     rows = []
     for layer in group:
         bar.doing(index, layer.name.rpartition(".")[2])
-        start = time.perf_counter()
         weight = layer.weight
-        pruned = pruner(weight, factors, run.pattern, **extra)
+        size = weight.numel()
+        if "progress" in inspect.signature(pruner).parameters:
+            extra["progress"] = lambda done, of, size=size: bar.within(size, done / of)
+        memory.part()
+        start = time.perf_counter()
+        pruned = pruner(weight, factors, run.pattern, **{**extra, **run.options})
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
         seconds = time.perf_counter() - start
@@ -371,24 +447,26 @@ def _prune_group(
             error=error,
             seconds=seconds,
             samples=hessian.samples,
-            density=float(pruned.mask.float().mean()),
-            peak_memory_bytes=peak_memory(run.device),
+            density=int(pruned.mask.count_nonzero()) / size,
+            peak_memory_bytes=memory.part(),
         )
         rows.append(row)
         bar.linear(row)
     return rows
 
 
-def _advance(runner: BlockRunner, chunks: list[Chunk], dense_out: list[Tensor]) -> float:
-    """Move the pruned stream past the block; the relative error of its output against the dense one."""
+def _advance(runner: BlockRunner, streams: _Streams) -> float:
+    """Move the pruned stream past the block; the relative error of its output against the dense model's."""
     lost = total = 0.0
-    for chunk, dense in zip(chunks, dense_out, strict=True):
+    for chunk, dense in zip(streams.pruned, streams.dense, strict=True):
         out = runner.output(chunk)
-        dense = dense.to(out.device)
-        lost += float((out.float() - dense.float()).square().sum(dtype=torch.float64))
-        total += float(dense.float().square().sum(dtype=torch.float64))
+        expected = dense.hidden.to(out.device, torch.float32)
+        lost += float((out.float() - expected).square().sum(dtype=torch.float64))
+        total += float(expected.square().sum(dtype=torch.float64))
         chunk.hidden = out.to(runner.cache)
-    return (lost / total) ** 0.5 if total > 0 else 0.0
+    if total == 0:
+        return 0.0 if lost == 0 else math.inf
+    return math.sqrt(lost / total)
 
 
 def _short(group: list[LinearLayer]) -> str:

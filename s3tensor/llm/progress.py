@@ -25,7 +25,7 @@ class PruneProgress:
         self.blocks = blocks
         self.weights = weights
         self.done = 0
-        self.start = time.perf_counter()
+        self.start: float | None = None  # of the first work that tells about the time left
         self.console = Console(stderr=True)
         self._live = show and self.console.is_terminal
         self._log = show and not self._live
@@ -56,25 +56,47 @@ class PruneProgress:
 
     def doing(self, block: int, what: str) -> None:
         """Say what is being worked on."""
+        self.start = self.start or time.perf_counter()
         self._bar.update(self._task, description=f"block {block + 1}/{self.blocks} {what}")
+
+    def within(self, weights: int, share: float) -> None:
+        """So large a share of a linear of so many weights is pruned; the bar alone shows it."""
+        self._bar.update(self._task, completed=self.done + share * weights)
 
     def linear(self, row: LinearRow) -> None:
         """One linear is finished."""
-        self.advance(row.out_features * row.in_features)
+        self.done += row.out_features * row.in_features
+        self._bar.update(self._task, completed=self.done)
 
-    def advance(self, weights: int) -> None:
-        """So many more weights need no more work."""
-        self.done += weights
-        self._bar.advance(self._task, weights)
+    def skip(self, weights: int) -> None:
+        """So many weights need no work after all: they tell nothing about the time left."""
+        self.weights -= weights
+        self._bar.update(self._task, total=self.weights)
+
+    def resumed(self, weights: int) -> None:
+        """A block of so many weights came from an earlier run."""
+        self.skip(weights)
+        self.start = None
 
     def block(self, row: BlockRow) -> None:
         """One block is finished; in a log, one line with the time left."""
         if self._log:
-            spent = time.perf_counter() - self.start
+            now = time.perf_counter()
+            spent = now - (self.start or now)
             left = spent / max(self.done, 1) * (self.weights - self.done)
             print(
-                f"block {row.block + 1}/{self.blocks}: {row.linears} linears, output error {row.error:.4f}, "
-                f"{row.seconds:.1f} s, about {left:.0f} s left",
+                f"block {row.block + 1}/{self.blocks}: {row.linears} linears, error {row.error:.4f}, "
+                f"{row.seconds:.1f} s, about {_clock(left)} left",
                 file=self.console.file,
                 flush=True,
             )
+
+
+def _clock(seconds: float) -> str:
+    """Seconds as a person reads them: ``42 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from s3tensor.checkpoint import write_atomically
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -27,10 +29,10 @@ class LinearRow:
     out_features: int
     in_features: int
     error: float  # relative output error on the calibration inputs, sqrt(tr(dW H dW') / tr(W H W'))
-    seconds: float  # in the pruner
+    seconds: float  # in the pruner; the first of those that share an input bears the factorisation
     samples: int  # calibration tokens that its Hessian has seen
     density: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # while it was pruned, see PeakMemory
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ class BlockRow:
 
     block: int
     linears: int
-    error: float  # relative error of the block's output against the dense block's
+    error: float  # of the hidden states after it against those of the dense model, relative
     seconds: float  # everything: passes, Hessians, pruners
     solver_seconds: float  # in the pruners alone
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # while it was pruned, see PeakMemory
 
 
 @dataclass
@@ -110,21 +112,53 @@ class PruneReport:
 
 
 def write_rows(path: Path, rows: Iterable[LinearRow] | Iterable[BlockRow], kind: type) -> None:
-    """Write rows of one kind as a CSV file with a header."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _names(kind))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    """Write rows of one kind as a CSV file with a header, atomically.
+
+    Raises:
+        CheckpointError: when it cannot be written, with the system's reason.
+    """
+
+    def write(temporary: str) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, _names(kind))
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+
+    write_atomically(path, write)
 
 
 def _names(kind: type) -> list[str]:
     return [f.name for f in fields(kind)]
 
 
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated on a CUDA device since its last reset, else of the whole process (0 if unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+class PeakMemory:
+    """Peaks of memory in bytes, of each part of some work and of all of it.
+
+    On a CUDA device what tensors took there; elsewhere the peak of the whole process since it began,
+    which never falls (0 where the system does not tell).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._largest = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def part(self) -> int:
+        """The peak since the last call, or since the start."""
+        if self.device.type != "cuda":
+            return _process_peak()
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._largest = max(self._largest, peak)
+        return peak
+
+    def whole(self) -> int:
+        """The peak since the start."""
+        return max(self.part(), self._largest)
+
+
+def _process_peak() -> int:
     try:
         import resource
     except ImportError:  # Windows has no resource module

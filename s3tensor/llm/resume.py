@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from s3tensor.checkpoint import load_state, save_state, write_json
+from s3tensor.checkpoint import TEMPORARY, load_state, save_state, write_json
 from s3tensor.errors import CheckpointError
 from s3tensor.llm.report import BLOCKS_CSV, LINEARS_CSV, BlockRow, LinearRow, write_rows
 
 _RUN = "run.json"
+_LOCK = "run.lock"
 
 
 class RunFolder:
@@ -34,6 +38,8 @@ class RunFolder:
         settings = json.loads(json.dumps(settings))  # as it will be read back
         if path.exists():
             _same_settings(path, settings)
+            for leftover in _leftovers(folder):
+                leftover.unlink(missing_ok=True)
         else:
             write_json(path, settings)
 
@@ -44,7 +50,16 @@ class RunFolder:
     def save(
         self, block: int, module: nn.Module, row: BlockRow, linears: Sequence[LinearRow]
     ) -> None:
-        """Write one finished block, then its rows; the rows' file marks it as finished."""
+        """Write one finished block, then its rows; the rows' file marks it as finished.
+
+        Raises:
+            CheckpointError: a folder that is gone or cannot be written.
+        """
+        if not (self.folder / _RUN).is_file():
+            raise CheckpointError(
+                f"{self.folder} or its {_RUN} vanished during the run; the finished blocks are lost: "
+                "start anew in another folder"
+            )
         save_state(self._state_path(block), dict(module.state_dict()))
         write_json(
             self._rows_path(block),
@@ -63,29 +78,87 @@ class RunFolder:
         write_rows(self.folder / BLOCKS_CSV, blocks, BlockRow)
         write_rows(self.folder / LINEARS_CSV, linears, LinearRow)
 
-    def load(self, block: int, module: nn.Module) -> tuple[BlockRow, list[LinearRow]]:
-        """Put a finished block's weights into ``module`` and return its rows.
+    def load(
+        self, block: int, module: nn.Module
+    ) -> tuple[dict[str, Tensor], BlockRow, list[LinearRow]]:
+        """A finished block's tensors, by their names in ``module``, and its rows.
 
         Raises:
-            CheckpointError: damaged files.
+            CheckpointError: damaged files, or those of another block.
         """
-        device = next(module.parameters()).device
-        state = load_state(self._state_path(block), device)
+        path = self._state_path(block)
+        state = load_state(path)
         row, linears = _read_rows(self._rows_path(block))
-        try:
-            module.load_state_dict(state, assign=True)
-        except RuntimeError as error:
+        expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected:
             raise CheckpointError(
-                f"{self._state_path(block)} does not fit the model ({error}); delete {self.folder} to start anew"
-            ) from error
-        module.requires_grad_(False)
-        return row, linears
+                f"{path} does not fit the model; delete {self.folder} to start anew"
+            )
+        return state, row, linears
 
     def _state_path(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.safetensors"
 
     def _rows_path(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.json"
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """Files whose writing was broken off."""
+    return list(folder.glob(f".*{TEMPORARY}"))
+
+
+_LOCKED: set[Path] = set()  # folders that this process holds
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold a folder for one run: a second one is refused. Within one process it may be nested.
+
+    The lock goes with the process that holds it, however that ends.
+
+    Raises:
+        CheckpointError: another process holds the folder, or it cannot be written.
+    """
+    path = Path(folder).resolve()
+    if path in _LOCKED:
+        yield
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = (path / _LOCK).open("a+b")
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write to {folder} ({error}); choose another folder"
+        ) from None
+    with file:
+        try:
+            _lock_file(file.fileno())
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path / _LOCK)):
+                raise OSError  # the run that held it ended just now, and took the file with it
+        except OSError:
+            raise CheckpointError(
+                f"another run is at work in {folder}; wait for it, or choose another folder"
+            ) from None
+        _LOCKED.add(path)
+        try:
+            yield
+        finally:
+            _LOCKED.remove(path)
+            with contextlib.suppress(OSError):
+                (path / _LOCK).unlink()
+
+
+def _lock_file(handle: int) -> None:
+    """Lock an open file or raise OSError at once."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+    else:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _read_rows(path: Path) -> tuple[BlockRow, list[LinearRow]]:
@@ -107,27 +180,40 @@ def check_out(folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _RUN).is_file():
+    if not folder.is_dir() or (folder / _RUN).is_file():
+        return
+    unknown = {path.name for path in folder.iterdir()} - {_LOCK}
+    if unknown - {path.name for path in _leftovers(folder)}:
         raise CheckpointError(
             f"{folder} exists and is not empty; nothing was overwritten: choose another folder"
         )
 
 
 def forget_run(folder: str | Path) -> None:
-    """Delete a finished run's blocks and settings once the model is saved elsewhere; CSV files stay."""
+    """Delete a finished run's blocks and settings once the model is saved; CSV files stay.
+
+    Raises:
+        CheckpointError: a file that cannot be deleted.
+    """
     folder = Path(folder)
-    for pattern in ("block-*.safetensors", "block-*.json", _RUN):
-        for path in folder.glob(pattern):
-            path.unlink()
+    try:
+        # The settings last: until then the folder is that of a run, which may be started again.
+        for pattern in ("block-*.safetensors", "block-*.json", _RUN):
+            for path in folder.glob(pattern):
+                path.unlink()
+    except OSError as error:
+        raise CheckpointError(f"cannot delete what a finished run left ({error})") from None
 
 
 def _same_settings(path: Path, settings: Mapping[str, Any]) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}); delete {path.parent} to start anew"
         ) from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged; delete {path.parent} to start anew")
     for key in sorted({*found, *settings}):
         if found.get(key) != settings.get(key):
             raise CheckpointError(
@@ -137,7 +223,10 @@ def _same_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def fingerprint(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, str]:
-    """Digests of what a run starts from: the model's shapes and a sample of its values, and the tokens."""
+    """Digests of what a run starts from: the model's shapes and a sample of its values, and the tokens.
+
+    A batch of another integer dtype is the same batch.
+    """
     weights = hashlib.sha256()
     for name, parameter in model.named_parameters():
         weights.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
@@ -146,5 +235,5 @@ def fingerprint(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, str]:
     tokens = hashlib.sha256()
     for batch in batches:
         tokens.update(f"{tuple(batch.shape)}".encode())
-        tokens.update(batch.cpu().contiguous().numpy().tobytes())
+        tokens.update(batch.to("cpu", torch.int64).contiguous().numpy().tobytes())
     return {"model": weights.hexdigest(), "calibration": tokens.hexdigest()}

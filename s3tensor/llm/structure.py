@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from s3tensor.errors import ModelError, PatternError
 from s3tensor.pattern import Pattern
@@ -49,10 +50,11 @@ class LinearLayer:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A linear that stays dense, and why."""
+    """A weight that stays dense, and why."""
 
     name: str
     reason: str
+    misfit: bool = False  # the pattern does not fit its shape
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -70,28 +72,34 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder blocks: the largest ``nn.ModuleList`` of one class that holds linears.
+    """Name and list of the decoder blocks: the largest ``nn.ModuleList`` of blocks that hold linears.
+
+    The blocks may be of several classes (hybrids of attention and state-space layers) when each of
+    them holds linears.
 
     Raises:
         ModelError: when the model has no such list.
     """
     best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        if len({type(child) for child in module}) != 1:
-            continue
-        if not any(is_linear(child) for child in module[0].modules()):
+        if not isinstance(module, nn.ModuleList) or not _are_blocks(module):
             continue
         numel = sum(parameter.numel() for parameter in module.parameters())
         if best is None or numel > best[0]:
             best = (numel, name, module)
     if best is None:
         raise ModelError(
-            f"{type(model).__name__} has no decoder blocks: no nn.ModuleList of equal blocks that hold "
+            f"{type(model).__name__} has no decoder blocks: no nn.ModuleList of blocks that hold "
             "linears; prune single layers with s3tensor.prune, or pass a decoder-only language model"
         )
     return best[1], best[2]
+
+
+def _are_blocks(modules: nn.ModuleList) -> bool:
+    holds = [any(is_linear(part) for part in child.modules()) for child in modules]
+    if len({type(child) for child in modules}) == 1:
+        return any(holds)
+    return all(holds) and not any(is_linear(child) for child in modules)
 
 
 def prunable_layers(
@@ -100,20 +108,45 @@ def prunable_layers(
     pattern: Pattern,
     filter_fn: LayerFilter | None = None,
 ) -> tuple[list[LinearLayer], list[Skipped]]:
-    """The linears of one block that fit ``pattern``, and those that stay dense with the reason."""
+    """The linears of one block that fit ``pattern``, and the weights that stay dense with the reason.
+
+    Matrices and stacks of matrices that no linear holds (experts in one tensor, convolutions) are
+    among those that stay dense.
+    """
     layers: list[LinearLayer] = []
     skipped: list[Skipped] = []
+    inside: tuple[str, ...] = ()  # prefixes of what belongs to a linear: its parametrizations
     for name, module in block.named_modules():
-        if not is_linear(module):
-            continue
-        layer = LinearLayer(module, f"{prefix}.{name}" if name else prefix, _is_conv1d(module))
-        if filter_fn is not None and not filter_fn(module, layer.name):
-            skipped.append(Skipped(layer.name, "left out by the filter"))
-            continue
-        try:
-            pattern.bind(layer.shape)
-        except PatternError as error:
-            skipped.append(Skipped(layer.name, str(error)))
-            continue
-        layers.append(layer)
+        full = f"{prefix}.{name}" if name else prefix
+        if is_linear(module):
+            inside += (f"{name}.",)
+            layer = LinearLayer(module, full, _is_conv1d(module))
+            refusal = _refusal(layer, pattern, filter_fn)
+            if refusal is None:
+                layers.append(layer)
+            else:
+                skipped.append(refusal)
+        elif not name.startswith(inside):
+            skipped.extend(
+                Skipped(
+                    f"{full}.{part}", f"a weight of {type(module).__name__}, which is no linear"
+                )
+                for part, weight in module.named_parameters(recurse=False)
+                if weight.ndim >= 2
+            )
     return layers, skipped
+
+
+def _refusal(layer: LinearLayer, pattern: Pattern, filter_fn: LayerFilter | None) -> Skipped | None:
+    """Why a linear stays dense, or None."""
+    if filter_fn is not None and not filter_fn(layer.module, layer.name):
+        return Skipped(layer.name, "left out by the filter")
+    if is_parametrized(layer.module, "weight"):
+        return Skipped(layer.name, "its weight has a parametrization; call s3tensor.finalize first")
+    if not layer.weight.is_floating_point():
+        return Skipped(layer.name, f"its weight is {layer.weight.dtype}, a quantized one")
+    try:
+        pattern.bind(layer.shape)
+    except PatternError as error:
+        return Skipped(layer.name, str(error), misfit=True)
+    return None

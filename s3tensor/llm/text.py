@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from s3tensor.errors import CalibrationError
 
@@ -73,6 +73,8 @@ def _path_text(path: Path) -> str:
         raise CalibrationError(
             f"{str(path)!r} is not UTF-8 text ({error.reason} at {error.start})"
         ) from None
+    except OSError as error:
+        raise CalibrationError(f"{str(path)!r} cannot be read ({error.strerror})") from None
     if not text.strip():
         raise CalibrationError(f"{str(path)!r} holds no text")
     return text
@@ -124,6 +126,28 @@ def windows(tokens: Tensor, samples: int, seq_len: int, seed: int = 0) -> Tensor
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
     return tokens[: available * seq_len].reshape(available, seq_len)[order]
+
+
+def check_tokens(model: nn.Module, token_ids: Tensor, length: int) -> None:
+    """Refuse token ids that a model has no embedding for, and sequences longer than its positions.
+
+    Raises:
+        CalibrationError: with the limit and what was given.
+    """
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = getattr(getattr(embedding, "weight", None), "shape", (None,))[0]
+    least, largest = int(token_ids.min()), int(token_ids.max())
+    if rows is not None and not 0 <= least <= largest < rows:
+        raise CalibrationError(
+            f"token ids from {least} to {largest} for a vocabulary of {rows}; use the model's own "
+            "tokenizer"
+        )
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(positions, int) and length > positions:
+        raise CalibrationError(
+            f"sequences of {length} tokens for a model of {positions} positions; give a seq_len of at "
+            f"most {positions}"
+        )
 
 
 def calibration_tokens(
