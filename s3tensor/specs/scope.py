@@ -424,12 +424,15 @@ def _rule_of(view: View) -> tuple[str | None, Mapping[str, int]]:
     failure = f"{view} is not a split and permutation of the dims of its parameter"
     if view.offset or view.numel() != math.prod(shape):
         raise PatternError(f"{failure}: it leaves elements out; use specs without a Pattern")
-    by_stride = sorted(range(len(shape)), key=lambda dim: -base[dim])
     groups: list[list[int]] = [[] for _ in shape]
+    thin = [axis for axis, n in enumerate(view.shape) if n == 1]
     for axis, (n, d) in enumerate(zip(view.shape, view.stride, strict=True)):
-        inside = [i for i in by_stride if base[i] <= d < base[i] * shape[i]]
-        # An axis of one element lies in any dim; the first takes it.
-        groups[inside[0] if inside and n > 1 else by_stride[0]].append(axis)
+        inside = [dim for dim, m in enumerate(shape) if base[dim] <= d < base[dim] * m]
+        if n > 1 and len(inside) == 1:
+            groups[inside[0]].append(axis)
+    # An axis of one element lies in any dim: those that need one first.
+    for axis in thin:
+        min(groups, key=len).append(axis)
     sizes: dict[str, int] = {}
     for dim, group in enumerate(groups):
         group.sort(key=lambda axis: (-view.stride[axis], view.shape[axis]))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s3tensor.errors import PatternError, UnsupportedOpError
+from s3tensor.errors import PatternError
 from s3tensor.layout import Layout, as_ints
 from s3tensor.pattern import Pattern, ViewRule
 
@@ -199,17 +199,13 @@ def memory(param: Tensor | View) -> Tensor:
         raise PatternError(
             f"a parameter of dtype {param.dtype} has no norms to threshold; use floats"
         )
-    base = param.detach()
-    try:
-        if base.layout != torch.strided:
-            raise UnsupportedOpError
-        torch.as_strided(base, base.shape, base.stride(), base.storage_offset())
-    except UnsupportedOpError:
+    # Tensors made of others, such as compressed ones, have no memory of their own.
+    if param.layout != torch.strided or hasattr(param, "__tensor_flatten__"):
         raise PatternError(
             f"a {type(param).__name__} of layout {param.layout} has no strided memory to view; give its "
             "dense form, to_dense()"
-        ) from None
-    return base
+        )
+    return param.detach()
 
 
 def check_disjoint(views: Sequence[View]) -> None:
