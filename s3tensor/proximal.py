@@ -76,7 +76,9 @@ def conditioned_soft_threshold(
             f"{tuple(tiles.shape)}; give one curvature for each element"
         )
     if not bool((torch.isfinite(conditioners) & (conditioners >= 0)).all()):
-        raise PatternError("conditioners must be finite and >= 0; the penalty is not convex otherwise")
+        raise PatternError(
+            "conditioners must be finite and >= 0; the penalty is not convex otherwise"
+        )
     if max_iter < 1 or not 0.0 <= atol < math.inf:
         raise PatternError(f"max_iter={max_iter} must be >= 1 and atol={atol} finite and >= 0")
     tiny = torch.finfo(torch.float64).tiny
@@ -91,7 +93,10 @@ def conditioned_soft_threshold(
     high = torch.maximum(size - t, low)  # max(D) is 1
     for _ in range(max_iter):
         middle = low + (high - low) / 2
-        short = torch.linalg.vector_norm(pull / (d * middle + t).clamp_min(tiny), dim=-1, keepdim=True) > 1
+        short = (
+            torch.linalg.vector_norm(pull / (d * middle + t).clamp_min(tiny), dim=-1, keepdim=True)
+            > 1
+        )
         low, high = torch.where(short, middle, low), torch.where(short, high, middle)
         if not bool(((high - low) * unit > max(atol, 0.0)).any()):
             break
