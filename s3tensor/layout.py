@@ -20,7 +20,7 @@ from s3tensor.errors import PatternError
 
 IntTuple: TypeAlias = Union[int, "tuple[IntTuple, ...]"]
 _DEEPEST = 16  # levels of nesting; keeps hostile ones from the interpreter's own limit
-_LARGEST = 2**63 - 1  # the largest size of a tensor
+LARGEST = 2**63 - 1  # the largest size of a tensor
 
 
 def as_int(value: object) -> int | None:
@@ -33,11 +33,15 @@ def as_int(value: object) -> int | None:
         return None
 
 
-def as_ints(what: str, values: Iterable[int], low: int, high: int = _LARGEST) -> tuple[int, ...]:
+def as_ints(what: str, values: Iterable[int], low: int, high: int = LARGEST) -> tuple[int, ...]:
     """``values`` as a tuple of plain ints from ``low`` to ``high``; the one check of sizes and strides.
 
     The upper bound is that of a tensor's size, and keeps hostile numbers out of products and messages.
     """
+    if isinstance(values, tuple) and all(
+        type(value) is int and low <= value <= high for value in values
+    ):
+        return tuple(values)  # nearly always, and this is on the way to every operator
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise PatternError(f"{what} must be a tuple of ints, got {values!r:.80}")
     items = tuple(values)

@@ -17,86 +17,11 @@ from functools import cached_property
 from typing import Any, Literal
 
 from s3tensor.errors import PatternError
-from s3tensor.layout import Layout, as_int, as_ints
+from s3tensor.layout import LARGEST, Layout, as_int, as_ints
+from s3tensor.viewrule import LONGEST
+from s3tensor.viewrule import ViewRule as ViewRule
 
-_AXIS = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INT = re.compile(r"[+-]?[0-9]+")
-_LONGEST = (
-    1000  # characters of a pattern's string; a hostile one costs no time and no page of error
-)
-
-
-@dataclass(frozen=True)
-class ViewRule:
-    """A parsed view rule in einops words, for example ``m (t h p) -> m t p h``.
-
-    ``inputs`` holds one group of axis names for each dim of the weight, slowest first inside a group;
-    ``outputs`` one axis name for each dim of the view.
-    """
-
-    inputs: tuple[tuple[str, ...], ...]
-    outputs: tuple[str, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> ViewRule:
-        """Parse and check a rule; both sides must name the same axes, each once."""
-        if not isinstance(text, str) or len(text) > _LONGEST:
-            raise PatternError(
-                f"a view rule is a string of at most {_LONGEST} characters, as in 'm (t p) -> m p t', "
-                f"got {text!r:.80}"
-            )
-        sides = text.split("->")
-        if len(sides) != 2:
-            raise PatternError(
-                f"view rule {text!r} needs exactly one '->', as in 'm (t p) -> m p t'"
-            )
-        inputs = _groups(sides[0], text)
-        outputs = _groups(sides[1], text)
-        if any(len(group) != 1 for group in outputs):
-            raise PatternError(
-                f"view rule {text!r} groups axes on its right side; give every axis a dim of its own "
-                "and let block or scope span several dims"
-            )
-        left = [name for group in inputs for name in group]
-        right = [group[0] for group in outputs]
-        for side, names in (("left", left), ("right", right)):
-            repeated = sorted({name for name in names if names.count(name) > 1})
-            if repeated:
-                raise PatternError(f"view rule {text!r} repeats {repeated[0]!r} on its {side} side")
-        if set(left) != set(right):
-            odd = sorted(set(left) ^ set(right))
-            raise PatternError(f"view rule {text!r} must name {odd[0]!r} on both sides")
-        return cls(inputs, tuple(right))
-
-    @classmethod
-    def identity(cls, ndim: int) -> ViewRule:
-        """The rule that keeps every dim as it is."""
-        names = tuple(f"d{dim}" for dim in range(ndim))
-        return cls(tuple((name,) for name in names), names)
-
-    def __str__(self) -> str:
-        left = " ".join(
-            group[0] if len(group) == 1 else f"({' '.join(group)})" for group in self.inputs
-        )
-        return f"{left} -> {' '.join(self.outputs)}"
-
-
-def _groups(side: str, text: str) -> tuple[tuple[str, ...], ...]:
-    """Split one side of a view rule into groups of axis names."""
-    groups: list[tuple[str, ...]] = []
-    tokens = re.findall(r"\([^()]*\)|[^\s()]+|[()]", side)
-    for token in tokens:
-        names = tuple(token[1:-1].split()) if token.startswith("(") and len(token) > 1 else (token,)
-        bad = [name for name in names if not _AXIS.fullmatch(name)]
-        if bad or not names:
-            raise PatternError(
-                f"view rule {text!r} has {(bad or [token])[0]!r}; use axis names such as 'm', grouped "
-                "once with balanced parentheses such as '(t p)'"
-            )
-        groups.append(names)
-    if not groups:
-        raise PatternError(f"view rule {text!r} has an empty side; write for example 'm k -> m k'")
-    return tuple(groups)
 
 
 @dataclass(frozen=True)
@@ -225,7 +150,7 @@ class Pattern:
 
     @staticmethod
     def parse(text: str | Pattern) -> Pattern:
-        """Pattern from its string: a preset such as ``2:4``, or parts such as ``block=1,2; scope=1,4; keep=2``.
+        """Pattern from its string: a preset such as ``2:4``, or its parts, ``block=1,2; scope=1,4; keep=2``.
 
         Raises:
             PatternError: with the whole grammar, when the string is neither.
@@ -234,8 +159,8 @@ class Pattern:
             return text
         if not isinstance(text, str):
             raise PatternError(f"a pattern is a Pattern or a string, got {type(text).__name__}")
-        if len(text) > _LONGEST:
-            raise PatternError(f"a pattern of {len(text)} characters; at most {_LONGEST} are read")
+        if len(text) > LONGEST:
+            raise PatternError(f"a pattern of {len(text)} characters; at most {LONGEST} are read")
         return _parse(text)
 
     @property
@@ -257,6 +182,32 @@ class Pattern:
 
     def __str__(self) -> str:
         return self.name or self.parts
+
+    def after(
+        self, rule: str, sizes: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    ) -> Pattern:
+        """This pattern on a view of the weight: ``rule`` first, then the pattern's own view.
+
+        Args:
+            rule: rule in einops words; its view has the dims that this pattern is for.
+            sizes: sizes of named axes of ``rule``.
+
+        Example:
+            >>> down_the_columns = Pattern.parse("2:4").after("m k -> k m")
+            >>> str(down_the_columns.bind((8, 16)).view)
+            '(16,8):(1,16)'
+
+        Raises:
+            PatternError: when the rule does not parse, or its view has other dims or sizes than this
+                pattern takes.
+        """
+        single = (1,) * len(_parse_rule(rule).outputs)
+        first = Pattern(rule, sizes, block=single, scope=single, keep=1)
+        try:
+            view, merged = first.rule.then(self.rule, dict(first.sizes), dict(self.sizes))
+        except PatternError as error:
+            raise PatternError(f"{self} cannot follow view rule {rule!r}: {error}") from None
+        return Pattern(str(view), merged, self.block, self.scope, self.keep)
 
     def step(self, dim: int) -> tuple[int, bool]:
         """``(step, is_open)``: dim ``dim`` of a weight that fits is a multiple of ``step``.
@@ -353,8 +304,12 @@ class BoundPattern:
         Rows can be pruned in chunks of whole groups: each chunk is the same pattern on fewer rows.
         """
         row = math.prod(self.shape[1:])
-        step, is_open = self.pattern.step(0)
-        if not is_open:
+        step, _ = self.pattern.step(0)
+        # On fewer rows only the axis of no given size is shorter. It must be the slowest of its group:
+        # inside another axis it would change what that axis jumps over.
+        sizes: dict[str, int] = dict(self.pattern.sizes)
+        slowest = next((name for name in self.pattern.rule.inputs[0] if sizes.get(name) != 1), None)
+        if slowest is None or slowest in sizes:
             return self.shape[0]
         # Strides nest, so the widest span is a multiple of the others.
         widest = 1
@@ -421,11 +376,17 @@ def preset(syntax: str, regex: str, meaning: str) -> Callable[[Preset], Preset]:
 def grammar() -> str:
     """Every way to write a pattern, one a line."""
     forms = {syntax: meaning for syntax, (_, meaning, _) in _PRESETS.items()}
-    forms["view=RULE; sizes=AXIS:N,...; block=...; scope=...; keep=N|DENSITY"] = (
-        "any pattern by its parts; view and sizes may be left out, -1 is a whole dim"
+    width = max(map(len, forms), default=0)
+    named = [f"  {syntax:<{width}}  {meaning}" for syntax, meaning in forms.items()]
+    return "\n".join(
+        (
+            *named,
+            "  where #K in place of @D is a count, and /tensor after block, unstructured and kernel lets the "
+            "whole weight compete",
+            "  view=RULE; sizes=AXIS:N,...; block=...; scope=...; keep=N|DENSITY",
+            f"  {'':<{width}}  any pattern by its parts; view and sizes may be left out, -1 is a whole dim",
+        )
     )
-    width = max(len(syntax) for syntax in list(forms)[:-1])
-    return "\n".join(f"  {syntax:<{width}}  {meaning}" for syntax, meaning in forms.items())
 
 
 @functools.lru_cache(maxsize=256)
@@ -475,6 +436,11 @@ def _parse_rule(text: str) -> ViewRule:
 @functools.lru_cache(maxsize=1024)
 def _bind(pattern: Pattern, name: str, shape: tuple[int, ...]) -> BoundPattern:
     del name  # a key of the cache, so that the pattern comes back in the caller's spelling
+    if math.prod(shape) > LARGEST:
+        raise PatternError(
+            f"{pattern} cannot be bound to shape {shape}: more than 2**63 - 1 elements, the largest size "
+            "of a tensor"
+        )
     view = _view(pattern, shape)
     block = tuple(n if b == -1 else b for n, b in zip(view.shape, pattern.block, strict=True))
     grid = tuple(n // b for n, b in zip(view.shape, block, strict=True))

@@ -27,10 +27,24 @@ PRESETS = (
     "coupled2:4",
     "rowpair16",
     "block:4x2@0.5",
+    "block:4x2@0.25/tensor",
+    "block:2x1@2:4",
     "unstructured@0.3",
+    "unstructured#2",
+    "unstructured@0.3/tensor",
     "row@0.5",
     "column@0.25",
     "head:4@0.5",
+    "head:4x2#2",
+    "head:2@0.5/group:2",
+    "head:4@0.5/input",
+)
+CONV_PRESETS = (  # on weights of (out_channels, in_channels, height, width)
+    "conv2:4",
+    "filter@0.5",
+    "channel@0.5",
+    "kernel@0.3",
+    "kernel#2/tensor",
 )
 
 # Values that break careless code: ties, both zeros, neighbours, and what over- or underflows when squared.
@@ -70,17 +84,25 @@ def patterns(draw: st.DrawFn, max_ndim: int = 3) -> Pattern:
 
 
 @st.composite
-def bound_patterns(draw: st.DrawFn, max_elements: int = 4096) -> BoundPattern:
-    """Any pattern or preset on a weight shape that it fits."""
-    pattern = draw(st.sampled_from(PRESETS).map(Pattern.parse) | patterns())
+def shapes(draw: st.DrawFn, pattern: Pattern, max_steps: int = 6) -> tuple[int, ...]:
+    """A weight shape that ``pattern`` divides: up to ``max_steps`` times the least one in each dim."""
     shape = []
     for dim in range(len(pattern.rule.inputs)):
         step, is_open = pattern.step(dim)
-        shape.append(step * draw(st.integers(1, 6)) if is_open else step)
+        shape.append(step * draw(st.integers(1, max_steps)) if is_open else step)
+    return tuple(shape)
+
+
+@st.composite
+def bound_patterns(draw: st.DrawFn, max_elements: int = 4096) -> BoundPattern:
+    """Any pattern or preset, of matrices or convolutions, on a weight shape that it fits."""
+    named = st.sampled_from((*PRESETS, *CONV_PRESETS)).map(Pattern.parse)
+    pattern = draw(named | patterns())
+    shape = draw(shapes(pattern))
     assume(math.prod(shape) <= max_elements)
     try:
-        return pattern.bind(tuple(shape))
-    except PatternError:  # a density that rounds to no block
+        return pattern.bind(shape)
+    except PatternError:  # a density that rounds to no block, or a count above the blocks there are
         assume(False)
         raise
 
