@@ -53,6 +53,7 @@ def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     sparse: dict[str, dict[str, Any]] = {}
+    stored: set[int] = set()  # addresses: safetensors refuses tensors that share storage
     for name, tensor in state.items():
         parts = {name: tensor}
         if isinstance(tensor, StructuredSparseTensor):
@@ -66,7 +67,10 @@ def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
         for key, part in parts.items():
             if key in tensors:
                 raise CheckpointError(f"two tensors would be stored as {key!r}; rename one of them")
-            tensors[key] = part.detach().cpu().contiguous()
+            whole = part.detach().cpu().contiguous()
+            address = whole.untyped_storage().data_ptr()
+            tensors[key] = whole.clone() if address in stored else whole
+            stored.add(address)
     document = {
         "format": FORMAT,
         "sparse": sparse,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,12 @@ from torch import nn
 
 import s3tensor as s3
 from s3tensor import llm
-from s3tensor.llm import calibrate, driver, resume, structure, text
+from s3tensor.llm import calibrate, progress, structure, text
 
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY = 97
+LINUX = sys.platform == "linux"
 
 
 def tiny(kind: str, blocks: int = 2) -> nn.Module:
@@ -158,63 +162,6 @@ def test_only_the_first_blocks_are_pruned_when_asked() -> None:
     assert not isinstance(model.model.layers[1].mlp.up_proj.weight, s3.StructuredSparseTensor)
 
 
-class _Killed(BaseException):
-    """Stands for a signal: nothing in the library may catch it."""
-
-
-@pytest.mark.parametrize("compress", [True, False])
-def test_a_killed_run_resumes_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: bool
-) -> None:
-    def run(folder: Path) -> nn.Module:
-        model = tiny("llama", 3)
-        llm.prune_model(model, batches(), "2:4", work_dir=folder, compress=compress, progress=False)
-        return model
-
-    whole = run(tmp_path / "whole").state_dict()
-    real = driver._prune_block
-
-    def dies_in_block_two(runner: calibrate.BlockRunner, *rest: object) -> object:
-        if runner.index == 2:
-            raise _Killed
-        return real(runner, *rest)
-
-    monkeypatch.setattr(driver, "_prune_block", dies_in_block_two)
-    with pytest.raises(_Killed):
-        run(tmp_path / "broken")
-    monkeypatch.setattr(driver, "_prune_block", real)
-    model = tiny("llama", 3)
-    report = llm.prune_model(
-        model, batches(), "2:4", work_dir=tmp_path / "broken", compress=compress, progress=False
-    )
-    assert report.resumed == 2
-    assert len(report.linears) == 21
-    for name, value in model.state_dict().items():
-        assert torch.equal(_plain(value), _plain(whole[name])), name
-    with (tmp_path / "broken" / "linears.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 21
-
-
-def _plain(value: torch.Tensor) -> torch.Tensor:
-    return value.to_dense() if isinstance(value, s3.StructuredSparseTensor) else value
-
-
-def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    llm.prune_model(tiny("llama"), batches(), "2:4", "wanda", work_dir=tmp_path, progress=False)
-    with pytest.raises(s3.CheckpointError, match="pattern"):
-        llm.prune_model(tiny("llama"), batches(), "4:8", "wanda", work_dir=tmp_path, progress=False)
-
-
-def test_a_damaged_block_of_an_unfinished_run_is_refused(tmp_path: Path) -> None:
-    llm.prune_model(tiny("llama"), batches(), "2:4", "wanda", work_dir=tmp_path, progress=False)
-    path = tmp_path / "block-00001.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(s3.CheckpointError, match="checksum"):
-        llm.prune_model(tiny("llama"), batches(), "2:4", "wanda", work_dir=tmp_path, progress=False)
-
-
 def test_nan_in_a_weight_is_refused_by_name_before_any_work() -> None:
     model = tiny("llama")
     with torch.no_grad():
@@ -244,12 +191,26 @@ def test_a_model_without_decoder_blocks_is_refused() -> None:
         [torch.zeros(8, dtype=torch.int64)],
         [torch.zeros(0, 8, dtype=torch.int64)],
         ["x"],
+        [torch.full((1, 8), VOCABULARY)],
+        [torch.full((1, 8), -1)],
+        [torch.zeros(1, 129, dtype=torch.int64)],
     ],
-    ids=["none", "float", "one dim", "no sequence", "strings"],
+    ids=["none", "float", "one dim", "no sequence", "strings", "beyond", "negative", "too long"],
 )
-def test_unusable_calibration_is_refused(calibration: list[object]) -> None:
+@pytest.mark.parametrize("resume", [True, False])
+def test_unusable_calibration_is_refused(
+    tmp_path: Path, calibration: list[object], resume: bool
+) -> None:
+    folder = tmp_path / "run"
     with pytest.raises(s3.CalibrationError):
-        llm.prune_model(tiny("llama"), calibration, "2:4", progress=False)
+        llm.prune_model(
+            tiny("gpt2"),
+            calibration,
+            "2:4",
+            work_dir=folder if resume else None,
+            progress=False,
+        )
+    assert not folder.exists()
 
 
 def test_an_unknown_pruner_and_an_unknown_option_are_refused() -> None:
@@ -259,6 +220,10 @@ def test_an_unknown_pruner_and_an_unknown_option_are_refused() -> None:
         llm.prune_model(tiny("llama"), batches(), "2:4", "admm", speed=9, progress=False)
     with pytest.raises(s3.PrunerError, match="dense target"):
         llm.prune_model(tiny("llama"), batches(), "2:4", "wanda", alpha=0.3, progress=False)
+    with pytest.raises(s3.PrunerError, match=r"alpha=2\.0 must be from 0"):
+        llm.prune_model(tiny("llama"), batches(), "2:4", "admm", alpha=2.0, progress=False)
+    with pytest.raises(s3.PrunerError, match=r"damp=-1 must be"):
+        llm.prune_model(tiny("llama"), batches(), "2:4", "admm", damp=-1, progress=False)
 
 
 def test_a_compressed_model_is_not_pruned_again() -> None:
@@ -280,13 +245,84 @@ def test_progress_in_a_log_is_one_line_a_block_with_the_time_left(
     llm.prune_model(tiny("llama"), batches(), "2:4", "magnitude")
     lines = capsys.readouterr().err.strip().splitlines()
     assert [line.split(":")[0] for line in lines] == ["block 1/2", "block 2/2"]
-    assert "left" in lines[0]
+    assert re.search(r"about \d+ s left", lines[0])
+    assert "about 0 s left" in lines[1]
+
+
+class TestProgress:
+    def row(self, **change: object) -> llm.BlockRow:
+        return llm.BlockRow(
+            **{
+                "block": 0,
+                "linears": 1,
+                "error": 0.5,
+                "seconds": 2.0,
+                "solver_seconds": 1.0,
+                "peak_memory_bytes": 0,
+                **change,
+            }
+        )
+
+    def linear(self) -> llm.LinearRow:
+        return llm.LinearRow(0, "x", 10, 10, 0.5, 1.0, 4, 0.5, 0)
+
+    def test_the_time_left_is_that_of_the_weights_left(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        now = 1000.0
+        monkeypatch.setattr(time, "perf_counter", lambda: now)
+        with progress.PruneProgress(weights=1000, blocks=4) as bar:
+            now = 5000.0  # what came before the first block tells nothing about the others
+            bar.resumed(500)
+            bar.doing(2, "dense pass")
+            now = 5100.0
+            bar.linear(self.linear())
+            bar.skip(100)
+            bar.block(self.row())
+        # 100 weights in 100 s; 1000 - 500 - 100 - 100 = 300 are left.
+        assert "about 5 min 0 s left" in capsys.readouterr().err
+
+    def test_nothing_is_shown_when_nothing_is_asked_for(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with progress.PruneProgress(100, 1, show=False) as bar:
+            bar.doing(0, "x")
+            bar.block(self.row())
+        assert capsys.readouterr() == ("", "")
+
+    @pytest.mark.parametrize(
+        ("seconds", "text"),
+        [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")],
+    )
+    def test_time_is_written_as_people_read_it(self, seconds: float, text: str) -> None:
+        assert progress._clock(seconds) == text
+
+
+def test_the_columns_of_both_tables_are_right(tmp_path: Path) -> None:
+    began = time.perf_counter()
+    report = llm.prune_model(tiny("llama"), batches(), "2:4", work_dir=tmp_path, progress=False)
+    whole = time.perf_counter() - began
+    with (tmp_path / "linears.csv").open() as file:
+        linears = list(csv.DictReader(file))
+    with (tmp_path / "blocks.csv").open() as file:
+        blocks = list(csv.DictReader(file))
+    assert [row["name"] for row in linears] == [row.name for row in report.linears]
+    for index, row in enumerate(blocks):
+        mine = [float(x["seconds"]) for x in linears if int(x["block"]) == index]
+        assert float(row["solver_seconds"]) == pytest.approx(sum(mine))
+        assert 0 < sum(mine) <= float(row["seconds"])
+        assert int(row["linears"]) == len(mine) == 7
+    assert sum(float(row["seconds"]) for row in blocks) <= report.seconds <= whole
+    used = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 if LINUX else 1
+    for row in (*linears, *blocks):
+        # The peak of a process is at least what it uses now, less what it gave back since.
+        assert used / 4 < int(row["peak_memory_bytes"]) < 2**40
 
 
 def test_the_report_gives_frames_and_a_summary() -> None:
     report = llm.prune_model(tiny("llama"), batches(), "2:4", "wanda", progress=False)
     linears, blocks = report.frames()
-    assert list(linears["name"])[0] == "model.layers.0.self_attn.q_proj"
+    assert linears["name"].iloc[0] == "model.layers.0.self_attn.q_proj"
     assert len(blocks) == 2
     assert (linears["density"] == 0.5).all()
     assert (linears["samples"] == 4 * 2 * 24).all()

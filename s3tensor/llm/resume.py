@@ -40,6 +40,7 @@ class RunFolder:
             _same_settings(path, settings)
             for leftover in _leftovers(folder):
                 leftover.unlink(missing_ok=True)
+            self._write_csv()  # the run may have ended between a block and its rows here
         else:
             write_json(path, settings)
 

@@ -1,0 +1,275 @@
+"""A run that is broken off goes on from its last whole block, to the same bytes; faults are told clearly."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import s3tensor as s3
+from s3tensor import llm
+from s3tensor.checkpoint import TEMPORARY, save_state
+from s3tensor.llm import calibrate, driver
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY = 97
+
+
+def tiny(kind: str, blocks: int = 2) -> nn.Module:
+    """A small random language model, float32, in eval mode."""
+    torch.manual_seed(0)
+    llama = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": blocks,
+        "vocab_size": VOCABULARY,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    config = {
+        "llama": lambda: transformers.LlamaConfig(**llama),
+        "gpt2": lambda: transformers.GPT2Config(
+            n_embd=32, n_layer=blocks, n_head=4, vocab_size=VOCABULARY, n_positions=64
+        ),
+    }[kind]()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def batches(count: int = 2, tokens: int = 24) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCABULARY, (2, tokens), generator=generator) for _ in range(count)]
+
+
+class _Killed(BaseException):
+    """Stands for a signal: nothing in the library may catch it."""
+
+
+def resumable(folder: Path, kind: str = "llama", **options: object) -> llm.PruneReport:
+    """A run that writes its blocks to ``folder``, and its final weights to ``folder/final``."""
+    model = tiny(kind, 3)
+    report = llm.prune_model(model, batches(2), "2:4", work_dir=folder, progress=False, **options)
+    save_state(folder / "final", dict(model.state_dict()))
+    return report
+
+
+@pytest.mark.parametrize("compress", [True, False], ids=["compressed", "dense"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_killed_run_resumes_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, compress: bool
+) -> None:
+    resumable(tmp_path / "whole", kind, compress=compress)
+    real = driver._prune_block
+
+    def dies_in_block_two(runner: calibrate.BlockRunner, *rest: object) -> object:
+        if runner.index == 2:
+            raise _Killed
+        return real(runner, *rest)
+
+    monkeypatch.setattr(driver, "_prune_block", dies_in_block_two)
+    with pytest.raises(_Killed):
+        resumable(tmp_path / "broken", kind, compress=compress)
+    monkeypatch.setattr(driver, "_prune_block", real)
+    report = resumable(tmp_path / "broken", kind, compress=compress)
+    assert report.resumed == 2
+    assert len(report.linears) == (12 if kind == "gpt2" else 21)
+    for name in ("final", "block-00002.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+    errors = [row.error for row in report.blocks]
+    assert errors == [
+        row.error for row in resumable(tmp_path / "whole", kind, compress=compress).blocks
+    ]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_killed_at_any_write_resumes_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    resumable(tmp_path / "whole", pruner="wanda")
+    real = os.replace
+    writes = 0
+
+    def dies(fatal: int) -> object:
+        nonlocal writes
+        writes = 0
+
+        def replace(source: str, target: Path) -> None:
+            nonlocal writes
+            writes += 1
+            if when == "before" and writes == fatal:
+                raise _Killed
+            real(source, target)
+            if when == "after" and writes == fatal:
+                raise _Killed
+
+        return replace
+
+    # The writes of a run: its settings, then for each of three blocks the block, its rows, two tables.
+    for fatal in range(1, 14):
+        folder = tmp_path / str(fatal)
+        monkeypatch.setattr(os, "replace", dies(fatal))
+        with pytest.raises(_Killed):
+            resumable(folder, pruner="wanda")
+        monkeypatch.setattr(os, "replace", real)
+        report = resumable(folder, pruner="wanda")
+        # A block counts as finished once its rows are there: the third, seventh and eleventh write.
+        assert report.resumed == sum(
+            (fatal > n) or (fatal == n and when == "after") for n in (3, 7, 11)
+        )
+        assert (folder / "final").read_bytes() == (tmp_path / "whole" / "final").read_bytes()
+        with (folder / "linears.csv").open() as file:
+            assert [row["name"] for row in csv.DictReader(file)] == [x.name for x in report.linears]
+
+
+KILLED = """
+import os, signal, sys, threading
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import test_llm_resume
+threading.Timer(float(sys.argv[3]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+test_llm_resume.resumable(Path(sys.argv[1]))
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL is a thing of POSIX")
+def test_a_process_killed_outright_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    began = time.perf_counter()
+    resumable(tmp_path / "whole")
+    whole = time.perf_counter() - began
+    killed = 0
+    for index, share in enumerate((0.2, 0.6)):
+        folder = tmp_path / str(index)
+        here = str(Path(__file__).parent)
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(folder), here, str(whole * share)], check=False
+        )
+        killed += done.returncode == -signal.SIGKILL
+        resumable(folder)
+        assert (folder / "final").read_bytes() == (tmp_path / "whole" / "final").read_bytes()
+    assert killed
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    llm.prune_model(tiny("llama"), batches(), "2:4", "wanda", work_dir=tmp_path, progress=False)
+    with pytest.raises(s3.CheckpointError, match="pattern"):
+        llm.prune_model(tiny("llama"), batches(), "4:8", "wanda", work_dir=tmp_path, progress=False)
+
+
+def test_a_folder_of_a_run_over_other_linears_is_refused(tmp_path: Path) -> None:
+    def run(word: str) -> None:
+        llm.prune_model(
+            tiny("llama"),
+            batches(1),
+            "2:4",
+            "wanda",
+            filter_fn=lambda _, name: word in name,
+            work_dir=tmp_path,
+            progress=False,
+        )
+
+    run("mlp")
+    with pytest.raises(s3.CheckpointError, match="linears"):
+        run("self_attn")
+
+
+def test_a_folder_that_vanished_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = driver._prune_block
+
+    def vanishing(runner: calibrate.BlockRunner, *rest: object) -> object:
+        if runner.index == 1:
+            shutil.rmtree(tmp_path / "run")
+        return real(runner, *rest)
+
+    monkeypatch.setattr(driver, "_prune_block", vanishing)
+    with pytest.raises(s3.CheckpointError, match=r"vanished during the run"):
+        resumable(tmp_path / "run", pruner="wanda")
+    assert not (tmp_path / "run").exists()
+
+
+HOLDS = """
+import sys
+from s3tensor import llm
+with llm.locked(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path: Path) -> None:
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(s3.CheckpointError, match="another run is at work"):
+            resumable(tmp_path, pruner="wanda")
+        assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+    finally:
+        other.communicate("\n")
+    assert not list(tmp_path.iterdir())
+    llm.check_out(tmp_path)
+    resumable(tmp_path, pruner="wanda")
+
+
+def test_a_lock_may_be_nested_in_one_process_and_goes_with_the_outer_one(tmp_path: Path) -> None:
+    with llm.locked(tmp_path):
+        with llm.locked(tmp_path):
+            pass
+        assert (tmp_path / "run.lock").exists()
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_what_a_broken_off_write_left_is_no_other_content_and_goes(tmp_path: Path) -> None:
+    (tmp_path / f".run.json.abc{TEMPORARY}").write_text("half")
+    llm.check_out(tmp_path)
+    resumable(tmp_path, pruner="wanda")
+    (tmp_path / f".block-00001.json.abc{TEMPORARY}").write_text("half")
+    resumable(tmp_path, pruner="wanda")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    llm.forget_run(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["blocks.csv", "final", "linears.csv"]
+    with pytest.raises(s3.CheckpointError, match="nothing was overwritten"):
+        llm.check_out(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"pattern": 3}'])
+def test_a_damaged_settings_file_is_refused(tmp_path: Path, text: str) -> None:
+    resumable(tmp_path, pruner="wanda")
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(s3.CheckpointError, match=r"damaged|holds an unfinished run"):
+        resumable(tmp_path, pruner="wanda")
+
+
+def test_a_block_of_another_model_is_refused(tmp_path: Path) -> None:
+    resumable(tmp_path, pruner="wanda")
+    save_state(tmp_path / "block-00001.safetensors", {"weight": torch.ones(2)})
+    with pytest.raises(s3.CheckpointError, match="does not fit the model"):
+        resumable(tmp_path, pruner="wanda")
+
+
+def test_a_damaged_block_of_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    llm.prune_model(tiny("llama"), batches(), "2:4", "wanda", work_dir=tmp_path, progress=False)
+    path = tmp_path / "block-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(s3.CheckpointError, match="checksum"):
+        llm.prune_model(tiny("llama"), batches(), "2:4", "wanda", work_dir=tmp_path, progress=False)
