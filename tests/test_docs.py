@@ -41,3 +41,9 @@ def test_the_local_links_of_a_page_lead_somewhere(page: Path) -> None:
 
 def test_the_readme_has_code() -> None:
     assert len(blocks(ROOT / "README.md")) >= 4
+
+
+def test_the_readme_shows_the_stored_results() -> None:
+    script = ROOT / "bench" / "readme_tables.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

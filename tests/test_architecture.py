@@ -1,0 +1,204 @@
+"""The house: who may import whom, what a plain import costs, and that every docstring's example runs."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import s3tensor as s3
+
+PACKAGE = Path(s3.__file__).resolve().parent
+KERNELS = PACKAGE.parent / "kernels"
+if not KERNELS.is_dir():  # not a checkout: the installed place
+    KERNELS = PACKAGE / "kernels"
+
+# Floors from the ground up. A module imports s3tensor modules of its own floor or below.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "version", "layout", "viewrule", "pattern", "presets"),
+    ("mask", "packing", "hessian", "linalg", "proximal", "selection"),
+    ("kernels",),
+    ("ops",),
+    ("tensor", "tensor_rules", "specs", "parametrize", "prune", "checkpoint", "testing"),
+    ("llm", "hf", "evaluate", "viz", "compact", "cli"),
+)
+
+# What only these modules may import, and only inside functions where they are optional.
+GUESTS = {
+    "transformers": {"llm", "hf", "compact", "cli", "evaluate"},
+    "accelerate": {"hf"},
+    "datasets": {"llm"},
+    "matplotlib": {"viz"},
+    "hypothesis": {"testing"},
+    "triton": {"kernels"},
+}
+STDLIB_ONLY = FLOORS[0]
+
+
+def sources() -> list[tuple[str, Path]]:
+    """(room, file) of every module; a room is the first name below s3tensor."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if name not in ("__init__", "kernels"):
+            found.append((name, path))
+    return found + [("kernels", path) for path in sorted(KERNELS.rglob("*.py"))]
+
+
+def imports(path: Path, top_level_only: bool = False) -> list[str]:
+    """Absolute names of what a file imports, ``if TYPE_CHECKING`` left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names: list[str] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and top_level_only:
+            return
+        if isinstance(node, ast.Import):
+            names.extend(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                assert path.is_relative_to(KERNELS), f"{path.name}: imports are absolute"
+                names.append(f"s3tensor.kernels.{node.module or ''}")
+            else:
+                names.append(node.module or "")
+            if node.module == "s3tensor":
+                names.extend(f"s3tensor.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    return names
+
+
+def floor_of(room: str) -> int:
+    for number, rooms in enumerate(FLOORS):
+        if room in rooms:
+            return number
+    raise AssertionError(f"{room} has no floor; give it one in tests/test_architecture.py")
+
+
+def rooms_imported(path: Path) -> set[str]:
+    parts = [name.split(".") for name in imports(path) if name.startswith("s3tensor.")]
+    return {part[1] for part in parts}
+
+
+@pytest.mark.parametrize(
+    ("room", "path"), sources(), ids=lambda value: getattr(value, "name", value)
+)
+def test_a_module_imports_its_own_floor_or_below(room: str, path: Path) -> None:
+    above = {other for other in rooms_imported(path) if floor_of(other) > floor_of(room)}
+    assert not above, f"{path.name} imports {sorted(above)} of a floor above it"
+
+
+def test_only_ops_imports_kernels_and_kernels_import_nothing_of_s3tensor() -> None:
+    for room, path in sources():
+        if room == "kernels":
+            others = {name for name in imports(path) if name.startswith("s3tensor")}
+            assert all(name.startswith("s3tensor.kernels") for name in others), path.name
+        elif room != "ops":
+            assert "kernels" not in rooms_imported(path), path.name
+
+
+def test_pruners_know_nothing_of_the_tensor() -> None:
+    for room, path in sources():
+        if room == "prune":
+            assert not rooms_imported(path) & {"tensor", "tensor_rules", "ops", "parametrize"}, (
+                path.name
+            )
+
+
+def test_guests_stay_in_their_rooms() -> None:
+    for room, path in sources():
+        for name in imports(path):
+            guest = name.split(".")[0]
+            assert room in GUESTS.get(guest, {room}), f"{path.name} imports {guest}"
+
+
+def test_the_ground_floor_needs_the_standard_library_only() -> None:
+    for room, path in sources():
+        if room in STDLIB_ONLY:
+            foreign = {
+                name.split(".")[0]
+                for name in imports(path)
+                if name.split(".")[0] not in (*sys.stdlib_module_names, "s3tensor")
+            }
+            assert not foreign, f"{path.name} imports {foreign}"
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after a statement."""
+    code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_a_plain_import_loads_no_torch_and_nothing_heavy() -> None:
+    heavy = {"torch", "numpy", "transformers", "triton", "pandas", "matplotlib", "datasets", "rich"}
+    assert not loaded_after("import s3tensor") & heavy
+
+
+def test_the_tensor_needs_neither_transformers_nor_triton() -> None:
+    # torch itself may look for triton; s3tensor must not be what loads it.
+    before = loaded_after("import torch")
+    after = loaded_after("import s3tensor as s3; s3.StructuredSparseTensor, s3.prune, s3.S3Sparse")
+    assert not (after - before) & {"transformers", "triton", "pandas", "matplotlib", "datasets"}
+
+
+def test_the_folder_of_kernels_is_no_top_level_module() -> None:
+    assert importlib.import_module("s3tensor.kernels").__file__
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or KERNELS not in map(Path, spec.submodule_search_locations or [])
+
+
+API = (
+    "Pattern PatternError Layout composition coalesce complement right_inverse project satisfies prune "
+    "Hessian output_error StructuredSparseTensor S3Sparse finalize sparsify_ llm save_pretrained "
+    "from_pretrained perplexity View BlockSpec BlockCoupling ScopeSpec ScopeCoupling SparsityBuilder "
+    "StructuredOBS kth_largest mid_kth_largest draw_layout compute_hessian ModuleInputCatcher "
+    "transfer_to_device get_c4"
+)
+
+
+@pytest.mark.parametrize("name", API.split())
+def test_every_public_name_is_there_and_listed(name: str) -> None:
+    assert getattr(s3, name) is not None
+    assert name in dir(s3)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = s3.nothing
+
+
+def modules_with_examples() -> list[str]:
+    names = []
+    for _, path in sources():
+        if ">>> " in path.read_text(encoding="utf-8") and path.is_relative_to(PACKAGE):
+            parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+            names.append(".".join(part for part in parts if part != "__init__"))
+    return names
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_the_examples_of_docstrings_run(name: str) -> None:
+    import torch
+
+    module = importlib.import_module(name)
+    names = {"torch": torch, "nn": torch.nn, "parametrize": torch.nn.utils.parametrize, "s3": s3}
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    runner = doctest.DocTestRunner(optionflags=flags)
+    ran = 0
+    for test in finder.find(module, extraglobs=names):
+        report: list[str] = []
+        result = runner.run(test, out=report.append)
+        assert result.failed == 0, "".join(report)
+        ran += result.attempted
+    assert ran > 0
