@@ -111,7 +111,7 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Tens
     except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
         # The last three: a type name that safetensors knows and this version of torch does not.
         raise CheckpointError(
-            f"{path} is truncated or altered ({_first_line(error)}); get it anew"
+            f"{path} is truncated or altered ({first_line(error)}); get it anew"
         ) from error
     state: dict[str, Tensor] = {}
     for name, fields in document["sparse"].items():
@@ -166,7 +166,7 @@ def _sparse(
         tensor = StructuredSparseTensor.from_packed(packed, indices, pattern, shape)
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{where}: damaged description of a sparse tensor ({_first_line(error)})"
+            f"{where}: damaged description of a sparse tensor ({first_line(error)})"
         ) from None
     return tensor.map_parts(lambda part: part, flip=True) if transposed else tensor
 
@@ -212,7 +212,7 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot write {path} ({_first_line(error)}); free space or choose another folder"
+            f"cannot write {path} ({first_line(error)}); free space or choose another folder"
         ) from error
     finally:
         if temporary is not None:
@@ -246,5 +246,6 @@ def _umask() -> int:
     return mask
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind when it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from s3tensor.checkpoint import load_state, save_state
+from s3tensor.checkpoint import first_line, load_state, save_state
 from s3tensor.errors import CheckpointError, ModelError
 from s3tensor.mask import satisfies
 from s3tensor.tensor import StructuredSparseTensor
@@ -46,18 +47,22 @@ def load_model(
         if not path.is_file():
             raise ModelError(f"no GGUF file at {path}")
         location, names = path.parent, {"gguf_file": path.name}
-    if path.is_absolute() and not Path(location).exists():
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} is no folder of a Hugging Face model: it has no config.json")
+    elif path.exists():
+        raise ModelError(f"{path} is a file; give a model's folder, a hub name or a .gguf file")
+    elif path.is_absolute() or len(path.parts) > 2:  # a hub name is NAME or OWNER/NAME
         raise ModelError(f"no model at {path}")
     with _quiet():
         try:
             wanted = torch.float32 if names and dtype == "auto" else dtype
             model = AutoModelForCausalLM.from_pretrained(str(location), dtype=wanted, **names)
             tokenizer = AutoTokenizer.from_pretrained(str(location), **names)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ModelError(f"cannot load a model from {source} ({lines[0]})") from error
+        except Exception as error:  # the library raises many kinds; all mean that there is no model
+            raise ModelError(f"cannot load a model from {source} ({first_line(error)})") from error
     _forget_gguf(model)
-    return model.to(device).eval(), tokenizer
+    return _placed(model, device), tokenizer
 
 
 def save_pretrained(
@@ -86,6 +91,7 @@ def save_pretrained(
 
     Raises:
         CheckpointError: a model is there already, or the folder cannot be written.
+        ModelError: a model without a config, or with parameters on the meta device.
     """
     folder = Path(directory)
     refuse_existing(folder, overwrite)
@@ -97,23 +103,26 @@ def save_pretrained(
         )
     _forget_gguf(model)
     state = unshared_state(model)
+    absent = [name for name, tensor in state.items() if tensor.is_meta]
+    if absent:
+        raise ModelError(f"{absent[0]} is on the meta device and has no values to save")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    except OSError as error:
+        if dense:
+            plain = {name: densified(tensor).contiguous() for name, tensor in state.items()}
+            model.save_pretrained(folder, state_dict=plain)  # type: ignore[operator]
+            return folder
+        # The weights last: a folder with this file is complete.
+        config.save_pretrained(folder)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot write to {folder} ({error}); choose another folder"
+            f"cannot write to {folder} ({first_line(error)}); choose another folder"
         ) from error
-    if dense:
-        plain = {name: densified(tensor).contiguous() for name, tensor in state.items()}
-        model.save_pretrained(folder, state_dict=plain)  # type: ignore[operator]
-        return folder
-    # The weights last: a folder with this file is complete.
-    config.save_pretrained(folder)
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(folder)
     save_state(folder / WEIGHTS, state)
     return folder / WEIGHTS
 
@@ -133,19 +142,24 @@ def from_pretrained(directory: str | Path, device: torch.device | str = "cpu") -
             f"{folder} holds no {WEIGHTS}; give a folder that s3tensor.save_pretrained wrote, or load a "
             "dense model with transformers"
         )
-    state = load_state(folder / WEIGHTS, device)
+    state = load_state(folder / WEIGHTS)
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}/config.json cannot be read ({error})") from error
-    # Parameters start on the meta device, so that no dense copy of them is ever made.
-    with init_empty_weights(include_buffers=False), _quiet():
-        model = AutoModelForCausalLM.from_config(config)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        # Parameters start on the meta device, so that no dense copy of them is ever made.
+        with init_empty_weights(include_buffers=False), _quiet():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (
+        Exception
+    ) as error:  # the library raises many kinds; all mean that the config is unusable
+        raise CheckpointError(
+            f"{folder / 'config.json'} cannot be used ({first_line(error)})"
+        ) from error
     model.tie_weights()
     try:
         found = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{folder} does not fit its own config ({error})") from error
+        odd = str(error).strip().splitlines()[-1].strip()  # the first line names the class alone
+        raise CheckpointError(f"{folder} does not fit its own config ({odd})") from error
     model.tie_weights()
     missing = [name for name, value in model.named_parameters() if value.is_meta]
     if missing or found.unexpected_keys:
@@ -159,7 +173,7 @@ def from_pretrained(directory: str | Path, device: torch.device | str = "cpu") -
         model.generation_config = GenerationConfig.from_pretrained(folder)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return model.to(device).eval()
+    return _placed(model, device)
 
 
 def verify(source: nn.Module | str | Path) -> list[tuple[str, str, float]]:
@@ -171,24 +185,29 @@ def verify(source: nn.Module | str | Path) -> list[tuple[str, str, float]]:
         ``(name, pattern, density)`` for each sparse weight.
 
     Raises:
-        CheckpointError: a damaged file, or a weight that breaks its pattern.
+        CheckpointError: a damaged file, a weight that breaks its pattern, or NaN or Inf in any tensor.
     """
     if isinstance(source, nn.Module):
         state = dict(source.state_dict())
     else:
         path = Path(source)
+        if path.is_dir() and not (path / WEIGHTS).is_file():
+            what = "a dense model" if _models_in(path) else "no model"
+            raise CheckpointError(
+                f"{path} holds {what}, without patterns and checksums to verify; give a folder that "
+                "s3tensor.save_pretrained wrote compressed"
+            )
         state = load_state(path / WEIGHTS if path.is_dir() else path)
     rows = []
     for name, tensor in state.items():
-        if not isinstance(tensor, StructuredSparseTensor):
-            continue
-        upright = tensor.t() if tensor.transposed else tensor
-        dense = upright.to_dense()
-        if not satisfies(dense, tensor.pattern):
-            raise CheckpointError(f"{name} does not satisfy {tensor.pattern}")
-        if not bool(torch.isfinite(dense).all()):
+        sparse = isinstance(tensor, StructuredSparseTensor)
+        if not bool(torch.isfinite(tensor.packed if sparse else tensor).all()):
             raise CheckpointError(f"{name} holds NaN or Inf")
-        rows.append((name, str(tensor.pattern), float((dense != 0).double().mean())))
+        if sparse:
+            dense = (tensor.t() if tensor.transposed else tensor).to_dense()
+            if not satisfies(dense, tensor.pattern):
+                raise CheckpointError(f"{name} does not satisfy {tensor.pattern}")
+            rows.append((name, str(tensor.pattern), int(dense.count_nonzero()) / dense.numel()))
     return rows
 
 
@@ -198,7 +217,8 @@ def unshared_state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         first = tensor.packed if isinstance(tensor, StructuredSparseTensor) else tensor
-        key = (first.data_ptr(), tuple(tensor.shape)) if first.numel() else name
+        address = 0 if first.is_meta else first.data_ptr()  # 0 when empty
+        key = (address, tuple(tensor.shape), tensor.stride()) if address else name
         if key not in seen:
             seen.add(key)
             state[name] = tensor.detach()
@@ -224,13 +244,26 @@ def refuse_existing(folder: Path, overwrite: bool = False) -> None:
     """Raise CheckpointError when ``folder`` holds a model already and must not be overwritten."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give a folder")
-    names = (WEIGHTS, "model*.safetensors", "pytorch_model*.bin", "*.gguf")
-    present = [path for name in names for path in folder.glob(name)]
+    present = _models_in(folder)
     if present and not overwrite:
         raise CheckpointError(
             f"{folder} holds a model already ({present[0].name}); nothing was overwritten: choose another "
             "folder, or pass overwrite=True"
         )
+
+
+def _models_in(folder: Path) -> list[Path]:
+    """Files of models in a folder."""
+    names = (WEIGHTS, "config.json", "model*.safetensors", "pytorch_model*.bin", "*.gguf")
+    return [path for name in names for path in sorted(folder.glob(name))]
+
+
+def _placed(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """The model on a device, for evaluation."""
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # no such device, or no room on it
+        raise ModelError(f"cannot move the model to {device} ({first_line(error)})") from error
 
 
 def _forget_gguf(model: nn.Module) -> None:
@@ -250,9 +283,9 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} has no tokenizer ({error})") from error
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the library raises many kinds
+        raise CheckpointError(f"{folder} has no tokenizer ({first_line(error)})") from error
 
 
 @contextlib.contextmanager
