@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from s3tensor.llm.calibrate import ModuleInputCatcher, transfer_to_device
     from s3tensor.mask import project, satisfies
     from s3tensor.parametrize import S3Sparse, finalize, sparsify_
+    from s3tensor.prune.structured import StructuredOBS
     from s3tensor.selection import kth_largest, mid_kth_largest
     from s3tensor.specs import (
         BlockCoupling,
@@ -61,6 +62,7 @@ _LAZY = {
     "S3Sparse": "s3tensor.parametrize",
     "finalize": "s3tensor.parametrize",
     "sparsify_": "s3tensor.parametrize",
+    "StructuredOBS": "s3tensor.prune.structured",
     "kth_largest": "s3tensor.selection",
     "mid_kth_largest": "s3tensor.selection",
     "BlockCoupling": "s3tensor.specs",

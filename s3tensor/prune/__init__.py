@@ -14,12 +14,14 @@ from s3tensor.prune.column import sparsegpt
 from s3tensor.prune.problem import MEMORY_BUDGET, Pruned
 from s3tensor.prune.scores import magnitude, obd, wanda
 from s3tensor.prune.splitting import admm, refit
+from s3tensor.prune.surgeon import obs
 
 PRUNERS: dict[str, Callable[..., Pruned]] = {
     "magnitude": magnitude,
     "wanda": wanda,
     "obd": obd,
     "sparsegpt": sparsegpt,
+    "obs": obs,
     "admm": admm,
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "get",
     "magnitude",
     "obd",
+    "obs",
     "refit",
     "sparsegpt",
     "wanda",
