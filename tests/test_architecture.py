@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import graphlib
 import importlib
 import subprocess
 import sys
@@ -149,6 +150,27 @@ def test_the_tensor_needs_neither_transformers_nor_triton() -> None:
     before = loaded_after("import torch")
     after = loaded_after("import s3tensor as s3; s3.StructuredSparseTensor, s3.prune, s3.S3Sparse")
     assert not (after - before) & {"transformers", "triton", "pandas", "matplotlib", "datasets"}
+
+
+def test_every_module_imports_where_the_optional_packages_are_missing() -> None:
+    rooms = sorted({room for room, _ in sources()} - {"kernels", "testing"})
+    optional = ("triton", "transformers", "accelerate", "datasets", "pandas", "matplotlib", "gguf")
+    # None in sys.modules makes an import fail, as on a machine without the package.
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({optional}))"
+    imported = "; ".join(f"import s3tensor.{room}" for room in rooms)
+    assert "s3tensor" in loaded_after(f"{blocked}; {imported}")
+
+
+def test_rooms_do_not_import_each_other_in_a_circle() -> None:
+    # The rules need the class and the class needs its rules from the first tensor on.
+    needs: dict[str, set[str]] = {}
+    for room, path in sources():
+        needs.setdefault(room, set()).update(rooms_imported(path) - {room})
+    needs["tensor"].remove("tensor_rules")
+    try:
+        list(graphlib.TopologicalSorter(needs).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
 
 
 def test_the_folder_of_kernels_is_no_top_level_module() -> None:

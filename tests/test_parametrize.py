@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -102,6 +103,32 @@ def test_state_dict_round_trip_gives_the_same_weight(mode: str) -> None:
     train(trained, 2)
     other.load_state_dict(trained.state_dict())
     assert torch.equal(other.weight, trained.weight)
+
+
+def test_a_fixed_mask_travels_in_the_state_dict() -> None:
+    trained, other = sparse_layer(mode="fixed", seed=1), sparse_layer(mode="fixed", seed=2)
+    buffer = io.BytesIO()
+    torch.save(trained.state_dict(), buffer)
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    mask = state["parametrizations.weight.0.mask"]
+    assert torch.equal(mask, trained.weight != 0) and not torch.equal(mask, other.weight != 0)
+    other.load_state_dict(state)
+    assert torch.equal(other.weight != 0, mask)
+    with pytest.raises(RuntimeError, match=r"Missing key.*mask"):  # of a layer without a fixed mask
+        other.load_state_dict(sparse_layer(mode="ste").state_dict())
+
+
+def test_a_copy_trains_apart() -> None:
+    model = sparse_layer()
+    ema = copy.deepcopy(model)
+    before = ema.weight.detach().clone()
+    train(model, 3)
+    assert torch.equal(ema.weight, before) and not torch.equal(model.weight, before)
+    with torch.no_grad():
+        for slow, fast in zip(ema.parameters(), model.parameters(), strict=True):
+            slow.lerp_(fast, 0.5)
+    assert s3.satisfies(ema.weight, "2:4")
 
 
 def test_assigning_a_weight_sets_the_dense_original() -> None:
