@@ -11,7 +11,15 @@ from s3tensor.hessian import Factors
 from s3tensor.linalg import full_precision
 from s3tensor.mask import tile, top_blocks
 from s3tensor.pattern import BoundPattern, Pattern
-from s3tensor.prune.problem import MEMORY_BUDGET, Progress, Pruned, fit, pose, row_group
+from s3tensor.prune.problem import (
+    MEMORY_BUDGET,
+    Progress,
+    Pruned,
+    column_sets,
+    column_tiles,
+    fit,
+    pose,
+)
 
 _MATRICES = 4  # tensors of a chunk's shape alive at once: weight, errors, update, mask
 
@@ -20,8 +28,7 @@ _MATRICES = 4  # tensors of a chunk's shape alive at once: weight, errors, updat
 class ColumnGroups:
     """The columns of a weight, grouped so that no scope crosses a group.
 
-    A view's scopes tile its dims, so the column sets of two scopes are equal or disjoint, and each set
-    is the first one shifted: one local index serves every group.
+    Each group is the first one shifted (see :func:`column_sets`): one local index serves them all.
     """
 
     order: Tensor  # (K,) int64: columns group by group, ascending inside a group
@@ -29,16 +36,9 @@ class ColumnGroups:
 
     @classmethod
     def of(cls, bound: BoundPattern) -> ColumnGroups:
-        """Groups of the columns of a bound pattern, from the scopes of its first rows."""
-        columns = bound.shape[1]
-        rows = row_group(bound)
-        small = bound.pattern.bind((rows, columns))
-        sets = tile(torch.arange(columns).expand(rows, columns), small).flatten(1)  # (scopes, n)
-        first = sets.amin(1, keepdim=True).expand_as(sets)
-        group = torch.empty(columns, dtype=torch.int64)
-        group[sets.flatten()] = first.flatten()
-        order = torch.sort(group, stable=True).indices
-        return cls(order, columns // len(group.unique()))
+        """Groups of the columns of a bound pattern."""
+        sets = column_sets(column_tiles(bound).flatten(1))
+        return cls(sets.flatten(), sets.shape[1])
 
     def local_blocks(self, bound: BoundPattern) -> Tensor:
         """Index of every element of the first group's scopes in its own (M, width) matrix.

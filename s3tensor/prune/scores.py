@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from s3tensor.hessian import Factors
-from s3tensor.mask import project, select
+from s3tensor.mask import select
 from s3tensor.pattern import Pattern
 from s3tensor.prune.problem import MEMORY_BUDGET, Problem, Progress, Pruned, fit, pose
 

@@ -48,8 +48,8 @@ def plan(product: Product, order: str, scoring: str, ng: int) -> Plan:
     """How many scopes, and blocks of a scope, are decided at once; the options checked.
 
     ``ng`` scopes, at most ``4 ng`` columns, which 2:4 fills, and at most a sixteenth of a row: costs are
-    stale within a batch. Of a scope with many blocks at most ``ng`` columns go at once, and the rest is
-    scored anew.
+    stale within a batch. Of a scope with many blocks at most ``ng`` columns a row go at once, and the rest
+    is scored anew.
     """
     if order not in ("left_to_right", "largest_first"):
         raise PrunerError(f"order={order!r} must be 'left_to_right' or 'largest_first'")
@@ -58,6 +58,7 @@ def plan(product: Product, order: str, scoring: str, ng: int) -> Plan:
     if ng < 1:
         raise PrunerError(f"ng={ng} scopes at a time; it must be >= 1")
     column_scopes, competing, width = product.columns.shape
+    bands = product.rows.shape[1]
     pruned = product.blocks - product.keep
     if scoring == "joint":
         count = math.comb(product.blocks, pruned)
@@ -68,7 +69,8 @@ def plan(product: Product, order: str, scoring: str, ng: int) -> Plan:
             )
         together = max(pruned, 1)
     else:
-        together = max(1, min(pruned, ng // width, column_scopes * competing // 16))
+        each = max(1, min(ng // width, column_scopes * competing // 16))  # of a row
+        together = max(1, min(pruned, bands * each))
     scopes = max(1, min(ng, 4 * ng // (competing * width), column_scopes // 16))
     return Plan(order, scoring, scopes if together >= pruned else 1, together)  # type: ignore[arg-type]
 
@@ -229,15 +231,17 @@ def _chunk(product: Product, dense: Tensor, dtype: torch.dtype, memory_budget: i
 
 
 def _most_pruned(product: Product) -> int:
-    """Rows of the factor: columns that a band can lose at most."""
+    """Rows of the factor: columns that a band can lose at most, and one for padding where bands differ."""
     column_scopes, competing, width = product.columns.shape
-    return column_scopes * min(competing, product.blocks - product.keep) * width
+    if product.rows.shape[1] == 1:
+        return column_scopes * (product.blocks - product.keep) * width
+    return column_scopes * competing * width + 1
 
 
 class _Batch(NamedTuple):
     """Columns that were dropped together."""
 
-    time: int  # first row of the factor that they made
+    rows: slice | Tensor  # of the factor, that they made
     start: int  # first position that the factor's rows reach
     positions: Tensor  # (bands, p) int64
     valid: Tensor | None  # (bands, p) bool; False pads a band that lost fewer; None: none did
@@ -270,12 +274,16 @@ class _Sweep:
             self.inverse = inverse[self.order[0]][:, self.order[0]]
         self.dense = dense.gather(2, self.order.unsqueeze(1).expand_as(dense))
         most = _most_pruned(product)
-        self.factor = torch.empty(
-            (count, most, width), dtype=dtype or dense.dtype, device=device
-        )  # U
-        self.shift = torch.empty((count, most, dense.shape[1]), dtype=dense.dtype, device=device)
+        # U; rows that a band has not filled yet must be zero where another one has.
+        make = torch.empty if self.bands == 1 else torch.zeros
+        self.factor = make((count, most, width), dtype=dtype or dense.dtype, device=device)
+        self.shift = make((count, most, dense.shape[1]), dtype=dense.dtype, device=device)
         self.kept = torch.ones((count, width), dtype=torch.bool, device=device)
-        self.time = 0
+        self.time = 0  # rows of the factor in use
+        # Bands of one scope lose different numbers of columns, and fill their rows each at its own pace.
+        self.filled = (
+            None if self.bands == 1 else torch.zeros(count, dtype=torch.int64, device=device)
+        )
         self.batches: list[_Batch] = []
 
     def _visit(self, dense: Tensor) -> Tensor:
@@ -454,13 +462,33 @@ class _Sweep:
         lower = cholesky(own)
         columns = torch.linalg.solve_triangular(lower, columns, upper=False)
         shift = torch.linalg.solve_triangular(lower, owed.transpose(1, 2), upper=False)
-        now = slice(self.time, self.time + most)
-        self.factor[:, now, start:] = columns.to(self.factor.dtype)
-        self.shift[:, now] = shift
-        self.batches.append(_Batch(self.time, start, positions, valid, lower))
+        rows = self._rows(self.time if self.filled is None else self.filled.clone(), most)
+        self._at(self.factor[:, :, start:], rows, columns.to(self.factor.dtype))
+        self._at(self.shift, rows, shift)
+        self.batches.append(_Batch(rows, start, positions, valid, lower))
         gone = torch.zeros_like(positions, dtype=torch.bool) if valid is None else ~valid
         self.kept.scatter_(1, positions, gone & self.kept.gather(1, positions))
-        self.time += most
+        if self.filled is None:
+            self.time += most
+        else:
+            self.filled += lost
+            self.time = int(self.filled.amax())
+
+    def _rows(self, first: int | Tensor, count: int) -> slice | Tensor:
+        """Rows of the factor: a slice for all bands, or (bands, count) places for bands of their own."""
+        if isinstance(first, int):
+            return slice(first, first + count)
+        rows = first[:, None] + torch.arange(count, device=first.device)
+        return rows.clamp_max_(self.factor.shape[1] - 1)
+
+    def _at(self, held: Tensor, rows: slice | Tensor, values: Tensor | None = None) -> Tensor:
+        """Read rows of each band, or write them; what pads a band is written over by its next rows."""
+        if isinstance(rows, slice):
+            if values is not None:
+                held[:, rows] = values
+            return held[:, rows]
+        place = rows.unsqueeze(-1).expand(-1, -1, held.shape[2])
+        return held.gather(1, place) if values is None else held.scatter_(1, place, values)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Weights (bands, rows, K) and mask (bands, K), by column.
@@ -470,12 +498,11 @@ class _Sweep:
         """
         multiplier = torch.zeros_like(self.dense)  # (bands, rows, K): w0_S (L L')^-1 by position
         for batch in reversed(self.batches):
-            now = slice(batch.time, batch.time + batch.positions.shape[1])
-            later = self.factor[:, now, batch.start :].to(multiplier.dtype) @ multiplier[
-                :, :, batch.start :
-            ].transpose(1, 2)
+            reached = self._at(self.factor[:, :, batch.start :], batch.rows)
+            ahead = multiplier[:, :, batch.start :].transpose(1, 2)
+            later = reached.to(multiplier.dtype) @ ahead
             owed = torch.linalg.solve_triangular(
-                batch.lower.transpose(1, 2), self.shift[:, now] - later, upper=True
+                batch.lower.transpose(1, 2), self._at(self.shift, batch.rows) - later, upper=True
             )
             if batch.valid is not None:
                 owed = owed.masked_fill_(~batch.valid.unsqueeze(-1), 0.0)
