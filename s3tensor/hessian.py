@@ -192,7 +192,7 @@ class Factors:
             self.matrix[self.dead] = 0.0
             self.matrix[:, self.dead] = 0.0
             self.matrix.diagonal()[self.dead] = 1.0
-        self._eigen: tuple[Tensor, Tensor] | None = None
+        self._inverse: Tensor | None = None
         self._cholesky: tuple[Tensor | None, Tensor] | None = None
         self._moved: dict[tuple[torch.dtype, torch.device], Factors] = {}
 
@@ -221,7 +221,7 @@ class Factors:
             moved.dead = self.dead.to(device)
             moved.ridge = self.ridge.to(device, dtype)
             moved.matrix = self.matrix.to(device, dtype)
-            moved._eigen = moved._cholesky = None
+            moved._inverse = moved._cholesky = None
             moved._moved = {}
             self._moved[dtype, device] = moved
         return self._moved[dtype, device]
@@ -230,26 +230,19 @@ class Factors:
         """A copy of (M, K) with the dead inputs' columns at zero; itself when no input is dead."""
         return columns.masked_fill(self.dead, 0.0) if self.has_dead else columns
 
-    def eigen(self) -> tuple[Tensor, Tensor]:
-        """``(values, vectors)`` of the damped matrix scaled to a unit diagonal: ``Q diag(values) Q'``.
+    def inverse(self) -> Tensor:
+        """The inverse of the damped matrix (K, K).
 
         Raises:
-            HessianError: an eigenvalue below zero by more than rounding.
+            HessianError: the matrix is singular or indefinite.
         """
-        if self._eigen is None:
-            inverse = self.scale.reciprocal()
+        if self._inverse is None:
+            unscale = self.scale.reciprocal()
             with full_precision():
-                values, vectors = torch.linalg.eigh(self.matrix * inverse[:, None] * inverse)
-            least, largest = float(values[0]), float(values[-1])
-            floor = torch.finfo(values.dtype).eps * self.in_features * largest
-            if least < -floor:
-                raise HessianError(
-                    f"the damped Hessian has eigenvalue {least:.3g} (largest {largest:.3g}) at unit "
-                    f"diagonal; a sum of x'x has none below zero: check how it was accumulated, or "
-                    f"raise damp ({self.damp})"
-                )
-            self._eigen = values.clamp_min(floor), vectors
-        return self._eigen
+                # At unit diagonal, which is where a float32 Cholesky holds the most.
+                unit = torch.cholesky_inverse(self._lower(self.matrix * unscale[:, None] * unscale))
+                self._inverse = unit.mul_(unscale[:, None]).mul_(unscale)
+        return self._inverse
 
     def inverse_cholesky(self, order: Tensor | None = None) -> Tensor:
         """Upper U (K, K) with ``inv(matrix) = U'U``, rows and columns in ``order`` (default: as they are).
@@ -269,17 +262,22 @@ class Factors:
             return kept[1]
         matrix = self.matrix if order is None else self.matrix[order][:, order]
         with full_precision():
-            lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
-            if int(info):
-                raise HessianError(
-                    f"the damped Hessian is not positive definite (Cholesky stopped at {int(info)} of "
-                    f"{self.in_features}); with fewer samples than inputs it is singular: raise damp "
-                    f"({self.damp}) or calibrate on more tokens"
-                )
+            lower = self._lower(matrix.flip(0, 1))
             eye = torch.eye(self.in_features, dtype=matrix.dtype, device=matrix.device)
             upper = torch.linalg.solve_triangular(lower.flip(0, 1).contiguous(), eye, upper=True)
         self._cholesky = order, upper
         return upper
+
+    def _lower(self, matrix: Tensor) -> Tensor:
+        """The Cholesky factor of the damped matrix, scaled or permuted."""
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if int(info):
+            raise HessianError(
+                f"the damped Hessian is not positive definite (Cholesky stopped at {int(info)} of "
+                f"{self.in_features}); with fewer samples than inputs it is singular: raise damp "
+                f"({self.damp}) or calibrate on more tokens"
+            )
+        return lower
 
 
 def as_factors(hessian: Tensor | Factors, damp: float) -> Factors:

@@ -59,7 +59,8 @@ def masked_least_squares(
     """The minimiser of ``w H w' / 2 - g w'`` over the kept entries of each row: ``H_SS w_S = g_S``.
 
     Conjugate gradients with the diagonal as preconditioner, on all rows at once, so that an iteration
-    is one (M, K) x (K, K) product. The loss falls in every iteration, so an early stop is safe.
+    is one (m, K) x (K, K) product of the m rows that have not converged. The loss falls in every
+    iteration, so an early stop is safe, and what other rows do changes no row but by rounding.
 
     Args:
         linear: the linear term G; ``W0 @ H`` refits towards the dense weight W0.
@@ -67,8 +68,8 @@ def masked_least_squares(
         mask: True where a weight is kept.
         start: first guess; entries outside the mask are ignored.
         iterations: upper bound.
-        tolerance: stop when every row's residual, in the norm of the preconditioner, is below this
-            share of that of ``linear``; default 1e-5 in float32 and 1e-12 in float64.
+        tolerance: a row has converged when its residual, in the norm of the preconditioner, is below
+            this share of that of ``linear``; default 1e-5 in float32 and 1e-12 in float64.
 
     Returns:
         (M, K), zero outside the mask.
@@ -78,19 +79,27 @@ def masked_least_squares(
     kept = mask.to(linear.dtype)
     inverse = hessian.diagonal().reciprocal()
     bound = ((linear * kept).square() * inverse).sum(1, keepdim=True) * tolerance**2
-    tiny = torch.finfo(linear.dtype).tiny
-    weight = start * kept
+    result = start * kept
+    weight = result.clone()
     residual = (linear - weight @ hessian).mul_(kept)
     step = residual * inverse
     size = (residual * step).sum(1, keepdim=True)
+    active = torch.arange(len(mask), device=mask.device)  # rows that have not converged
     for _ in range(iterations):
-        if not bool((size > bound).any()):
-            break
+        open_ = (size > bound).squeeze(1)
+        if not bool(open_.all()):
+            result[active] = weight
+            active, bound, kept, weight, residual, step, size = (
+                x[open_] for x in (active, bound, kept, weight, residual, step, size)
+            )
+            if not len(active):
+                break
         curved = (step @ hessian).mul_(kept)
-        rate = size / (step * curved).sum(1, keepdim=True).clamp_min(tiny)
+        rate = size / (step * curved).sum(1, keepdim=True)
         weight.addcmul_(step, rate)
         residual.addcmul_(curved, rate, value=-1)
         scaled = residual * inverse
         previous, size = size, (residual * scaled).sum(1, keepdim=True)
-        step.mul_(size / previous.clamp_min(tiny)).add_(scaled)
-    return weight
+        step.mul_(size / previous).add_(scaled)
+    result[active] = weight
+    return result
