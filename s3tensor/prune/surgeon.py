@@ -82,7 +82,7 @@ def obs(
     *,
     target: Tensor | None = None,  # (K, K) X_dense'X / N
     alpha: float = 0.3,
-    damp: float = 0.01,
+    damp: float = 0.001,
     ng: int = 16,
     order: str = "largest_first",
     scoring: str = "independent",
