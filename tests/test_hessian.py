@@ -232,38 +232,37 @@ def test_every_iteration_lowers_the_loss() -> None:
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
 
 
-def reduced_precision() -> tuple[str, ...]:
-    """What is set for float32 products, by whichever names this torch has."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        return matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
-    return (torch.get_float32_matmul_precision(),)
-
-
-def stop() -> None:
-    raise RuntimeError("stop")
-
-
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def reduced() -> bool:
-    """Whether float32 products on CUDA may round to TF32; read without mixing torch's two APIs."""
+    """Whether float32 products may round to TF32 or bfloat16; read without mixing torch's two APIs."""
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):
-        return matmul.fp32_precision == "tf32"
+        on_cpu = torch.backends.mkldnn.matmul.fp32_precision
+        return not {matmul.fp32_precision, on_cpu} <= {"ieee", "none"}
     return torch.get_float32_matmul_precision() != "highest"
 
 
-def test_full_precision_turns_reduced_products_off_and_gives_the_flags_back() -> None:
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_full_precision_turns_reduced_products_off_and_gives_the_flags_back(precision: str) -> None:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision(precision)
     try:
-        assert reduced()
+        assert reduced() == (precision != "highest")
         with contextlib.suppress(ArithmeticError), full_precision():
             assert not reduced()
             assert not torch.is_grad_enabled()
             raise ArithmeticError
-        assert reduced()
+        assert reduced() == (precision != "highest")
         assert torch.is_grad_enabled()
-        assert torch.get_float32_matmul_precision() == "medium"  # the old API still answers
+        assert torch.get_float32_matmul_precision() == precision  # the old API still answers
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_full_precision_turns_autocast_off() -> None:
+    x = torch.randn(8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        with full_precision():
+            assert (x @ x).dtype == torch.float32
+        hessian = s3.compute_hessian(x)
+    torch.testing.assert_close(hessian, (x.double().T @ x.double() / 8).float())

@@ -11,15 +11,8 @@ from s3tensor.hessian import Factors
 from s3tensor.linalg import full_precision
 from s3tensor.mask import tile, top_blocks
 from s3tensor.pattern import BoundPattern, Pattern
-from s3tensor.prune.problem import (
-    MEMORY_BUDGET,
-    Progress,
-    Pruned,
-    column_sets,
-    column_tiles,
-    fit,
-    pose,
-)
+from s3tensor.prune.problem import MEMORY_BUDGET, Progress, Pruned, fit, pose
+from s3tensor.prune.product import Product
 
 _MATRICES = 4  # tensors of a chunk's shape alive at once: weight, errors, update, mask
 
@@ -28,7 +21,7 @@ _MATRICES = 4  # tensors of a chunk's shape alive at once: weight, errors, updat
 class ColumnGroups:
     """The columns of a weight, grouped so that no scope crosses a group.
 
-    Each group is the first one shifted (see :func:`column_sets`): one local index serves them all.
+    Each group is the first one shifted: one local index serves them all.
     """
 
     order: Tensor  # (K,) int64: columns group by group, ascending inside a group
@@ -37,8 +30,8 @@ class ColumnGroups:
     @classmethod
     def of(cls, bound: BoundPattern) -> ColumnGroups:
         """Groups of the columns of a bound pattern."""
-        sets = column_sets(column_tiles(bound).flatten(1))
-        return cls(sets.flatten(), sets.shape[1])
+        groups = Product.of(bound).columns.flatten(1).sort(dim=1).values
+        return cls(groups.flatten(), groups.shape[1])
 
     def local_blocks(self, bound: BoundPattern) -> Tensor:
         """Index of every element of the first group's scopes in its own (M, width) matrix.

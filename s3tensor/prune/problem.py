@@ -11,7 +11,6 @@ from torch import Tensor
 
 from s3tensor.errors import HessianError, NonFiniteError, PatternError
 from s3tensor.hessian import Factors, as_factors
-from s3tensor.mask import tile
 from s3tensor.pattern import BoundPattern, Pattern
 
 MEMORY_BUDGET = 2 << 30
@@ -115,26 +114,6 @@ def row_group(bound: BoundPattern) -> int:
     except PatternError:
         return rows
     return bound.row_period
-
-
-def column_sets(
-    tiles: Tensor,  # (sets, n): columns of the elements of each block, or of each scope
-) -> Tensor:
-    """The different sets of columns, (sets, columns of a set), ascending in each.
-
-    Every axis of a view comes from one dim of the weight, so that the column sets of two blocks (or two
-    scopes) are equal or disjoint, and each set is the first one shifted. Together they hold every column.
-    """
-    first = tiles.amin(1, keepdim=True).expand_as(tiles)
-    owner = torch.empty(int(tiles.max()) + 1, dtype=torch.int64)
-    owner[tiles.flatten()] = first.flatten()
-    return torch.sort(owner, stable=True).indices.reshape(len(owner.unique()), -1)
-
-
-def column_tiles(bound: BoundPattern) -> Tensor:
-    """The column of every element, (scopes, blocks_per_scope, block_size), of the first group of rows."""
-    rows, columns = row_group(bound), bound.shape[1]
-    return tile(torch.arange(columns).expand(rows, columns), bound.pattern.bind((rows, columns)))
 
 
 def target_term(

@@ -23,13 +23,12 @@ from s3tensor.prune.problem import (
     MEMORY_BUDGET,
     Progress,
     Pruned,
-    column_sets,
-    column_tiles,
     fit,
     pose,
     row_group,
     target_term,
 )
+from s3tensor.prune.product import Product
 
 _MATRICES = 12  # tensors of a chunk's shape alive at once
 _HURRY = 1.01  # growth grows by this each round: a penalty of the wrong scale is soon left behind
@@ -133,9 +132,10 @@ def block_scale(factors: Factors, bound: BoundPattern, balance: float) -> Tensor
     strongly correlated, by up to a half. With F alone (balance 1) the masks take longer to settle.
     """
     plain = factors.matrix.diagonal()
-    columns = column_sets(column_tiles(bound).flatten(0, 1)).to(plain.device)  # (blocks, n)
-    if columns.shape[1] == len(plain):
+    product = Product.of(bound).to(plain.device)
+    if product.spans_rows:
         return plain.sqrt()  # a block of whole rows has no weights outside
+    columns = product.columns.flatten(0, 1)  # (blocks, n)
     inverse = factors.inverse()[columns[:, :, None], columns[:, None, :]]  # (blocks, n, n)
     free = torch.empty_like(plain)
     free[columns] = torch.linalg.inv_ex(inverse).inverse.diagonal(dim1=1, dim2=2)
