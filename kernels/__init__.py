@@ -2,4 +2,10 @@
 
 A kernel file holds one kernel family and its launcher and imports nothing of s3tensor. Triton is
 imported by the file that needs it, when a CUDA kernel first runs; ``s3tensor.ops`` is the only caller.
+
+``tiles``   the order of values and codes that the matmul kernels read fastest; torch only
+``matmul``  ``linear`` of 1 to 128 rows by a packed weight: checks, the choice of a kernel, scratch memory
+``skinny``  its kernel for few rows, from sm_80 on
+``wide``    its kernel for 17 rows and more, on sm_90
+``expand``  what both share: packed words to tensor-core fragments, and sums in a fixed order
 """
