@@ -7,7 +7,6 @@ section 4), so that one solver serves every pattern.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -95,34 +94,48 @@ def admm(
     problem = pose(weight, pattern)
     factors = fit(problem, hessian, damp, "admm")
     mixed = target_term(problem, factors, target, alpha)
-    scale = block_scale(factors, problem.bound, balance)
+    product = Product.of(problem.bound).to(problem.dense.device)
+    scale = block_scale(factors, product, balance)
     scaled = factors.matrix / scale[:, None] / scale
     result = torch.empty_like(problem.dense)
     mask = torch.empty_like(result, dtype=torch.bool)
     chunks = list(problem.chunks(_MATRICES + 2 * len(starts), memory_budget))
-    steps = 2 * len(chunks) * len(starts)
-    done = itertools.count(1)
+    steps = _Steps(progress, 2 * len(starts) * len(chunks))
     with full_precision():
         for part, bound in chunks:
-            dense = factors.clear_dead(problem.dense[part])
             linear = factors.clear_dead(problem.dense[part] @ mixed)
+            if product.spans_rows:
+                result[part], mask[part] = _whole_rows(linear, factors.inverse(), bound)
+                steps.add(2 * len(starts))
+                continue
+            dense = factors.clear_dead(problem.dense[part]) * scale
             found = []
             for start in starts:
                 penalties = _penalties(start, growth, rounds)
-                split, kept = _split(dense * scale, linear / scale, scaled, bound, penalties, hold)
-                if progress is not None:
-                    progress(next(done), steps)
+                split, kept = _split(dense, linear / scale, scaled, bound, penalties, hold)
+                steps.add(1)
                 fitted = masked_least_squares(
                     linear, factors.matrix, kept, split / scale, tolerance=_REFIT
                 )
-                if progress is not None:
-                    progress(next(done), steps)
+                steps.add(1)
                 found.append(Pruned(fitted, kept))
             result[part], mask[part] = _best(found, linear, factors.matrix, row_group(bound))
     return problem.finish(result, mask)
 
 
-def block_scale(factors: Factors, bound: BoundPattern, balance: float) -> Tensor:
+class _Steps:
+    """Counts work for a progress callback."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def add(self, steps: int) -> None:
+        self._done += steps
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def block_scale(factors: Factors, product: Product, balance: float) -> Tensor:
     """Scales s (K,) in whose units ADMM weighs and projects: ``s_j^2 = F_j^balance H_jj^(1 - balance)``.
 
     ``F_j`` is the curvature of weight j that is left when the weights outside its block are free to make
@@ -132,7 +145,6 @@ def block_scale(factors: Factors, bound: BoundPattern, balance: float) -> Tensor
     strongly correlated, by up to a half. With F alone (balance 1) the masks take longer to settle.
     """
     plain = factors.matrix.diagonal()
-    product = Product.of(bound).to(plain.device)
     if product.spans_rows:
         return plain.sqrt()  # a block of whole rows has no weights outside
     columns = product.columns.flatten(0, 1)  # (blocks, n)
@@ -210,6 +222,13 @@ def _split(
             )
             bound = bound.pattern.bind((len(active), bound.shape[1]))
     return result
+
+
+def _whole_rows(linear: Tensor, inverse: Tensor, bound: BoundPattern) -> Pruned:
+    """Exact, where a block is whole rows: keeping a row lowers the loss by ``g inv(H) g' / 2``."""
+    free = linear @ inverse
+    mask = select(free * linear, bound)
+    return Pruned(free * mask, mask)
 
 
 def _damped_inverse(hessian: Tensor, rho: float) -> Tensor:
