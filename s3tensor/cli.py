@@ -1,8 +1,13 @@
-"""The command line: prune, eval, verify, show. Bad input ends in one line and a non-zero exit code."""
+"""The command line: prune, eval, verify, show.
+
+Bad input ends in one line and an exit code: 2 for a command that cannot be meant so, 1 for one that fails,
+130 when it is interrupted.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -15,46 +20,153 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from s3tensor.errors import S3Error
+from s3tensor.errors import CheckpointError, S3Error
 from s3tensor.pattern import Pattern, grammar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from s3tensor.llm import PruneReport
+
+    ParamType = click.ParamType[Any]  # generic in the stubs of click 8.2 and later only
+else:
+    ParamType = click.ParamType
+
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-out = Console(soft_wrap=True)
+_SAMPLES = 128  # calibration sequences when none are asked for, or all that the text has
+
+out = Console(soft_wrap=True, markup=False, highlight=False)
+err = Console(soft_wrap=True, markup=False, highlight=False, stderr=True)
+
+
+class _Refused(click.ClickException):
+    """A command that cannot be meant so, in one line."""
+
+    exit_code = 2
 
 
 class _Group(click.Group):
-    """A group whose commands turn the errors of s3tensor into one line."""
+    """A group whose commands end in one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # of click 8.2 and later
+                raise
+            command = error.ctx.command_path if error.ctx else ctx.command_path
+            message = error.format_message().rstrip(".")
+            hint = "" if "\n" in message else f" (see {command} --help)"
+            raise _Refused(message + hint) from error
         except S3Error as error:
             raise click.ClickException(str(error)) from error
+        except ImportError as error:  # of an optional package
+            raise click.ClickException(f"{error}; pip install 's3tensor[all]'") from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            raise click.ClickException(str(error)) from error
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            first = str(error).splitlines()[0]
+            raise click.ClickException(f"{first} Give fewer or shorter sequences") from error
         except KeyboardInterrupt:
-            click.echo(
-                "\nstopped; finished blocks are kept: the same command goes on from there", err=True
-            )
+            err.print("\nstopped")
             raise SystemExit(130) from None
 
 
+class _PatternType(ParamType):
+    """A pattern by its string."""
+
+    name = "pattern"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Pattern:
+        try:
+            return Pattern.parse(value)
+        except S3Error as error:
+            self.fail(str(error), param, ctx)
+
+
+class _ShapeType(ParamType):
+    """A weight's shape, such as 16x64."""
+
+    name = "shape"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            sizes = tuple(int(n) for n in value.lower().split("x"))
+        except ValueError:
+            sizes = ()
+        if not sizes or min(sizes) < 1:
+            self.fail(f"{value!r} is not ROWSxCOLUMNS, such as 16x64", param, ctx)
+        return sizes
+
+
+class _DeviceType(ParamType):
+    """A device that is there."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        import torch
+
+        try:
+            torch.empty(1, device=value)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            self.fail(f"{value!r} cannot be used ({str(error).splitlines()[0]})", param, ctx)
+        return str(value)
+
+
+PATTERN, SHAPE, DEVICE = _PatternType(), _ShapeType(), _DeviceType()
+COUNT = click.IntRange(min=1)
+SEED = click.IntRange(0, 2**63 - 1)
+
+
 @click.group(
-    cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    name="s3tensor",
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""Examples:
+
+\b
+  s3tensor show 2:4
+  s3tensor prune HuggingFaceTB/SmolLM2-135M --pattern 2:4 --out sparse
+  s3tensor verify sparse
+  s3tensor eval sparse""",
 )
 @click.version_option(package_name="s3tensor")
 def main() -> None:
     """Structured sparsity for PyTorch: prune, hold compressed, evaluate, check and picture."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @main.command(
-    epilog="Example: s3tensor prune HuggingFaceTB/SmolLM2-135M --pattern 2:4 --calibration pydoc --out sparse"
+    epilog="""Examples:
+
+\b
+  s3tensor prune HuggingFaceTB/SmolLM2-135M --pattern 2:4 --out sparse
+  s3tensor prune ./model --pattern rowpair16 --pruner sparsegpt --calibration text.txt --out sparse
+  s3tensor prune model.gguf --calibration wikitext2 --samples 64 --device cuda --out sparse
+  s3tensor prune ./model --blocks 2 --samples 4 --eval-samples 0 --out trial --report trial.json
+
+A run that was broken off goes on when the same command is given again."""
 )
 @click.argument("model")
-@click.option("--pattern", default="2:4", show_default=True, help="see: s3tensor show --help")
 @click.option(
-    "--pruner", default="admm", show_default=True, help="admm, sparsegpt, wanda, obd, magnitude"
+    "--pattern", type=PATTERN, default="2:4", show_default=True, help="see: s3tensor show --help"
+)
+@click.option(
+    "--pruner",
+    default="admm",
+    show_default=True,
+    help="admm, obs, sparsegpt, wanda, obd, magnitude",
 )
 @click.option(
     "--calibration",
@@ -62,15 +174,31 @@ def main() -> None:
     show_default=True,
     help="pydoc, c4, wikitext2 or a path to text",
 )
-@click.option("--samples", default=128, show_default=True, help="calibration sequences")
-@click.option("--seq-len", default=1024, show_default=True, help="tokens in a calibration sequence")
 @click.option(
-    "--alpha", type=float, help="weight of the dense model's outputs in the target [0.3 for admm]"
+    "--samples",
+    type=COUNT,
+    help=f"calibration sequences [{_SAMPLES}, or all that the text has if they are fewer]",
 )
 @click.option(
-    "--damp", default=0.01, show_default=True, help="share of the mean diagonal added to a Hessian"
+    "--seq-len",
+    type=click.IntRange(min=2),
+    default=1024,
+    show_default=True,
+    help="tokens in a sequence",
 )
-@click.option("--blocks", type=int, help="only the first so many decoder blocks")
+@click.option(
+    "--alpha",
+    type=float,
+    help="weight of the dense model's outputs in the target, 0 to 1 [0.3 for admm]",
+)
+@click.option(
+    "--damp",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="share of the mean diagonal added to a Hessian",
+)
+@click.option("--blocks", type=COUNT, help="only the first so many decoder blocks")
 @click.option(
     "--misfit",
     type=click.Choice(["skip", "error"]),
@@ -79,12 +207,19 @@ def main() -> None:
     help="what to do with a linear that the pattern does not fit",
 )
 @click.option("--dtype", type=click.Choice(_DTYPES), default="auto", show_default=True)
-@click.option("--device", help="where blocks are pruned [cuda when there is one, else cpu]")
 @click.option(
-    "--eval-text", default=None, help="text for perplexity, as for --calibration [the same source]"
+    "--device", type=DEVICE, help="where blocks are pruned [cuda when there is one, else cpu]"
 )
 @click.option(
-    "--eval-samples", default=16, show_default=True, help="sequences for perplexity; 0 for none"
+    "--eval-text",
+    help="text for perplexity, as for --calibration [the held-out part of the same source]",
+)
+@click.option(
+    "--eval-samples",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    help="sequences for perplexity; 0 for none",
 )
 @click.option(
     "--format",
@@ -94,7 +229,9 @@ def main() -> None:
     show_default=True,
     help="dense: plain safetensors with zeros, for use without s3tensor",
 )
-@click.option("--seed", default=0, show_default=True, help="choice of calibration sequences")
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="choice of calibration sequences"
+)
 @click.option(
     "--out",
     "directory",
@@ -107,10 +244,10 @@ def main() -> None:
 )
 def prune(
     model: str,
-    pattern: str,
+    pattern: Pattern,
     pruner: str,
     calibration: str,
-    samples: int,
+    samples: int | None,
     seq_len: int,
     alpha: float | None,
     damp: float,
@@ -127,33 +264,40 @@ def prune(
 ) -> None:
     """Prune the linears of MODEL (a folder, a hub name or a .gguf file) and save it."""
     from s3tensor import hf, llm
-    from s3tensor import prune as pruners
     from s3tensor.checkpoint import write_json
 
-    wanted = Pattern.parse(pattern)  # what is cheap to refuse is refused before anything is loaded
-    pruners.get(pruner)
-    llm.check_out(directory)
     start = time.perf_counter()
-    loaded, tokenizer = _load(model, dtype)
-    batches = llm.calibration_tokens(calibration, tokenizer, samples, seq_len, seed)
-    held_out = _held_out(eval_text or calibration, tokenizer, eval_samples, seq_len)
+    # What is cheap to refuse is refused before anything is loaded.
+    with _as_usage():
+        llm.check_options(pruner, alpha, damp)
+    llm.check_out(directory)
+    if report is not None:
+        _check_writable(report)
     where = device or _default_device()
-    dense_ppl = _perplexity(loaded, held_out, seq_len, where, "dense perplexity")
-    result = llm.prune_model(
-        loaded,
-        batches,
-        wanted,
-        pruner,
-        alpha=alpha,
-        damp=damp,
-        device=where,
-        blocks=blocks,
-        on_misfit=misfit,
-        work_dir=directory,
+    loaded, tokenizer = _load(model, dtype)
+    batches, held_out = _texts(
+        tokenizer, calibration, samples, seq_len, seed, eval_text, eval_samples
     )
-    pruned_ppl = _perplexity(loaded, held_out, seq_len, where, "pruned perplexity")
-    saved = hf.save_pretrained(loaded, directory, tokenizer, dense=form == "dense")
-    llm.forget_run(directory)
+    with llm.locked(directory), _says_how_to_go_on():
+        dense_ppl = _perplexity(loaded, held_out, seq_len, where, "dense perplexity")
+        result = llm.prune_model(
+            loaded,
+            batches,
+            pattern,
+            pruner,
+            alpha=alpha,
+            damp=damp,
+            device=where,
+            blocks=blocks,
+            on_misfit=misfit,
+            work_dir=directory,
+        )
+        pruned_ppl = _perplexity(loaded, held_out, seq_len, where, "pruned perplexity")
+        # What is in the folder is of this run, also a model that it was saving when it was killed.
+        saved = hf.save_pretrained(
+            loaded, directory, tokenizer, dense=form == "dense", overwrite=True
+        )
+        llm.forget_run(directory)
     now, dense = hf.weight_bytes(loaded)
     figures = {
         "model": model,
@@ -162,45 +306,51 @@ def prune(
         "pruned_perplexity": pruned_ppl,
         "calibration": {
             "source": calibration,
-            "samples": samples,
+            "samples": len(batches),
             "seq_len": seq_len,
             "seed": seed,
         },
+        "evaluation": {"source": eval_text or calibration, "samples": eval_samples},
         "dense_bytes": dense,
         "compressed_bytes": now,
         "total_seconds": round(time.perf_counter() - start, 3),
     }
     if report is not None:
         write_json(report, figures)
-    out.print(str(result))
-    _table(
-        ("", "dense", "pruned"),
-        ("perplexity", _number(dense_ppl), _number(pruned_ppl)),
-        ("weights in memory", _megabytes(dense), _megabytes(now)),
-    )
-    out.print(
-        f"saved to {saved}; rows for each linear and block beside it in linears.csv and blocks.csv"
-    )
+    _print_result(result, figures, saved)
 
 
-@main.command("eval")
+@main.command(
+    "eval",
+    epilog="""Examples:
+
+\b
+  s3tensor eval sparse
+  s3tensor eval HuggingFaceTB/SmolLM2-135M --text wikitext2 --samples 64 --json""",
+)
 @click.argument("model")
 @click.option(
     "--text", default="pydoc", show_default=True, help="pydoc, c4, wikitext2 or a path to text"
 )
-@click.option("--samples", default=16, show_default=True, help="sequences")
-@click.option("--seq-len", default=1024, show_default=True, help="tokens in a sequence")
+@click.option("--samples", type=COUNT, default=16, show_default=True, help="sequences")
+@click.option(
+    "--seq-len",
+    type=click.IntRange(min=2),
+    default=1024,
+    show_default=True,
+    help="tokens in a sequence",
+)
 @click.option("--dtype", type=click.Choice(_DTYPES), default="auto", show_default=True)
-@click.option("--device", help="[cuda when there is one, else cpu]")
+@click.option("--device", type=DEVICE, help="[cuda when there is one, else cpu]")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def evaluate(
     model: str, text: str, samples: int, seq_len: int, dtype: str, device: str | None, as_json: bool
 ) -> None:
     """Perplexity of MODEL, pruned or not, on held-out text."""
-    if samples < 1:
-        raise click.BadParameter("must be >= 1", param_hint="--samples")
+    from s3tensor import llm
+
     loaded, tokenizer = _load(model, dtype)
-    tokens = _held_out(text, tokenizer, samples, seq_len)
+    tokens = llm.windows(llm.tokenize(llm.load_text(text, "held-out"), tokenizer), samples, seq_len)
     value = _perplexity(loaded, tokens, seq_len, device or _default_device(), "perplexity")
     figures = {
         "model": model,
@@ -212,47 +362,84 @@ def evaluate(
     click.echo(json.dumps(figures) if as_json else f"perplexity {value:.3f}")
 
 
-@main.command()
+@main.command(
+    epilog="""Example:
+
+\b
+  s3tensor verify sparse"""
+)
 @click.argument("directory", type=click.Path(path_type=Path))
-def verify(directory: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="print JSON, a row for each weight")
+def verify(directory: Path, as_json: bool) -> None:
     """Check DIRECTORY: every checksum holds, every sparse weight satisfies its pattern."""
     from s3tensor import hf
 
     rows = hf.verify(directory)
-    patterns = sorted({pattern for _, pattern, _ in rows})
-    density = sum(row[2] for row in rows) / len(rows) if rows else 1.0
-    out.print(
-        f"{len(rows)} sparse weights satisfy {', '.join(patterns) or 'nothing'}; mean density {density:.4f}"
+    if as_json:
+        names = ("name", "pattern", "density")
+        click.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows]))
+        return
+    if not rows:
+        click.echo("every checksum holds; the model has no sparse weights")
+        return
+    patterns = ", ".join(sorted({pattern for _, pattern, _ in rows}))
+    density = sum(row[2] for row in rows) / len(rows)
+    click.echo(
+        f"every checksum holds; {len(rows)} sparse weights satisfy {patterns}; mean density {density:.4f}"
     )
 
 
-@main.command(epilog="Patterns:\n\n\b\n" + grammar())
-@click.argument("pattern")
-@click.option("--shape", default=None, help="ROWSxCOLUMNS [a small shape that fits]")
+@main.command(
+    epilog=f"""Patterns:
+
+\b
+{grammar()}
+
+Examples:
+
+\b
+  s3tensor show pair4:8
+  s3tensor show "block=1,2; scope=1,4; keep=2" --shape 8x32 --out pattern.png"""
+)
+@click.argument("pattern", type=PATTERN)
+@click.option("--shape", type=SHAPE, help="ROWSxCOLUMNS [a small shape that fits]")
 @click.option(
     "--out", "path", type=click.Path(path_type=Path, dir_okay=False), help="write a picture (.png)"
 )
-def show(pattern: str, shape: str | None, path: Path | None) -> None:
+def show(pattern: Pattern, shape: tuple[int, ...] | None, path: Path | None) -> None:
     """Explain PATTERN in words and figures, and draw it with --out."""
     from s3tensor import viz
 
-    wanted = Pattern.parse(pattern)
-    size = _shape(shape)
-    click.echo(viz.describe(wanted, size))
-    if path is not None:
-        viz.save_picture(wanted, size, path)
-        click.echo(f"picture in {path}")
+    with _as_usage():
+        click.echo(viz.describe(pattern, shape))
+        if path is not None:
+            viz.save_picture(pattern, shape, path)
+            click.echo(f"picture in {path}")
 
 
-def _shape(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
+@contextlib.contextmanager
+def _as_usage() -> Iterator[None]:
+    """What is refused here is the command's own fault."""
     try:
-        return tuple(int(n) for n in text.lower().split("x"))
-    except ValueError:
-        raise click.BadParameter(
-            f"{text!r} is not ROWSxCOLUMNS, such as 16x64", param_hint="--shape"
-        ) from None
+        yield
+    except S3Error as error:
+        raise _Refused(str(error)) from error
+
+
+@contextlib.contextmanager
+def _says_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("\nfinished blocks are kept: the same command goes on from there")
+        raise
+
+
+def _check_writable(report: Path) -> None:
+    """Refuse at the start a report that could not be written at the end."""
+    folder = next(p for p in report.resolve().parents if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise CheckpointError(f"cannot write {report}: {folder} is no folder that can be written")
 
 
 def _load(model: str, dtype: str) -> tuple[Any, Any]:
@@ -260,17 +447,34 @@ def _load(model: str, dtype: str) -> tuple[Any, Any]:
 
     from s3tensor import hf
 
-    with out.status(f"loading {model}"):
+    with err.status(f"loading {model}") if err.is_terminal else contextlib.nullcontext():
         return hf.load_model(model, "auto" if dtype == "auto" else getattr(torch, dtype))
 
 
-def _held_out(source: str, tokenizer: Any, samples: int, seq_len: int) -> Tensor | None:
+def _texts(
+    tokenizer: Any,
+    calibration: str,
+    samples: int | None,
+    seq_len: int,
+    seed: int,
+    eval_text: str | None,
+    eval_samples: int,
+) -> tuple[list[Tensor], Tensor | None]:
+    """Calibration batches of one sequence, and the sequences for perplexity: never the same ones."""
     from s3tensor import llm
 
-    if samples == 0:
-        return None
-    tokens = llm.tokenize(llm.load_text(source, "held-out"), tokenizer)
-    return llm.windows(tokens, samples, seq_len)
+    tokens = llm.tokenize(llm.load_text(calibration), tokenizer)
+    same = eval_text is None and not llm.has_parts(calibration)
+    # A text without parts of its own gives both: different windows of one random order.
+    extra = eval_samples if same else 0
+    if samples is None:
+        samples = max(1, min(_SAMPLES, tokens.numel() // seq_len - extra))
+    picked = llm.windows(tokens, samples + extra, seq_len, seed)
+    batches = list(picked[:samples].split(1))
+    if same or eval_samples == 0:
+        return batches, picked[samples:] if extra else None
+    held_out = llm.tokenize(llm.load_text(eval_text or calibration, "held-out"), tokenizer)
+    return batches, llm.windows(held_out, eval_samples, seq_len)
 
 
 def _perplexity(
@@ -293,7 +497,7 @@ def _perplexity(
 def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import Progress
 
-    bar = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+    bar = Progress(console=err, disable=not err.is_terminal, transient=True)
     with bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -305,15 +509,24 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _table(head: tuple[str, ...], *rows: tuple[str, ...]) -> None:
-    table = Table(*head)
-    for row in rows:
-        table.add_row(*row)
+def _print_result(result: PruneReport, figures: dict[str, Any], saved: Path) -> None:
+    files = saved.glob("*.safetensors") if saved.is_dir() else [saved]
+    disk = sum(file.stat().st_size for file in files)
+    table = Table("", "dense", "pruned")
+    dense, pruned = figures["dense_perplexity"], figures["pruned_perplexity"]
+    if dense is not None:
+        table.add_row("perplexity", f"{dense:.2f}", f"{pruned:.2f}")
+    whole = _megabytes(figures["dense_bytes"])
+    table.add_row("weights in memory", whole, _megabytes(figures["compressed_bytes"]))
+    table.add_row("weights on disk", whole, _megabytes(disk))
+    table.add_row("density of the linears", "1", f"{figures['density']:.4g}")
+    out.print(str(result))
     out.print(table)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    out.print(
+        f"saved to {saved}; rows for each linear and block beside it in linears.csv and blocks.csv"
+        if not saved.is_dir()
+        else f"saved in {saved}, with rows for each linear and block in linears.csv and blocks.csv"
+    )
 
 
 def _megabytes(count: int) -> str:
@@ -321,5 +534,4 @@ def _megabytes(count: int) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main()
+    sys.exit(main())

@@ -113,6 +113,7 @@ def save_pretrained(
         if dense:
             plain = {name: densified(tensor).contiguous() for name, tensor in state.items()}
             model.save_pretrained(folder, state_dict=plain)  # type: ignore[operator]
+            _delete(folder, WEIGHTS)  # of a model that is replaced
             return folder
         # The weights last: a folder with this file is complete.
         config.save_pretrained(folder)
@@ -124,7 +125,17 @@ def save_pretrained(
             f"cannot write to {folder} ({first_line(error)}); choose another folder"
         ) from error
     save_state(folder / WEIGHTS, state)
+    _delete(folder, "model*.safetensors", "model.safetensors.index.json", "pytorch_model*")
     return folder / WEIGHTS
+
+
+def _delete(folder: Path, *names: str) -> None:
+    try:
+        for name in names:
+            for path in folder.glob(name):
+                path.unlink()
+    except OSError as error:
+        raise CheckpointError(f"cannot delete the model that was replaced ({error})") from error
 
 
 def from_pretrained(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module:

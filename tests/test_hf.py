@@ -195,11 +195,18 @@ def test_a_folder_with_a_model_is_refused_and_left_alone(
     assert contents(tmp_path) == before
 
 
-def test_a_model_is_replaced_when_asked_for(tmp_path: Path) -> None:
-    s3.save_pretrained(tiny("llama"), tmp_path)
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_model_is_replaced_as_a_whole_when_asked_for(
+    tmp_path: Path, before: bool, dense: bool
+) -> None:
+    s3.save_pretrained(tiny("llama"), tmp_path, dense=before)
     model = pruned("llama")
-    s3.save_pretrained(model, tmp_path, overwrite=True)
-    assert torch.equal(logits(s3.from_pretrained(tmp_path)), logits(model))
+    s3.save_pretrained(model, tmp_path, dense=dense, overwrite=True)
+    weights = [path.name for path in tmp_path.glob("*.safetensors")]
+    assert weights == ["model.safetensors" if dense else hf.WEIGHTS]
+    load = transformers.AutoModelForCausalLM.from_pretrained if dense else s3.from_pretrained
+    torch.testing.assert_close(logits(load(tmp_path).eval()), logits(model), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dense", [True, False])

@@ -107,7 +107,12 @@ class PruneReport:
         ]
         if figures["median_error"] is not None:
             lines.append(f"median relative output error of a linear: {figures['median_error']:.4f}")
-        lines.extend(f"left dense: {name}: {reason}" for name, reason in self.skipped)
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.skipped:
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"left dense: {names[0]}{others}: {reason}")
         return "\n".join(lines)
 
 

@@ -33,6 +33,11 @@ _HUB = {  # name: (repository, configuration, splits by part, column)
 }
 
 
+def has_parts(source: str) -> bool:
+    """Whether a source keeps calibration and held-out text apart; a path does not."""
+    return source == "pydoc" or source in _HUB
+
+
 def load_text(source: str, part: str = "calibration", documents: int = 4096) -> str:
     """Text of one part of a source.
 
