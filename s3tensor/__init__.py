@@ -23,6 +23,7 @@ from s3tensor.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from s3tensor import llm, prune
+    from s3tensor.compaction import compact
     from s3tensor.evaluate import perplexity
     from s3tensor.hessian import Factors, Hessian, compute_hessian, output_error
     from s3tensor.hf import from_pretrained, save_pretrained, verify
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "llm": "s3tensor.llm",
     "prune": "s3tensor.prune",
+    "compact": "s3tensor.compaction",
     "perplexity": "s3tensor.evaluate",
     "Factors": "s3tensor.hessian",
     "Hessian": "s3tensor.hessian",
