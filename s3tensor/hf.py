@@ -112,7 +112,8 @@ def save_pretrained(
             tokenizer.save_pretrained(folder)
         if dense:
             plain = {name: densified(tensor).contiguous() for name, tensor in state.items()}
-            model.save_pretrained(folder, state_dict=plain)  # type: ignore[operator]
+            with _quiet():
+                model.save_pretrained(folder, state_dict=plain)  # type: ignore[operator]
             _delete(folder, WEIGHTS)  # of a model that is replaced
             return folder
         # The weights last: a folder with this file is complete.
