@@ -151,7 +151,7 @@ def _selectors(codes, L: gl.constexpr, COUNT: gl.constexpr):
 @gluon.jit
 def _groups(words, codes, FORM: gl.constexpr):
     """(items, threads, 4) words and (items, threads) codes to (items, threads, 16 columns), as int16."""
-    I: gl.constexpr = words.shape[0]
+    ITEMS: gl.constexpr = words.shape[0]
     T: gl.constexpr = words.shape[1]
     if FORM == _PLAIN:
         L: gl.constexpr = words.type.layout
@@ -164,9 +164,9 @@ def _groups(words, codes, FORM: gl.constexpr):
             is_pure=True,
             pack=1,
         )
-        return gl.join(gl.join(w0, w2), gl.join(w1, w3)).reshape([I, T, 16])
+        return gl.join(gl.join(w0, w2), gl.join(w1, w3)).reshape([ITEMS, T, 16])
     else:
-        first, second = gl.split(words.reshape([I, T, 2, 2]))
+        first, second = gl.split(words.reshape([ITEMS, T, 2, 2]))
         L2: gl.constexpr = first.type.layout
         s0, s1, s2, s3, which = _selectors(codes, L2, 2)
         asm: gl.constexpr = _COUPLED_BLOCKS if FORM == _COUPLED else _PAIR_BLOCKS
@@ -180,13 +180,13 @@ def _groups(words, codes, FORM: gl.constexpr):
             is_pure=True,
             pack=1,
         )  # fmt: skip
-        low = gl.join(gl.join(w0, w2), gl.join(w1, w3))  # (I, T, scope, 2, 2)
+        low = gl.join(gl.join(w0, w2), gl.join(w1, w3))  # (ITEMS, T, scope, 2, 2)
         high = gl.join(gl.join(w4, w6), gl.join(w5, w7))
-        both = gl.join(low, high)  # (I, T, scope, 2, 2, 2)
+        both = gl.join(low, high)  # (ITEMS, T, scope, 2, 2, 2)
         if FORM == _COUPLED:  # high: columns 8 to 15
-            return both.permute(0, 1, 5, 2, 3, 4).reshape([I, T, 16])
+            return both.permute(0, 1, 5, 2, 3, 4).reshape([ITEMS, T, 16])
         else:  # high: columns 4 to 7 of each 8
-            return both.permute(0, 1, 2, 5, 3, 4).reshape([I, T, 16])
+            return both.permute(0, 1, 2, 5, 3, 4).reshape([ITEMS, T, 16])
 
 
 @gluon.jit
@@ -217,6 +217,12 @@ def dense_rows(words, codes, FORM: gl.constexpr, TILES: gl.constexpr, UNITS: gl.
         return rows.reshape([TILES, 2, UNITS, T, 16])
     else:
         return _groups(words, codes, FORM).reshape([TILES, 2, UNITS, T, 16])
+
+
+@constexpr_function
+def _power_of_two(n):
+    """The least that is not below ``n``."""
+    return 1 << (n - 1).bit_length()
 
 
 @constexpr_function
@@ -252,8 +258,8 @@ def store_sums(
 ):
     """Add the sums of all splits in their order, and the bias, and store y, (N, M).
 
-    Every split writes its sums to ``ws_ptr`` and waits until the others have; then each adds up a part of
-    the tile. The splits of a tile are neighbours in the grid, so those waited for are running or start
+    Every split writes its sums to ``ws_ptr`` and waits until the others have; then each adds up its parts
+    of the tile. The splits of a tile are neighbours in the grid, so those waited for are running or start
     before any later program. A cell of ``cnt_ptr`` goes up by 16 a tile and launch: it never needs to be
     reset, and it may wrap.
     """
@@ -278,23 +284,27 @@ def store_sums(
         gl.store(ws_ptr + (tile + ps) * SIZE + n[None, :] * R + r[:, None], sums, mask=mask)
         gl.thread_barrier()
         cell = cnt_ptr + pn * row_blocks + pm
-        old = gl.atomic_add(cell, 16 // SPLIT, sem="acq_rel", scope="gpu")
+        mine = 16 * (ps + 1) // SPLIT - 16 * ps // SPLIT
+        old = gl.atomic_add(cell, mine, sem="acq_rel", scope="gpu")
         start = old - (old & 15)
-        seen = old + 16 // SPLIT
+        seen = old + mine
         while seen - start < 16:
             seen = gl.atomic_add(cell, 0, sem="acquire", scope="gpu")
+        PARTS: gl.constexpr = _power_of_two(SPLIT)
+        PART: gl.constexpr = SIZE // PARTS
         LF: gl.constexpr = gl.BlockedLayout([4], [32], [THREADS // 32], [0])
-        e = ps * (SIZE // SPLIT) + gl.arange(0, SIZE // SPLIT, layout=LF)
-        row = pm * R + e % R
-        column = pn * BN + e // R
-        mask = (row < M) & (column < N)
-        total = gl.load(ws_ptr + tile * SIZE + e, mask=mask, other=0.0, cache_modifier=".cg")
-        for split in gl.static_range(1, SPLIT):
-            part = ws_ptr + (tile + split) * SIZE + e
-            total += gl.load(part, mask=mask, other=0.0, cache_modifier=".cg")
-        if BIAS:
-            total += gl.load(b_ptr + row, mask=mask, other=0.0).to(gl.float32)
-        gl.store(y_ptr + column * M + row, total.to(DTYPE), mask=mask)
+        for part in range(ps, PARTS, SPLIT):
+            e = part * PART + gl.arange(0, PART, layout=LF)
+            y_row = pm * R + e % R
+            y_column = pn * BN + e // R
+            live = (y_row < M) & (y_column < N)
+            total = gl.load(ws_ptr + tile * SIZE + e, mask=live, other=0.0, cache_modifier=".cg")
+            for split in gl.static_range(1, SPLIT):
+                pointers = ws_ptr + (tile + split) * SIZE + e
+                total += gl.load(pointers, mask=live, other=0.0, cache_modifier=".cg")
+            if BIAS:
+                total += gl.load(b_ptr + y_row, mask=live, other=0.0).to(gl.float32)
+            gl.store(y_ptr + y_column * M + y_row, total.to(DTYPE), mask=live)
 
 
 @gluon.jit
@@ -310,4 +320,17 @@ def wait_for_previous():
     """Wait until all that earlier kernels of the stream wrote can be read."""
     gl.inline_asm_elementwise(
         "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def prefetch(pointers):
+    """Ask L2 for the line of each pointer."""
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
     )

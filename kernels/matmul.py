@@ -1,8 +1,9 @@
-"""``linear`` of 1 to 128 rows by a packed weight: what it takes, which kernel runs, and its scratch memory."""
+"""``linear`` of 1 to 128 rows by a packed weight: what it takes, which kernel runs, its scratch memory."""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -78,28 +79,9 @@ def linear(
         ValueError: sizes, dtypes or devices that do not belong together, or a :func:`refusal`.
     """
     reason = refusal(form, values.dtype, rows, columns, x.device)
+    reason = reason or _mismatch(x, values, codes, bias, form, rows, columns)
     if reason is None and tiled and not can_tile(rows, columns):
         reason = f"{rows} x {columns} has no tile order"
-    if reason is None and not (
-        x.dtype == values.dtype and x.device == values.device == codes.device
-    ):
-        reason = f"x {x.dtype} on {x.device}, values {values.dtype} on {values.device}, codes on {codes.device}"
-    if reason is None and (
-        x.ndim != 2 or x.shape[1] != columns or not 1 <= x.shape[0] <= MOST_ROWS
-    ):
-        reason = f"x is {tuple(x.shape)}; it must be (1 to {MOST_ROWS}, {columns})"
-    if reason is None and (
-        values.numel() * 2 != rows * columns or codes.numel() != code_bytes(form, rows, columns)
-    ):
-        reason = f"{values.numel()} values and {codes.numel()} code bytes are not those of {form} on {rows} x {columns}"
-    if (
-        reason is None
-        and bias is not None
-        and (bias.shape != (rows,) or bias.dtype != x.dtype or bias.device != x.device)
-    ):
-        reason = (
-            f"bias {tuple(bias.shape)} {bias.dtype} on {bias.device} for {rows} {x.dtype} outputs"
-        )
     if reason is not None:
         raise ValueError(f"packed linear: {reason}")
     capability = _capability(x.device)
@@ -109,6 +91,9 @@ def linear(
         raise ValueError(
             "packed linear: the wide kernel takes tile order, on compute capability 9.0"
         )
+    steps = -(-columns // config.columns)
+    if config.split > steps:
+        config = replace(config, split=steps)
     overlap = overlap and capability >= (9, 0)
     words = _aligned(values.reshape(-1), 16).view(torch.int32)
     codes = _aligned(codes.reshape(-1), 16 if tiled else 2).view(_CODES[form][tiled])
@@ -136,27 +121,91 @@ def linear(
     return y
 
 
+def _mismatch(
+    x: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    form: Form,
+    rows: int,
+    columns: int,
+) -> str | None:
+    """What does not belong together, or None."""
+    devices = {t.device for t in (x, values, codes, bias) if t is not None}
+    dtypes = {t.dtype for t in (x, values, bias) if t is not None}
+    if len(devices) > 1 or len(dtypes) > 1:
+        return (
+            f"x is {x.dtype} on {x.device}, values are {values.dtype} on {values.device}, codes are on "
+            f"{codes.device}"
+            + ("" if bias is None else f", the bias is {bias.dtype} on {bias.device}")
+        )
+    if x.ndim != 2 or x.shape[1] != columns or not 1 <= x.shape[0] <= MOST_ROWS:
+        return f"x is {tuple(x.shape)}; it must be (1 to {MOST_ROWS}, {columns})"
+    if values.numel() * 2 != rows * columns or codes.numel() != code_bytes(form, rows, columns):
+        return (
+            f"{values.numel()} values and {codes.numel()} bytes of codes are not those of {form} on "
+            f"{rows} x {columns}"
+        )
+    if bias is not None and bias.shape != (rows,):
+        return f"the bias is {tuple(bias.shape)}; it must be ({rows},)"
+    return None
+
+
 def choose(
     n: int, rows: int, columns: int, tiled: bool, capability: tuple[int, int], processors: int
 ) -> Skinny | Wide:
     """The configuration measured to be fast for ``n`` rows of x: see ``bench/kernels.py``."""
     if n > 16 and tiled and capability == (9, 0):
         return _choose_wide(n, rows, columns, processors)
-    batch = 8 if n <= 8 else 16
     tiles = -(-rows // 16)
-    # As many warps a program as still let all programs run at once.
-    warps = 8 if tiles <= 2 * processors else 4
-    return Skinny(1, warps, 1, 2, batch)
+    waves = tiles / processors  # of 16 rows a processor
+    if n <= 8:
+        if waves <= 1:
+            cut = Skinny(1, 8, 1, 4, 8)
+        elif waves <= 2:
+            cut = Skinny(1, 8, 1, 2, 8, ahead=True)
+        elif waves <= 3:
+            cut = Skinny(1, 4, 1, 4, 8, ahead=True)
+        elif 5 < waves <= 6:
+            cut = Skinny(1, 4, 2, 2, 8, ahead=True)
+        elif 6 < waves <= 8:
+            cut = Skinny(1, 2, 1, 2, 8, ahead=True)
+        else:
+            cut = Skinny(1, 4, 1, 2, 8, ahead=True)
+    elif waves <= 2:
+        cut = Skinny(1, 8, 1, 2, 16, ahead=True)
+    elif waves <= 4:
+        cut = Skinny(1, 4, 1, 2, 16, ahead=True)
+    elif waves <= 8:
+        cut = Skinny(1, 4, 2, 1, 16)
+    elif tiled and capability == (9, 0):
+        return Wide(8, 2, 16)
+    else:
+        cut = Skinny(1, 2, 2, 1, 16, ahead=True)
+    while cut.columns > columns and cut.units > 1:
+        cut = replace(cut, units=cut.units // 2)
+    while cut.columns > columns and cut.warps_k > 2:
+        cut = replace(cut, warps_k=cut.warps_k // 2)
+    return cut
 
 
 def _choose_wide(n: int, rows: int, columns: int, processors: int) -> Wide:
-    batch = 32 if n <= 32 else 64
-    warps = 4 if batch == 32 else 8
-    programs = -(-rows // (16 * warps)) * -(-n // batch)
-    split = 1
-    while split < 4 and programs * split * 2 <= 2 * processors and columns >= 1024 * split:
-        split *= 2
-    return Wide(warps, 2, batch, split)
+    steps = -(-columns // 128)
+
+    def split(cut: Wide, programs: float) -> Wide:
+        """As many splits as run at once, of four steps or more."""
+        blocks = -(-rows // cut.rows)
+        return replace(cut, split=max(1, min(8, int(programs) // blocks, steps // 4)))
+
+    if n <= 32:
+        if rows <= 64 * 2 * processors:
+            return split(Wide(4, 2, 32, stages=5), 2 * processors)
+        return Wide(8, 2, 32)
+    if rows <= 16 * processors:
+        return split(Wide(4, 2, 64, stages=5), processors)
+    if rows <= 128 * processors:
+        return split(Wide(8, 2, 64), processors)
+    return Wide(16, 2, 64)
 
 
 @functools.lru_cache(maxsize=64)

@@ -26,6 +26,7 @@ from .expand import (
     halves,
     launch_dependents,
     log2,
+    prefetch,
     store_sums,
     wait_for_previous,
     word_layout,
@@ -46,6 +47,7 @@ class Skinny:
     batch: int  # rows of x a program: 8 or 16
     split: int = 1  # programs over columns
     ahead: bool = False  # load x a step ahead too
+    hints: int = 0  # 128-byte lines a thread asks L2 for, while it waits for the previous kernel
 
     @property
     def rows(self) -> int:
@@ -82,7 +84,14 @@ def _load_words(pointers, live, EVEN: gl.constexpr):
 
 
 @gluon.jit
-def _expand_codes(c, shift, FORM: gl.constexpr, TILED: gl.constexpr, I: gl.constexpr, UNITS: gl.constexpr):  # fmt: skip
+def _expand_codes(
+    c,
+    shift,
+    FORM: gl.constexpr,
+    TILED: gl.constexpr,
+    ITEMS: gl.constexpr,
+    UNITS: gl.constexpr,
+):
     """Codes as loaded to what ``dense_rows`` takes."""
     T: gl.constexpr = c.shape[1]
     c = c.to(gl.int32)
@@ -92,19 +101,20 @@ def _expand_codes(c, shift, FORM: gl.constexpr, TILED: gl.constexpr, I: gl.const
         c = (c ^ (c >> 1)) & 0x77777777
         if TILED:  # both half rows' codes in one word
             other = c >> 16 if FORM == _PLAIN else c >> 8
-            c = gl.join(c, other).reshape([I // (2 * UNITS), UNITS, T, 2]).permute(0, 3, 1, 2)
-            c = c.reshape([I, T])
+            c = gl.join(c, other).reshape([ITEMS // (2 * UNITS), UNITS, T, 2]).permute(0, 3, 1, 2)
+            c = c.reshape([ITEMS, T])
         return c
 
 
 @gluon.jit(
-    do_not_specialize=["N", "chunks", "sx8", "steps"],
+    do_not_specialize=["N", "chunks", "sx8", "all_steps"],
     do_not_specialize_on_alignment=["c_ptr", "b_ptr", "cnt_ptr"],
 )
 def skinny_kernel(
     x_ptr,  # (N, K) as 32-bit words, rows sx8 * 16 bytes apart
     v_ptr,  # values, 32-bit words
-    c_ptr,  # codes: of 2:4 16 bits a lane and half row, of the other groups 8, of rowpair16 8; doubled in tiles
+    c_ptr,  # codes: a lane's of half a row, 16-bit for 2:4 and 8-bit for other groups, or of both in
+    #         tile order; of rowpair16 bytes, or 32-bit words in tile order
     b_ptr,  # (M,)
     y_ptr,  # (N, M)
     ws_ptr,  # (tiles, SPLIT, rows, BN) float32
@@ -113,7 +123,7 @@ def skinny_kernel(
     N,
     chunks,  # K / 16
     sx8,
-    steps,  # of each split
+    all_steps,  # of all splits
     FORM: gl.constexpr,
     TILED: gl.constexpr,
     EVEN: gl.constexpr,
@@ -126,27 +136,30 @@ def skinny_kernel(
     BN: gl.constexpr,
     SPLIT: gl.constexpr,
     AHEAD: gl.constexpr,
+    HINTS: gl.constexpr,
 ):
     DTYPE: gl.constexpr = y_ptr.dtype.element_ty
     T: gl.constexpr = WM * WK * 32
     R: gl.constexpr = WM * TILES * 16
     STEP: gl.constexpr = WK * UNITS  # units a step
-    I: gl.constexpr = TILES * 2 * UNITS
+    ITEMS: gl.constexpr = TILES * 2 * UNITS
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[WK, WM, 1], instr_shape=[1, 16, 8]
     )
     LA: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
     LB: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
-    LV: gl.constexpr = word_layout(I, T)
+    LV: gl.constexpr = word_layout(ITEMS, T)
     LX: gl.constexpr = _x_layout(WM, WK, UNITS, BN)
     ps = gl.program_id(0) % SPLIT
     pm = gl.program_id(0) // SPLIT
     pn = gl.program_id(1)
-    unit0 = ps * steps * STEP
+    step0 = all_steps * ps // SPLIT
+    steps = all_steps * (ps + 1) // SPLIT - step0
+    unit0 = step0 * STEP
     units = chunks // 4
 
     # Values: item i is a 16-byte piece of a lane.
-    i = gl.arange(0, I, layout=gl.SliceLayout(1, gl.SliceLayout(2, LV)))[:, None]
+    i = gl.arange(0, ITEMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, LV)))[:, None]
     t = gl.arange(0, T, layout=gl.SliceLayout(0, gl.SliceLayout(2, LV)))[None, :]
     word = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, LV)))[None, :][:, None, :]
     if FORM == _ROWPAIR:
@@ -169,13 +182,10 @@ def skinny_kernel(
         V_STEP: gl.constexpr = STEP * 16
     vp = v_ptr + (offset[:, :, None] + word)
     v_chunk = u * 4 + t % 4
-    if TILED or FORM == _ROWPAIR:
-        v_in = tile * 16 < M
-    else:
-        v_in = tile * 16 + half * 8 + lane_row < M
+    v_in = tile * 16 < M if TILED or FORM == _ROWPAIR else tile * 16 + half * 8 + lane_row < M
 
     # Codes: an item for each word of them.
-    C: gl.constexpr = TILES * UNITS if TILED or FORM == _ROWPAIR else I
+    C: gl.constexpr = TILES * UNITS if TILED or FORM == _ROWPAIR else ITEMS
     LC: gl.constexpr = code_layout(C, T)
     ci = gl.arange(0, C, layout=gl.SliceLayout(1, LC))[:, None]
     ct = gl.arange(0, T, layout=gl.SliceLayout(0, LC))[None, :]
@@ -220,12 +230,15 @@ def skinny_kernel(
         live = v_in & (v_chunk < chunks)
         c_live = c_in & (c_chunk < chunks)
     c = _load_words(cp, c_live, EVEN)
-    if EVEN:
-        v = gl.load(vp)
-    else:
-        v = gl.load(vp, mask=live[:, :, None], other=0)
+    v = gl.load(vp) if EVEN else gl.load(vp, mask=live[:, :, None], other=0)
     if OVERLAP:  # the weight does not depend on earlier kernels, x does
         launch_dependents()
+        if TILED and R == 16:
+            LH: gl.constexpr = gl.BlockedLayout([1], [32], [WK * WM], [0])
+            first = v_ptr + (pm * units + unit0 + STEP) * 256
+            for hint in gl.static_range(HINTS):
+                line = hint * T + gl.arange(0, T, layout=LH)
+                prefetch(first + gl.minimum(line, steps * STEP * 8 - STEP * 8 - 1) * 32)
         wait_for_previous()
     if AHEAD:
         next_x = _load_words(xp, x_in if EVEN else x_in & (x_word < x_end)[None, :], EVEN)
@@ -256,7 +269,7 @@ def skinny_kernel(
             c_chunk += STEP * 4
             next_c = gl.load(cp, mask=c_in & (c_chunk < chunks) & more, other=0)
             next_v = gl.load(vp, mask=(v_in & (v_chunk < chunks) & more)[:, :, None], other=0)
-        w = dense_rows(v, _expand_codes(c, shift, FORM, TILED, I, UNITS), FORM, TILES, UNITS)
+        w = dense_rows(v, _expand_codes(c, shift, FORM, TILED, ITEMS, UNITS), FORM, TILES, UNITS)
         w = w.reshape([TILES, 2, UNITS, WK, WM, 8, 4, 2, 8])
         w = w.permute(3, 0, 4, 1, 5, 2, 7, 6, 8).reshape([WK, R, UNITS * 64])
         a = gl.convert_layout(w.to(DTYPE, bitcast=True), LA, assert_trivial=True)
@@ -265,10 +278,7 @@ def skinny_kernel(
         acc = mma_v2(a, gl.convert_layout(b, LB, assert_trivial=True), acc)
         v = next_v
         c = next_c
-    if WK > 1:
-        sums = gl.sum(acc, 0)
-    else:
-        sums = acc.reshape([R, BN])
+    sums = gl.sum(acc, 0) if WK > 1 else acc.reshape([R, BN])
     row_blocks = gl.num_programs(0) // SPLIT
     store_sums(sums, b_ptr, y_ptr, ws_ptr, cnt_ptr, pm, pn, row_blocks, ps, M, N, T, SPLIT, BIAS)
 
@@ -291,7 +301,7 @@ def launch(
     n, m = y.shape
     columns = x.shape[1] * 2
     blocks = -(-m // config.rows)
-    steps = -(-columns // (config.columns * config.split))
+    steps = -(-columns // config.columns)
     grid = (blocks * config.split, -(-n // config.batch))
     arguments = (
         x, values, codes, y if bias is None else bias, y, sums, cells,
@@ -300,7 +310,7 @@ def launch(
     constants = {
         "FORM": form,
         "TILED": tiled,
-        "EVEN": m % config.rows == 0 and columns == steps * config.split * config.columns,
+        "EVEN": m % config.rows == 0 and columns == steps * config.columns,
         "BIAS": bias is not None,
         "OVERLAP": overlap,
         "WM": config.warps_m,
@@ -310,6 +320,7 @@ def launch(
         "BN": config.batch,
         "SPLIT": config.split,
         "AHEAD": config.ahead,
+        "HINTS": config.hints if overlap else 0,
         "num_warps": config.warps_m * config.warps_k,
         "launch_pdl": overlap,
     }

@@ -117,8 +117,8 @@ def _check_tiles(form: str, rows: int, columns: int) -> None:
         raise ValueError(f"no tile order for {form!r}; there is one for {', '.join(FORMS)}")
     if not can_tile(rows, columns):
         raise ValueError(
-            f"tiles are {ROWS} rows x {COLUMNS} columns, and {rows} x {columns} is not a multiple; leave this "
-            "weight in canonical order"
+            f"tiles are {ROWS} rows x {COLUMNS} columns, and {rows} x {columns} is not a multiple; leave "
+            "this weight in canonical order"
         )
 
 

@@ -108,13 +108,14 @@ def _lane_codes(smem, FORM: gl.constexpr, WM: gl.constexpr, UNITS: gl.constexpr)
 
 
 @gluon.jit(
-    do_not_specialize=["N", "units", "sx8", "steps"],
+    do_not_specialize=["N", "units", "sx8", "all_steps"],
     do_not_specialize_on_alignment=["b_ptr", "cnt_ptr"],
 )
 def wide_kernel(
     x_ptr,  # (N, K), rows sx8 * 8 elements apart
     v_ptr,  # values in tile order, 32-bit words
-    c_ptr,  # codes in tile order: 32 words of a tile, 32-bit for 2:4 and 16-bit else; of rowpair16 one, 32-bit
+    c_ptr,  # codes in tile order: 32 words a tile, 32-bit for 2:4 and 16-bit for other groups; of
+    #         rowpair16 one 32-bit word
     b_ptr,  # (M,)
     y_ptr,  # (N, M)
     ws_ptr,  # (tiles, SPLIT, rows, BN) float32
@@ -123,7 +124,7 @@ def wide_kernel(
     N,
     units,  # K / 64
     sx8,
-    steps,  # of each split
+    all_steps,  # of all splits
     FORM: gl.constexpr,
     EVEN: gl.constexpr,
     BIAS: gl.constexpr,
@@ -146,7 +147,9 @@ def wide_kernel(
     ps = gl.program_id(0) % SPLIT
     pm = gl.program_id(0) // SPLIT
     pn = gl.program_id(1)
-    unit0 = ps * steps * UNITS
+    step0 = all_steps * ps // SPLIT
+    steps = all_steps * (ps + 1) // SPLIT - step0
+    unit0 = step0 * UNITS
     tile0 = pm * WM
 
     # Values: each thread copies what it will read.
@@ -262,7 +265,7 @@ def launch(
     """Launch, or with ``warmup`` compile only."""
     n, m = y.shape
     columns = x.shape[1]
-    steps = -(-columns // (config.columns * config.split))
+    steps = -(-columns // config.columns)
     grid = (-(-m // config.rows) * config.split, -(-n // config.batch))
     arguments = (
         x, values, codes, y if bias is None else bias, y, sums, cells,
@@ -270,7 +273,7 @@ def launch(
     )  # fmt: skip
     constants = {
         "FORM": form,
-        "EVEN": m % config.rows == 0 and columns == steps * config.split * config.columns,
+        "EVEN": m % config.rows == 0 and columns == steps * config.columns,
         "BIAS": bias is not None,
         "OVERLAP": overlap,
         "WM": config.warps,

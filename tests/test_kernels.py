@@ -1,4 +1,4 @@
-"""The CUDA matmul kernels: tile order on any machine, compilation where Triton is, numbers where a GPU is."""
+"""CUDA matmul kernels: tile order anywhere, compilation where Triton is, numbers where a GPU is."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from s3tensor.kernels import tiles
 from torch import Tensor
 
-from s3tensor.kernels import tiles
 from s3tensor.packing import unpack
 from s3tensor.pattern import Pattern
 
@@ -194,10 +194,11 @@ def test_skinny_compiles_to_wide_loads_and_tensor_cores(
     sass = compiled(
         skinny.skinny_kernel,
         pointer_types(dtype, codes.get((form, tiled), "i32" if tiled else "i8"), "i32"),
-        dict(
-            FORM=form, TILED=tiled, EVEN=even, BIAS=not even, OVERLAP=arch == 90, WM=1, WK=8, TILES=1,
-            UNITS=2, BN=batch, SPLIT=1 if even else 2, AHEAD=even, num_warps=8,
-        ),
+        {
+            "FORM": form, "TILED": tiled, "EVEN": even, "BIAS": not even, "OVERLAP": arch == 90,
+            "WM": 1, "WK": 8, "TILES": 1, "UNITS": 2, "BN": batch, "SPLIT": 1 if even else 2,
+            "AHEAD": even, "HINTS": int(even), "num_warps": 8,
+        },
         arch,
     )  # fmt: skip
     kind = "BF16" if dtype == "bf16" else "F32"
@@ -218,10 +219,10 @@ def test_wide_compiles_to_warpgroup_products(form: int, even: bool, batch: int, 
     sass = compiled(
         wide.wide_kernel,
         pointer_types(dtype, "i32" if form in (0, 3) else "i16", dtype),
-        dict(
-            FORM=form, EVEN=even, BIAS=not even, OVERLAP=True, WM=8, UNITS=2, BN=batch,
-            SPLIT=1 if even else 4, STAGES=4, num_warps=8,
-        ),
+        {
+            "FORM": form, "EVEN": even, "BIAS": not even, "OVERLAP": True, "WM": 8, "UNITS": 2,
+            "BN": batch, "SPLIT": 1 if even else 4, "STAGES": 4, "num_warps": 8,
+        },
         90,
     )  # fmt: skip
     assert len(re.findall(rf"HGMMA\.64x{batch}x16", sass)) == 8
@@ -270,13 +271,14 @@ def test_linear_is_the_dense_product(
     form: tiles.Form, rows: int, columns: int, dtype: torch.dtype
 ) -> None:
     packed = random_packed(form, rows, columns, dtype, "cuda")
-    for n in (1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 100, 128):
+    for n in (1, 7, 8, 9, 16, 17, 31, 33, 64, 100, 128):
         x = torch.randn(n, columns, device="cuda").to(dtype)
-        bias = torch.randn(rows, device="cuda").to(dtype) if n % 2 else None
-        for tiled in (False, True)[: 1 + tiles.can_tile(rows, columns)]:
-            torch.full((n, rows), float("nan"), device="cuda", dtype=dtype)  # in the memory of y
-            close(product(x, form, packed, tiled, bias=bias), x, packed[2], bias)
-            close(product(x, form, packed, tiled, overlap=True), x, packed[2], None)
+        bias = torch.randn(rows, device="cuda").to(dtype)
+        torch.full((n, rows), float("nan"), device="cuda", dtype=dtype)  # in the memory of y
+        close(product(x, form, packed, False, bias=bias), x, packed[2], bias)
+        if tiles.can_tile(rows, columns):
+            close(product(x, form, packed, True), x, packed[2], None)
+            close(product(x, form, packed, True, bias=bias, overlap=True), x, packed[2], bias)
 
 
 @pytest.mark.gpu
@@ -295,19 +297,20 @@ def _configurations() -> list[Any]:
 
     return [
         Skinny(1, 8, 1, 2, 8, split=2),
-        Skinny(1, 4, 2, 1, 16, split=4, ahead=True),
+        Skinny(1, 4, 2, 1, 16, split=3, ahead=True),
         Skinny(2, 2, 1, 4, 8),
+        Skinny(1, 8, 1, 2, 8, hints=2),
         Skinny(4, 1, 2, 2, 16),
         Wide(4, 2, 32, split=4),
         Wide(8, 1, 64, split=2, stages=5),
-        Wide(16, 2, 16, split=2),
+        Wide(16, 2, 16, split=5),
         Wide(8, 2, 128, split=8, stages=3),
     ]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(9))
 def test_every_cut_of_the_work_gives_the_product(form: tiles.Form, number: int) -> None:
     config = _configurations()[number]
     if hasattr(config, "stages") and torch.cuda.get_device_capability() != (9, 0):
@@ -412,24 +415,24 @@ def test_graphs_replay_the_product() -> None:
 def test_bad_arguments_are_refused_by_name() -> None:
     from s3tensor.kernels import matmul
 
-    values, codes, dense = random_packed("2:4", 32, 64, torch.bfloat16, "cuda")
+    values, codes, _ = random_packed("2:4", 32, 64, torch.bfloat16, "cuda")
     x = torch.randn(2, 64, device="cuda", dtype=torch.bfloat16)
-    good: dict[str, Any] = dict(form="2:4", rows=32, columns=64, tiled=False)
+    good: dict[str, Any] = {"form": "2:4", "rows": 32, "columns": 64, "tiled": False}
     for change, match in (
-        (dict(x=x.half()), "x torch.float16"),
-        (dict(x=x.cpu()), "cpu is not an NVIDIA GPU"),
-        (dict(values=values.float()), "the kernels take bfloat16 and float16"),
-        (dict(x=x[:, :32]), r"must be \(1 to 128, 64\)"),
-        (dict(x=x.repeat(65, 1)), r"must be \(1 to 128, 64\)"),
-        (dict(columns=72), "multiple of 16"),
-        (dict(rows=48), "are not those of 2:4 on 48 x 64"),
-        (dict(form="1:4"), "'1:4' is not one of"),
-        (dict(bias=x[0]), "bias"),
-        (dict(codes=codes.cpu()), "codes on cpu"),
+        ({"x": x.half()}, "x is torch.float16"),
+        ({"x": x.cpu()}, "cpu is not an NVIDIA GPU"),
+        ({"values": values.float()}, "the kernels take bfloat16 and float16"),
+        ({"x": x[:, :32]}, r"must be \(1 to 128, 64\)"),
+        ({"x": x.repeat(65, 1)}, r"must be \(1 to 128, 64\)"),
+        ({"columns": 72}, "multiple of 16"),
+        ({"rows": 48}, "are not those of 2:4 on 48 x 64"),
+        ({"form": "1:4"}, "'1:4' is not one of"),
+        ({"bias": x[0]}, r"the bias is \(64,\)"),
+        ({"codes": codes.cpu()}, "codes are on cpu"),
     ):
         arguments = {**good, "x": x, "values": values, "codes": codes, "bias": None, **change}
         with pytest.raises(ValueError, match=match):
             matmul.linear(**arguments)
+    short = random_packed("2:4", 32, 48, torch.bfloat16, "cuda")
     with pytest.raises(ValueError, match="has no tile order"):
-        short = random_packed("2:4", 32, 48, torch.bfloat16, "cuda")
         matmul.linear(x[:, :48], *short[:2], None, **{**good, "columns": 48, "tiled": True})

@@ -1,0 +1,302 @@
+"""Matmul by a packed weight beside cuBLAS: answers checked, then microseconds, GB/s and the floor.
+
+    python bench/kernels.py                              # every form, batch and shape of the table
+    python bench/kernels.py --forms 2:4 --batches 1,16 --shapes 4096x4096
+    python bench/kernels.py --tune --forms 2:4           # every way to cut the work, the best first
+
+Each time is the median of CUDA graph replays; a graph runs the product with enough copies of the weight
+(400 MB of them) that none is found in L2. The rivals are ``F.linear`` on the dense weight, under the
+same conditions, and for 2:4 cuSPARSELt through ``torch._cslt_sparse_mm`` where torch has it. ``overlap``
+is programmatic dependent launch: a product starts to read its weight while the one before it drains; the
+rivals have no such option here. The floor is the packed bytes, x and y at the bandwidth of a device copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from s3tensor.kernels import matmul, tiles
+from s3tensor.kernels.skinny import Skinny
+from s3tensor.kernels.wide import Wide
+
+from s3tensor.packing import unpack
+from s3tensor.pattern import Pattern
+
+SHAPES = "4096x4096,14336x4096,4096x14336,2560x9728,28672x8192"
+BATCHES = "1,2,4,8,16,32,64,128"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+NIBBLES = torch.tensor([4, 8, 9, 12, 13, 14], dtype=torch.uint8)  # i0 | i1 << 2
+
+
+def random_packed(
+    form: str, rows: int, columns: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and codes of a random packed weight, in canonical order, and the dense weight."""
+    bound = Pattern.parse(form).bind((rows, columns))
+    values = torch.randn(bound.packed_shape, device="cuda", dtype=dtype)
+    if form == "rowpair16":
+        codes = torch.randint(0, 256, (bound.index_bytes,), device="cuda", dtype=torch.uint8)
+    else:
+        pick = torch.randint(0, 6, (2, bound.index_bytes), device="cuda", dtype=torch.uint8)
+        low, high = NIBBLES.cuda()[pick.int()]
+        codes = low | high << 4
+    return values, codes, unpack(values, codes, bound)
+
+
+def microseconds(call: Callable[[int], Any], copies: int, repeats: int) -> float:
+    """Median time of ``call(i)`` over graph replays of all copies in turn."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(min(copies, 3)):
+            call(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(copies):
+            call(i)
+    times = []
+    for _ in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / copies)
+    return statistics.median(times[3:])
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a device copy, read and write counted."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (microseconds(lambda _: target.copy_(source), 1, 9) * 1e-6)
+
+
+def cut_choices(n: int) -> list[Skinny | Wide]:
+    """Configurations that are worth a try for ``n`` rows of x."""
+    found: list[Skinny | Wide] = []
+    if n <= 16:
+        batch = 8 if n <= 8 else 16
+        cuts = [(8, 1, 2), (4, 1, 2), (2, 1, 2), (4, 1, 4), (8, 1, 4), (8, 2, 2), (4, 2, 2)]
+        if n > 8:
+            cuts += [(2, 2, 1), (4, 2, 1), (8, 2, 1)]
+        for cut, ahead in itertools.product(cuts, (False, True)):
+            found.append(Skinny(1, *cut, batch, 1, ahead))
+        for warps, split in ((8, 2), (4, 2), (8, 4)):
+            found.append(Skinny(1, warps, 1, 2, batch, split, True))
+        if n > 8:
+            found += [Wide(8, 2, 16), Wide(4, 2, 16), Wide(4, 2, 16, 2), Wide(8, 2, 16, 2)]
+        return found
+    batch = 32 if n <= 32 else 64 if n <= 64 else 128
+    cuts = [(4, 2, 4), (4, 2, 5), (8, 2, 4), (16, 1, 4), (16, 2, 4)]
+    for (warps, units, stages), split in itertools.product(cuts, (1, 2, 3, 4, 6, 8)):
+        if batch == 128 and warps * units * stages > 64:
+            continue  # more shared memory than there is
+        found.append(Wide(warps, units, batch, split, stages))
+    return found
+
+
+def compile_one(job: tuple[str, int, int, int, str, Any, bool]) -> str | None:
+    """Compile what a product needs, into the cache on disk, by running it on memory of any content."""
+    form, rows, columns, n, dtype, config, overlap = job
+    try:
+        x = torch.zeros(n, columns, device="cuda", dtype=DTYPES[dtype])
+        values = torch.zeros(rows * columns // 2, device="cuda", dtype=DTYPES[dtype])
+        size = tiles.code_bytes(form, rows, columns)  # type: ignore[arg-type]
+        codes = torch.zeros(size, device="cuda", dtype=torch.uint8)
+        matmul.linear(
+            x, values, codes, None, form=form, rows=rows, columns=columns, tiled=True,
+            overlap=overlap, config=config,
+        )  # type: ignore[arg-type]  # fmt: skip
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{config} on {rows}x{columns}: {type(error).__name__}: {str(error)[:160]}"
+    return None
+
+
+def compile_all(jobs: list[tuple[Any, ...]], processes: int) -> None:
+    """Each kernel once, in parallel."""
+    first: dict[Any, tuple[Any, ...]] = {}
+    for job in jobs:
+        form, rows, columns, n, dtype, config, overlap = job
+        cut = config or chosen(n, rows, columns)
+        even = rows % cut.rows == 0 and columns % cut.columns == 0
+        first.setdefault((form, dtype, cut, overlap, even), (*job[:5], cut, overlap))
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for error in pool.imap_unordered(compile_one, first.values()):
+            if error:
+                print("cannot run", error, flush=True)
+
+
+def chosen(n: int, rows: int, columns: int) -> Skinny | Wide:
+    device = torch.device("cuda", torch.cuda.current_device())
+    capability = torch.cuda.get_device_capability()
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return matmul.choose(n, rows, columns, True, capability, count)
+
+
+def rival_sparse(dense: list[Tensor], x: Tensor, repeats: int) -> float | None:
+    """cuSPARSELt on the 2:4 weight; x is padded to 16 rows."""
+    try:
+        packed = [torch._cslt_compress(w) for w in dense]
+        padded = F.pad(x, (0, 0, 0, -len(x) % 16)).t()
+        return microseconds(
+            lambda i: torch._cslt_sparse_mm(packed[i], padded), len(packed), repeats
+        )
+    except (AttributeError, RuntimeError) as error:
+        print(f"  no cuSPARSELt: {str(error)[:100]}")
+        return None
+
+
+def measure(
+    form: Any, rows: int, columns: int, batches: list[int], dtype: str, options: argparse.Namespace,
+    bandwidth: float,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of the table for one weight."""
+    values, codes, weight = random_packed(form, rows, columns, DTYPES[dtype])
+    values = tiles.tile_values(values, form, rows, columns)
+    codes = tiles.tile_codes(codes, form, rows, columns)
+    packed_bytes = values.nbytes + codes.nbytes
+    copies = max(2, math.ceil(options.megabytes * 1e6 / packed_bytes))
+    packed = [(values.clone(), codes.clone()) for _ in range(copies)]
+    dense = [
+        weight.clone() for _ in range(max(2, math.ceil(options.megabytes * 1e6 / weight.nbytes)))
+    ]
+    found = []
+    for n in batches:
+        x = torch.randn(n, columns, device="cuda", dtype=DTYPES[dtype])
+        exact = torch.cat([x.double() @ part.double().t() for part in weight.split(4096)], 1)
+        dense_us = microseconds(lambda i, x=x: F.linear(x, dense[i]), len(dense), options.repeats)
+        sparse_us = None
+        if form == "2:4" and n >= 16 and not options.tune:
+            sparse_us = rival_sparse(dense, x, options.repeats)
+        moved = packed_bytes + x.nbytes + n * rows * x.element_size()
+        for config, overlap in itertools.product(
+            cut_choices(n) if options.tune else [None], options.overlaps
+        ):
+
+            def call(
+                i: int, x: Tensor = x, config: Any = config, overlap: bool = overlap
+            ) -> Tensor:
+                return matmul.linear(
+                    x, *packed[i], None, form=form, rows=rows, columns=columns, tiled=True,
+                    overlap=overlap, config=config,
+                )  # fmt: skip
+
+            try:
+                y = call(0)
+                error = ((y.double() - exact).norm() / exact.norm()).item()
+                us = microseconds(call, copies, options.repeats)
+            except Exception as failure:
+                if not options.tune:
+                    raise
+                print(f"  {config}: {str(failure)[:120]}")
+                continue
+            if not error < 5e-3:
+                raise SystemExit(
+                    f"wrong: {form} {rows}x{columns} batch {n} {config}: error {error:.2e}"
+                )
+            found.append(
+                {
+                    "form": form, "rows": rows, "columns": columns, "dtype": dtype, "batch": n,
+                    "overlap": overlap, "config": str(config or chosen(n, rows, columns)),
+                    "us": us, "gb_per_s": moved / us / 1e3, "floor_us": moved / bandwidth * 1e6,
+                    "dense_us": dense_us, "ratio": dense_us / us, "cusparselt_us": sparse_us,
+                    "error": error,
+                }
+            )  # fmt: skip
+        mine = [r for r in found if r["batch"] == n]
+        for r in sorted(mine, key=lambda r: r["us"])[: options.best] if options.tune else mine:
+            print(
+                f"{form:10} {rows}x{columns} {dtype} batch {n:3} overlap {r['overlap']:1}: {r['us']:7.2f} us "
+                f"{r['gb_per_s']:5.0f} GB/s floor {r['floor_us']:6.2f} dense {dense_us:7.2f} = "
+                f"{r['ratio']:.2f}x"
+                + (f" cuSPARSELt {sparse_us:.1f}" if sparse_us else "")
+                + (f"  {r['config']}" if options.tune else ""),
+                flush=True,
+            )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--forms", default=",".join(tiles.FORMS))
+    parser.add_argument("--shapes", default=SHAPES)
+    parser.add_argument("--batches", default=BATCHES)
+    parser.add_argument("--dtypes", default="bfloat16")
+    parser.add_argument("--overlap", choices=("no", "yes", "both"), default="both")
+    parser.add_argument("--tune", action="store_true", help="time every cut of the work")
+    parser.add_argument("--best", type=int, default=3, help="rows to print of each, with --tune")
+    parser.add_argument("--megabytes", type=float, default=450, help="of weights to rotate over")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop at the next weight")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file; default bench/results/kernels-DEVICE.json"
+    )
+    options = parser.parse_args()
+    options.overlaps = {"no": [False], "yes": [True], "both": [False, True]}[options.overlap]
+    began = time.time()
+    device = torch.cuda.get_device_name()
+    shapes = [tuple(int(n) for n in shape.split("x")) for shape in options.shapes.split(",")]
+    batches = [int(n) for n in options.batches.split(",")]
+    forms, dtypes = options.forms.split(","), options.dtypes.split(",")
+    jobs = [
+        (form, *shape, n, dtype, config, overlap)
+        for form, shape, n, dtype in itertools.product(forms, shapes, batches, dtypes)
+        for config in (cut_choices(n) if options.tune else [None])
+        for overlap in options.overlaps
+    ]
+    compile_all(jobs, max(1, min(15, (os.cpu_count() or 2) - 1)))
+    bandwidth = copy_bandwidth()
+    print(
+        f"{device}, copy {bandwidth / 1e9:.0f} GB/s, compiled in {time.time() - began:.0f} s",
+        flush=True,
+    )
+    record: dict[str, Any] = {
+        "device": device, "torch": torch.__version__, "cuda": torch.version.cuda,
+        "date": time.strftime("%Y-%m-%d"), "copy_gb_per_s": bandwidth / 1e9, "rows": [],
+    }  # fmt: skip
+    out = (
+        options.out
+        or Path(__file__).parent / "results" / f"kernels-{device.replace(' ', '-')}.json"
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for form, dtype, shape in itertools.product(forms, dtypes, shapes):
+        if time.time() - began > options.seconds:
+            print(f"stopped before {form} {shape}")
+            break
+        record["rows"] += measure(form, *shape, batches, dtype, options, bandwidth)
+        out.write_text(json.dumps(record, indent=1) + "\n")
+        torch.cuda.empty_cache()
+    if not options.tune:
+        print("\ngeometric mean of the ratio to dense over the shapes")
+        for form, dtype, overlap in itertools.product(forms, dtypes, options.overlaps):
+            means = []
+            for n in batches:
+                key = {"form": form, "dtype": dtype, "overlap": overlap, "batch": n}
+                ratios = [r["ratio"] for r in record["rows"] if key.items() <= r.items()]
+                if ratios:
+                    means.append(f"{n}: {statistics.geometric_mean(ratios):.2f}")
+            print(f"{form:10} {dtype} overlap {overlap:1}  " + "  ".join(means))
+
+
+if __name__ == "__main__":
+    main()
