@@ -289,7 +289,7 @@ class StructuredSparseTensor(Tensor):
 
 def refusal(func: Any, why: str = "") -> UnsupportedOpError:
     """The error for an operator, or a use of one, that has no rule."""
-    name = func if isinstance(func, torch._ops.OpOverload) else f"torch.{func.__name__}"
+    name = func if isinstance(func, (str, torch._ops.OpOverload)) else f"torch.{func.__name__}"
     return UnsupportedOpError(
         f"{name} has no rule for StructuredSparseTensor{f': {why}' if why else ''}. Call .to_dense() for a "
         "dense copy"

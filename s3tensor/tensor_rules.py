@@ -353,6 +353,20 @@ def _function_addmm(
     return _combine(input, _product(mat1, mat2), beta, alpha)
 
 
+_set_data_of = Tensor.data.__set__  # type: ignore[attr-defined]  # Tensor.data is a descriptor
+_PARTS = ("packed", "indices", "pattern", "bound_shape", "transposed")
+
+
+@function(_set_data_of)
+def _set_data(target: Tensor, source: Tensor) -> None:
+    """``target.data = source``: torch's own setter would change the dtype and leave the parts."""
+    if not (is_sparse(target) and is_sparse(source)):
+        raise refusal("Tensor.data", "the new data must be compressed, like the old")
+    with torch._C.DisableTorchFunctionSubclass():
+        _set_data_of(target, source)
+    vars(target).update({name: vars(source)[name] for name in _PARTS})
+
+
 @function(Tensor.apply_, Tensor.map_, Tensor.map2_)
 def _refuse_storage(self: Tensor, *args: Any) -> Tensor:
     """These walk over the storage, which a wrapper does not have: torch's own version crashes."""

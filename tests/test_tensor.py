@@ -462,6 +462,29 @@ def test_is_pinned_answers_without_a_device() -> None:
     assert make().is_pinned() is False
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        make(shape=(32, 64)) + make(),
+        make("1:4"),
+        make("4:8", (48, 32)),
+        make().double(),
+        make().t(),
+    ],
+)
+def test_setting_data_replaces_every_part(source: StructuredSparseTensor) -> None:
+    weight = nn.Parameter(make(), requires_grad=False)
+    weight.data = source
+    assert isinstance(weight, nn.Parameter) and isinstance(weight, StructuredSparseTensor)
+    assert weight.same_layout(source) and torch.equal(weight, source)
+    assert (weight.shape, weight.stride(), weight.dtype) == (
+        *(source.shape, source.stride()),
+        source.dtype,
+    )
+    x = torch.randn(3, source.shape[1]).to(source.dtype)
+    assert torch.equal(F.linear(x, weight), F.linear(x, source))
+
+
 # what is refused --------------------------------------------------------------------------------------
 
 REFUSED: dict[str, Callable[[StructuredSparseTensor], Any]] = {
@@ -499,6 +522,7 @@ REFUSED: dict[str, Callable[[StructuredSparseTensor], Any]] = {
     "copy_ to dense": lambda w: torch.empty(32, 64).copy_(w),
     "copy_ other pattern": lambda w: w.copy_(make("1:4")),
     "copy_ other orientation": lambda w: make(shape=(32, 32)).copy_(make(shape=(32, 32)).t()),
+    "data": lambda w: setattr(w, "data", torch.randn(32, 64)),
     "apply_": lambda w: w.apply_(lambda v: v),  # torch's own crashes the interpreter
     "map_": lambda w: w.map_(w, lambda a, b: a),
 }
