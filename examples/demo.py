@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--pattern", default="2:4", help="2:4, pair4:8, coupled2:4, rowpair16, ...")
     parser.add_argument("--pruner", default="admm", help="admm, sparsegpt, wanda, obd, magnitude")
-    parser.add_argument("--alpha", type=float, help="dense target of admm: 0 none, default 0.3")
+    parser.add_argument("--alpha", type=float, help="dense target of admm: 0 none, default 0.5")
     parser.add_argument(
         "--samples", type=int, default=24, help="calibration sequences of 512 tokens"
     )

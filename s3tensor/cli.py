@@ -189,7 +189,7 @@ A run that was broken off goes on when the same command is given again."""
 @click.option(
     "--alpha",
     type=float,
-    help="weight of the dense model's outputs in the target, 0 to 1 [0.3 for admm]",
+    help="weight of the dense model's outputs in the target, 0 to 1 [0.5 for admm]",
 )
 @click.option(
     "--damp",

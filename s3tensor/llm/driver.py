@@ -32,7 +32,7 @@ from s3tensor.llm.structure import (
 from s3tensor.pattern import Pattern
 from s3tensor.tensor import StructuredSparseTensor
 
-DEFAULT_ALPHA = 0.3  # best of 0.3, 0.5 and 1.0 on held-out text with SmolLM2-135M (docs/pruners.md)
+DEFAULT_ALPHA = 0.5  # best of five on development text with SmolLM2-135M (docs/pruners.md)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def prune_model(
         pattern: a pattern or its string.
         pruner: a name in ``s3tensor.prune.PRUNERS``.
         alpha: weight of the dense model's outputs in the target, for pruners that take one: 0 fits the
-            pruned stream alone; default 0.3.
+            pruned stream alone; default 0.5.
         damp: share of the mean of the Hessian's diagonal added to its diagonal.
         device: where blocks are pruned, one at a time; default is where they are.
         cache_device: where calibration activations wait.

@@ -81,7 +81,7 @@ def obs(
     pattern: Pattern | str,
     *,
     target: Tensor | None = None,  # (K, K) X_dense'X / N
-    alpha: float = 0.3,
+    alpha: float = 0.5,
     damp: float = 0.001,
     ng: int = 16,
     order: str = "largest_first",
@@ -187,6 +187,8 @@ def sweep(
     mask = torch.zeros_like(dense, dtype=torch.bool)
     if product.spans_rows:
         keep_whole_rows(dense, hessian, product, mask)
+        if progress is not None:
+            progress(len(dense), len(dense))
         return dense.masked_fill(~mask, 0.0), mask
     # A unit diagonal: costs do not change, and nothing in the factor exceeds 1.
     scale = inverse.diagonal().sqrt()
