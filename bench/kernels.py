@@ -8,7 +8,8 @@ Each time is the median of CUDA graph replays; a graph runs the product with eno
 (400 MB of them) that none is found in L2. The rivals are ``F.linear`` on the dense weight, under the
 same conditions, and for 2:4 cuSPARSELt through ``torch._cslt_sparse_mm`` where torch has it. ``overlap``
 is programmatic dependent launch: a product starts to read its weight while the one before it drains; the
-rivals have no such option here. The floor is the packed bytes, x and y at the bandwidth of a device copy.
+rivals have no such option here. The floor is the bytes of the weight, x and y at the bandwidth of a device
+copy or of a reduction, whichever is higher.
 """
 
 from __future__ import annotations
@@ -83,11 +84,13 @@ def microseconds(call: Callable[[int], Any], copies: int, repeats: int) -> float
     return statistics.median(times[3:])
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second of a device copy, read and write counted."""
-    source = torch.randn(2**28, device="cuda")
+def bandwidths() -> tuple[float, float]:
+    """Bytes a second of a device copy, read and write counted, and of a reduction, which only reads."""
+    source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / (microseconds(lambda _: target.copy_(source), 1, 9) * 1e-6)
+    copy = 2 * source.nbytes / microseconds(lambda _: torch.neg(source, out=target), 1, 9)
+    read = source.nbytes / microseconds(lambda _: source.sum(), 1, 9)
+    return copy * 1e6, read * 1e6
 
 
 def cut_choices(n: int) -> list[Skinny | Wide]:
@@ -98,8 +101,10 @@ def cut_choices(n: int) -> list[Skinny | Wide]:
         cuts = [(8, 1, 2), (4, 1, 2), (2, 1, 2), (4, 1, 4), (8, 1, 4), (8, 2, 2), (4, 2, 2)]
         if n > 8:
             cuts += [(2, 2, 1), (4, 2, 1), (8, 2, 1)]
-        for cut, ahead in itertools.product(cuts, (False, True)):
-            found.append(Skinny(1, *cut, batch, 1, ahead))
+        for cut, (ahead, early) in itertools.product(
+            cuts, ((True, True), (True, False), (False, True))
+        ):
+            found.append(Skinny(1, *cut, batch, 1, ahead, early))
         for warps, split in ((8, 2), (4, 2), (8, 4)):
             found.append(Skinny(1, warps, 1, 2, batch, split, True))
         if n > 8:
@@ -265,14 +270,17 @@ def main() -> None:
         for overlap in options.overlaps
     ]
     compile_all(jobs, max(1, min(15, (os.cpu_count() or 2) - 1)))
-    bandwidth = copy_bandwidth()
+    copy, read = bandwidths()
+    bandwidth = max(copy, read)
     print(
-        f"{device}, copy {bandwidth / 1e9:.0f} GB/s, compiled in {time.time() - began:.0f} s",
+        f"{device}, copy {copy / 1e9:.0f} GB/s, read {read / 1e9:.0f} GB/s, compiled in "
+        f"{time.time() - began:.0f} s",
         flush=True,
     )
     record: dict[str, Any] = {
         "device": device, "torch": torch.__version__, "cuda": torch.version.cuda,
-        "date": time.strftime("%Y-%m-%d"), "copy_gb_per_s": bandwidth / 1e9, "rows": [],
+        "date": time.strftime("%Y-%m-%d"), "copy_gb_per_s": copy / 1e9,
+        "read_gb_per_s": read / 1e9, "rows": [],
     }  # fmt: skip
     out = (
         options.out

@@ -321,16 +321,3 @@ def wait_for_previous():
     gl.inline_asm_elementwise(
         "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
-
-
-@gluon.jit
-def prefetch(pointers):
-    """Ask L2 for the line of each pointer."""
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )

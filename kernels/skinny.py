@@ -26,7 +26,6 @@ from .expand import (
     halves,
     launch_dependents,
     log2,
-    prefetch,
     store_sums,
     wait_for_previous,
     word_layout,
@@ -47,7 +46,7 @@ class Skinny:
     batch: int  # rows of x a program: 8 or 16
     split: int = 1  # programs over columns
     ahead: bool = False  # load x a step ahead too
-    hints: int = 0  # 128-byte lines a thread asks L2 for, while it waits for the previous kernel
+    early: bool = True  # with overlap, let the next kernel start at once, else after the last step
 
     @property
     def rows(self) -> int:
@@ -136,7 +135,7 @@ def skinny_kernel(
     BN: gl.constexpr,
     SPLIT: gl.constexpr,
     AHEAD: gl.constexpr,
-    HINTS: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     DTYPE: gl.constexpr = y_ptr.dtype.element_ty
     T: gl.constexpr = WM * WK * 32
@@ -232,13 +231,8 @@ def skinny_kernel(
     c = _load_words(cp, c_live, EVEN)
     v = gl.load(vp) if EVEN else gl.load(vp, mask=live[:, :, None], other=0)
     if OVERLAP:  # the weight does not depend on earlier kernels, x does
-        launch_dependents()
-        if TILED and R == 16:
-            LH: gl.constexpr = gl.BlockedLayout([1], [32], [WK * WM], [0])
-            first = v_ptr + (pm * units + unit0 + STEP) * 256
-            for hint in gl.static_range(HINTS):
-                line = hint * T + gl.arange(0, T, layout=LH)
-                prefetch(first + gl.minimum(line, steps * STEP * 8 - STEP * 8 - 1) * 32)
+        if EARLY:
+            launch_dependents()
         wait_for_previous()
     if AHEAD:
         next_x = _load_words(xp, x_in if EVEN else x_in & (x_word < x_end)[None, :], EVEN)
@@ -278,6 +272,8 @@ def skinny_kernel(
         acc = mma_v2(a, gl.convert_layout(b, LB, assert_trivial=True), acc)
         v = next_v
         c = next_c
+    if OVERLAP and not EARLY:
+        launch_dependents()
     sums = gl.sum(acc, 0) if WK > 1 else acc.reshape([R, BN])
     row_blocks = gl.num_programs(0) // SPLIT
     store_sums(sums, b_ptr, y_ptr, ws_ptr, cnt_ptr, pm, pn, row_blocks, ps, M, N, T, SPLIT, BIAS)
@@ -320,7 +316,7 @@ def launch(
         "BN": config.batch,
         "SPLIT": config.split,
         "AHEAD": config.ahead,
-        "HINTS": config.hints if overlap else 0,
+        "EARLY": config.early or not overlap,
         "num_warps": config.warps_m * config.warps_k,
         "launch_pdl": overlap,
     }

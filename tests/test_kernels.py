@@ -197,7 +197,7 @@ def test_skinny_compiles_to_wide_loads_and_tensor_cores(
         {
             "FORM": form, "TILED": tiled, "EVEN": even, "BIAS": not even, "OVERLAP": arch == 90,
             "WM": 1, "WK": 8, "TILES": 1, "UNITS": 2, "BN": batch, "SPLIT": 1 if even else 2,
-            "AHEAD": even, "HINTS": int(even), "num_warps": 8,
+            "AHEAD": even, "EARLY": even, "num_warps": 8,
         },
         arch,
     )  # fmt: skip
@@ -299,7 +299,7 @@ def _configurations() -> list[Any]:
         Skinny(1, 8, 1, 2, 8, split=2),
         Skinny(1, 4, 2, 1, 16, split=3, ahead=True),
         Skinny(2, 2, 1, 4, 8),
-        Skinny(1, 8, 1, 2, 8, hints=2),
+        Skinny(1, 8, 1, 2, 8, early=False),
         Skinny(4, 1, 2, 2, 16),
         Wide(4, 2, 32, split=4),
         Wide(8, 1, 64, split=2, stages=5),
