@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +116,7 @@ class _Sweep:
         self._width, self._keep = groups.width, bound.keep
         self._blocks = groups.local_blocks(bound).to(columns.device)
 
-    def run(self, lazy_columns: int):  # type: ignore[no-untyped-def]
+    def run(self, lazy_columns: int) -> Iterator[int]:
         """Prune every column; yields the number of columns done."""
         total, width = len(self.columns), self._width
         step = max(1, lazy_columns // width) * width if width <= lazy_columns else lazy_columns
