@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from s3tensor.hessian import Factors, Hessian, compute_hessian, output_error
     from s3tensor.hf import from_pretrained, save_pretrained, verify
     from s3tensor.llm.calibrate import ModuleInputCatcher, transfer_to_device
+    from s3tensor.llm.text import get_c4
     from s3tensor.mask import project, satisfies
     from s3tensor.parametrize import S3Sparse, finalize, sparsify_
     from s3tensor.prune.structured import StructuredOBS
@@ -58,6 +59,7 @@ _LAZY = {
     "save_pretrained": "s3tensor.hf",
     "verify": "s3tensor.hf",
     "ModuleInputCatcher": "s3tensor.llm.calibrate",
+    "get_c4": "s3tensor.llm.text",
     "transfer_to_device": "s3tensor.llm.calibrate",
     "project": "s3tensor.mask",
     "satisfies": "s3tensor.mask",

@@ -26,12 +26,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("ops",),
     ("tensor", "tensor_rules", "specs", "parametrize", "prune", "checkpoint", "testing"),
-    ("llm", "hf", "evaluate", "viz", "compact", "cli"),
+    ("llm", "hf", "evaluate", "viz", "compaction", "cli"),
 )
 
 # What only these modules may import, and only inside functions where they are optional.
 GUESTS = {
-    "transformers": {"llm", "hf", "compact", "cli", "evaluate"},
+    "transformers": {"llm", "hf", "cli", "evaluate"},
     "accelerate": {"hf"},
     "datasets": {"llm"},
     "matplotlib": {"viz"},

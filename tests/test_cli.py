@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,17 @@ transformers = pytest.importorskip("transformers")
 
 BLOCKS = 3
 SHORT = ("--samples", "4", "--seq-len", "32", "--eval-samples", "3", "--pruner", "wanda")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_topics() -> Iterator[None]:
+    """A small part of the documentation topics: tokenizing all of them takes half a second each time."""
+    from pydoc_data import topics
+
+    few = dict(sorted(topics.topics.items(), key=lambda item: len(item[1]))[:60])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topics, "topics", few)
+        yield
 
 
 @pytest.fixture(scope="module")

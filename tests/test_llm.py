@@ -402,3 +402,18 @@ class TestText:
         (tmp_path / "empty.txt").write_text("  ")
         with pytest.raises(s3.CalibrationError, match="holds no text"):
             llm.load_text(str(tmp_path / "empty.txt"))
+
+    def test_c4_comes_in_samples_of_one_sequence(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            text, "_hub_text", lambda source, part, documents: f"{source} {part} " * 30
+        )
+        ids = {"c4": 1, "calibration": 2, "held-out": 3}
+
+        def tokenizer(words: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": [ids[word] for word in words.split()]}
+
+        picked = s3.get_c4(3, 8, tokenizer, split="validation")
+        assert [tuple(p.shape) for p in picked] == [(1, 8)] * 3
+        assert set(torch.cat(picked).flatten().tolist()) == {1, 3}
+        with pytest.raises(s3.CalibrationError, match="unknown split 'test'"):
+            s3.get_c4(3, 8, tokenizer, split="test")

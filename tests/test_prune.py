@@ -338,43 +338,41 @@ def test_scores_are_those_of_their_papers(bound: BoundPattern, seed: int) -> Non
 # SparseGPT --------------------------------------------------------------------------------------------
 
 
-def slow_sparsegpt(weight: Tensor, hessian: Tensor, bound: BoundPattern) -> tuple[Tensor, Tensor]:
-    """Optimal Brain Surgeon column by column, with an inverse that is updated in full (no Cholesky).
+def eliminate(inverse: Tensor, column: int) -> Tensor:
+    """The inverse of the Hessian of the columns that are left once one is fixed (OBS)."""
+    left = inverse - torch.outer(inverse[:, column], inverse[column]) / inverse[column, column]
+    left[column], left[:, column] = 0.0, 0.0
+    return left
 
-    A scope is decided when its first column is reached; columns go in the order of their scopes'
-    first column.
+
+def slow_sparsegpt(weight: Tensor, hessian: Tensor, bound: BoundPattern) -> tuple[Tensor, Tensor]:
+    """Optimal Brain Surgeon column by column, with an inverse that is updated in full: no Cholesky.
+
+    Columns go in the order of their scopes' first column, which is where a scope is decided.
     """
     rows, columns = weight.shape
-    place = tile(torch.arange(rows * columns).view(rows, columns), bound)  # (scopes, blocks, n)
-    scope_of = {int(e): scope for scope in place for e in scope.flatten()}
-    first = {id(scope): int((scope % columns).min()) for scope in place}
-    first_of = {e: min(int(f % columns) for f in s.flatten()) for e, s in scope_of.items()}
-    order = sorted(range(columns), key=lambda c: (first_of[c], c))
-    del first
+    scopes = tile(torch.arange(rows * columns).view(rows, columns), bound)  # elements of the weight
+    opens = (scopes % columns).amin((1, 2)).tolist()  # the column that decides each scope
+    leader = {
+        int(c): first
+        for scope, first in zip(scopes, opens, strict=True)
+        for c in scope.unique() % columns
+    }
+    order = sorted(range(columns), key=lambda c: (leader[c], c))
+    cost, inverse = torch.empty(columns, dtype=weight.dtype), torch.linalg.inv(hessian)
+    for c in order:  # what a column costs once those before it are fixed
+        cost[c] = inverse[c, c]
+        inverse = eliminate(inverse, c)
     out, mask = weight.clone(), torch.ones(rows * columns, dtype=torch.bool)
     inverse = torch.linalg.inv(hessian)
-    # What SparseGPT scores a column by: its cost once all columns before it are fixed.
-    cost, running = {}, inverse.clone()
     for c in order:
-        cost[c] = float(running[c, c])
-        running = running - torch.outer(running[:, c], running[c]) / running[c, c]
-        running[c], running[:, c] = 0.0, 0.0
-    for c in order:
-        for scope in {id(s): s for e, s in scope_of.items() if e % columns == c}.values():
-            if min(order.index(int(e % columns)) for e in scope.flatten()) != order.index(c):
-                continue
-            scores = torch.tensor(
-                [
-                    sum(float(out.flatten()[e]) ** 2 / cost[int(e % columns)] for e in block)
-                    for block in scope
-                ]
-            )
-            dropped = scores.argsort()[: bound.blocks_per_scope - bound.keep]
-            mask[scope[dropped].flatten()] = False
-        error = torch.where(mask.view(rows, columns)[:, c], 0.0, out[:, c]) / inverse[c, c]
+        for scope, first in zip(scopes, opens, strict=True):
+            if first == c:
+                scores = (out.square() / cost).flatten()[scope].sum(-1)
+                mask[scope[scores.argsort()[: bound.blocks_per_scope - bound.keep]]] = False
+        error = out[:, c].masked_fill(mask.view(rows, columns)[:, c], 0.0) / inverse[c, c]
         out = out - torch.outer(error, inverse[c])
-        inverse = inverse - torch.outer(inverse[:, c], inverse[c]) / inverse[c, c]
-        inverse[c], inverse[:, c] = 0.0, 0.0
+        inverse = eliminate(inverse, c)
     return out * mask.view(rows, columns), mask.view(rows, columns)
 
 

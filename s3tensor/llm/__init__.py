@@ -5,7 +5,7 @@ from s3tensor.llm.driver import check_options, prune_model
 from s3tensor.llm.report import BlockRow, LinearRow, PruneReport
 from s3tensor.llm.resume import check_out, forget_run, locked
 from s3tensor.llm.structure import decoder_blocks, prunable_layers
-from s3tensor.llm.text import calibration_tokens, has_parts, load_text, tokenize, windows
+from s3tensor.llm.text import calibration_tokens, get_c4, has_parts, load_text, tokenize, windows
 
 __all__ = [
     "BlockRow",
@@ -17,6 +17,7 @@ __all__ = [
     "check_out",
     "decoder_blocks",
     "forget_run",
+    "get_c4",
     "has_parts",
     "load_text",
     "locked",

@@ -161,3 +161,20 @@ def calibration_tokens(
     """Calibration batches, each (batch, seq_len) int64, from a source that :func:`load_text` knows."""
     picked = windows(tokenize(load_text(source), tokenizer), samples, seq_len, seed)
     return list(picked.split(batch))
+
+
+def get_c4(
+    num_samples: int, seq_len: int, tokenizer: Any, seed: int = 42, split: str = "train"
+) -> list[Tensor]:
+    """``num_samples`` sequences of C4, each (1, seq_len) int64: calibration for ``prune_model``.
+
+    ``split`` is ``train`` or ``validation``. Needs ``datasets``, and a network or a filled cache.
+
+    Raises:
+        CalibrationError: an unknown split, no data, or too little of it.
+    """
+    parts = {"train": "calibration", "validation": "held-out"}
+    if split not in parts:
+        raise CalibrationError(f"unknown split {split!r} of C4; use train or validation")
+    tokens = tokenize(load_text("c4", parts[split]), tokenizer)
+    return list(windows(tokens, num_samples, seq_len, seed).split(1))
