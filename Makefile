@@ -22,8 +22,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(DEMO)
 
+# One process a core, each with one thread: small tensors gain nothing from a second thread.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .

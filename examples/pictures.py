@@ -19,7 +19,7 @@ from s3tensor import hf, viz
 from s3tensor.specs import BlockCoupling, BlockSpec, ScopeSpec
 
 LAYER = "model.layers.0.self_attn.q_proj"
-PATTERNS = ("unstructured@0.5/tensor", "block:16x16@0.5", "head:64x3@0.67")
+PATTERNS = ("unstructured@0.5/tensor", "block:16x16@0.5", "head:64@0.67")
 
 
 def pattern_pictures(folder: Path) -> None:
@@ -48,7 +48,7 @@ def layer_picture(folder: Path) -> None:
     """Three masks of one query projection: its heads show, and what each pattern makes of them."""
     model, _ = hf.load_model(packaged_model())
     weight = model.get_submodule(LAYER).weight.detach()
-    figure = viz.new_figure(11.0, 3.9)
+    figure = viz.new_figure(11.0, 3.6)
     for ax, name in zip(figure.subplots(1, len(PATTERNS)), PATTERNS, strict=True):
         mask = s3.project(weight, name)
         viz.draw_mask(mask, ax, f"{name}, density {float(mask.float().mean()):.2f}")

@@ -243,10 +243,13 @@ def draw_mask(mask: Tensor, ax: Axes | None = None, title: str | None = None) ->
 
 def _kept_share(
     kept: Array,  # (rows, columns) bool
-    most: int = 256,
+    most: int = 384,
 ) -> tuple[Array, int]:
-    """The True share of squares of cells, at most ``most`` of them along a side; and their side."""
-    side = max(1, -(-max(kept.shape) // most))
+    """The True share of squares of cells, at most ``most`` of them along a side; and their side.
+
+    The side is a power of two, as the blocks of most patterns are, so that their edges stay sharp.
+    """
+    side = 2 ** max(0, math.ceil(math.log2(max(kept.shape) / most)))
     rows, columns = (-(-n // side) for n in kept.shape)
     padded = np.full((rows * side, columns * side), np.nan, dtype=np.float32)
     padded[: kept.shape[0], : kept.shape[1]] = kept

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -131,33 +130,50 @@ def test_a_run_killed_at_any_write_resumes_to_the_same_bytes(
             assert [row["name"] for row in csv.DictReader(file)] == [x.name for x in report.linears]
 
 
-KILLED = """
-import os, signal, sys, threading
+STOPS = """
+import os, sys, tempfile
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import test_llm_resume
-threading.Timer(float(sys.argv[3]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+real, left = tempfile.mkstemp, int(sys.argv[3])
+
+def stops(*arguments):
+    global left
+    made = real(*arguments)
+    left -= 1
+    if left == 0:
+        print("writing", flush=True)
+        sys.stdin.read()  # until it is killed
+    return made
+
+tempfile.mkstemp = stops
 test_llm_resume.resumable(Path(sys.argv[1]))
-os._exit(0)
 """
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL is a thing of POSIX")
-def test_a_process_killed_outright_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    began = time.perf_counter()
+@pytest.mark.parametrize("write", [3, 6])
+def test_a_process_killed_while_it_writes_resumes_to_the_same_bytes(
+    tmp_path: Path, write: int
+) -> None:
+    folder = tmp_path / "killed"
+    here = str(Path(__file__).parent)
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPS, str(folder), here, str(write)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert list(folder.glob(f".*{TEMPORARY}"))  # what it was writing
+    resumable(folder)
     resumable(tmp_path / "whole")
-    whole = time.perf_counter() - began
-    killed = 0
-    for index, share in enumerate((0.2, 0.6)):
-        folder = tmp_path / str(index)
-        here = str(Path(__file__).parent)
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED, str(folder), here, str(whole * share)], check=False
-        )
-        killed += done.returncode == -signal.SIGKILL
-        resumable(folder)
-        assert (folder / "final").read_bytes() == (tmp_path / "whole" / "final").read_bytes()
-    assert killed
+    assert (folder / "final").read_bytes() == (tmp_path / "whole" / "final").read_bytes()
+    assert not list(folder.glob(f".*{TEMPORARY}"))
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:

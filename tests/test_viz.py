@@ -290,7 +290,7 @@ def test_a_mask_is_shown_as_the_kept_share_of_squares(
 def test_the_mask_of_a_layer_is_drawn_whole() -> None:
     mask = s3.project(torch.randn(600, 96), "2:4")
     image = pixels(viz.draw_mask(mask))
-    assert image.shape == (200, 32) and image.mean() == pytest.approx(0.5, abs=0.01)
+    assert image.shape == (300, 48) and image.mean() == pytest.approx(0.5, abs=0.01)
     figure = viz.draw_mask(mask, title="down_proj")
     assert figure.axes[0].get_title(loc="left") == "down_proj"
     figure.canvas.draw()
