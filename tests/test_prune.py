@@ -270,16 +270,12 @@ def test_a_weight_that_cannot_be_pruned_is_refused(
         (torch.eye(32) * math.nan, NonFiniteError, "NaN or Inf"),
         (-torch.eye(32), HessianError, "never negative"),
         (torch.eye(32) + torch.ones(32, 32).triu(1), HessianError, "not symmetric"),
-        (torch.eye(32) + 2, HessianError, None),
         (torch.ones(32, 32) * 2 - torch.eye(32), HessianError, "indefinite"),
     ],
 )
 def test_a_hessian_that_is_none_is_refused(
-    name: str, hessian: Tensor | None, error: type[Exception], message: str | None
+    name: str, hessian: Tensor | None, error: type[Exception], message: str
 ) -> None:
-    if message is None:  # the control: positive definite, far from diagonal
-        prune.get(name)(torch.ones(16, 32), hessian, "2:4")
-        return
     with pytest.raises(error, match=message):
         prune.get(name)(torch.ones(16, 32), hessian, "2:4")
 
