@@ -101,10 +101,8 @@ def cut_choices(n: int) -> list[Skinny | Wide]:
         cuts = [(8, 1, 2), (4, 1, 2), (2, 1, 2), (4, 1, 4), (8, 1, 4), (8, 2, 2), (4, 2, 2)]
         if n > 8:
             cuts += [(2, 2, 1), (4, 2, 1), (8, 2, 1)]
-        for cut, (ahead, early) in itertools.product(
-            cuts, ((True, True), (True, False), (False, True))
-        ):
-            found.append(Skinny(1, *cut, batch, 1, ahead, early))
+        for cut, ahead in itertools.product(cuts, (False, True)):
+            found.append(Skinny(1, *cut, batch, 1, ahead))
         for warps, split in ((8, 2), (4, 2), (8, 4)):
             found.append(Skinny(1, warps, 1, 2, batch, split, True))
         if n > 8:
@@ -142,7 +140,7 @@ def compile_all(jobs: list[tuple[Any, ...]], processes: int) -> None:
     first: dict[Any, tuple[Any, ...]] = {}
     for job in jobs:
         form, rows, columns, n, dtype, config, overlap = job
-        cut = config or chosen(n, rows, columns)
+        cut = config or chosen(form, n, rows, columns)
         even = rows % cut.rows == 0 and columns % cut.columns == 0
         first.setdefault((form, dtype, cut, overlap, even), (*job[:5], cut, overlap))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -151,11 +149,11 @@ def compile_all(jobs: list[tuple[Any, ...]], processes: int) -> None:
                 print("cannot run", error, flush=True)
 
 
-def chosen(n: int, rows: int, columns: int) -> Skinny | Wide:
+def chosen(form: tiles.Form, n: int, rows: int, columns: int) -> Skinny | Wide:
     device = torch.device("cuda", torch.cuda.current_device())
     capability = torch.cuda.get_device_capability()
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    return matmul.choose(n, rows, columns, True, capability, count)
+    return matmul.choose(form, n, rows, columns, True, capability, count)
 
 
 def rival_sparse(dense: list[Tensor], x: Tensor, repeats: int) -> float | None:
@@ -222,7 +220,7 @@ def measure(
             found.append(
                 {
                     "form": form, "rows": rows, "columns": columns, "dtype": dtype, "batch": n,
-                    "overlap": overlap, "config": str(config or chosen(n, rows, columns)),
+                    "overlap": overlap, "config": str(config or chosen(form, n, rows, columns)),
                     "us": us, "gb_per_s": moved / us / 1e3, "floor_us": moved / bandwidth * 1e6,
                     "dense_us": dense_us, "ratio": dense_us / us, "cusparselt_us": sparse_us,
                     "error": error,

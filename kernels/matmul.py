@@ -86,7 +86,7 @@ def linear(
         raise ValueError(f"packed linear: {reason}")
     capability = _capability(x.device)
     if config is None:
-        config = choose(x.shape[0], rows, columns, tiled, capability, _processors(x.device))
+        config = choose(form, x.shape[0], rows, columns, tiled, capability, _processors(x.device))
     if isinstance(config, Wide) and not (tiled and capability == (9, 0)):
         raise ValueError(
             "packed linear: the wide kernel takes tile order, on compute capability 9.0"
@@ -152,36 +152,36 @@ def _mismatch(
 
 
 def choose(
-    n: int, rows: int, columns: int, tiled: bool, capability: tuple[int, int], processors: int
+    form: Form,
+    n: int,
+    rows: int,
+    columns: int,
+    tiled: bool,
+    capability: tuple[int, int],
+    processors: int,
 ) -> Skinny | Wide:
-    """The configuration measured to be fast for ``n`` rows of x: see ``bench/kernels.py``."""
-    if n > 16 and tiled and capability == (9, 0):
+    """The way to cut the work for ``n`` rows of x that was fastest on an H100, by the shape of the weight.
+
+    What decides is how many 16-row tiles there are for each processor: with few, more warps share a tile's
+    columns, so that enough loads are in flight; with many, a program is small, so that all of them run at
+    once. ``bench/kernels.py --tune`` times the alternatives.
+    """
+    hopper = tiled and capability == (9, 0)
+    waves = rows / (16 * processors)
+    if hopper and n > 16:
         return _choose_wide(n, rows, columns, processors)
-    tiles = -(-rows // 16)
-    waves = tiles / processors  # of 16 rows a processor
-    if n <= 8:
-        if waves <= 1:
-            cut = Skinny(1, 8, 1, 4, 8)
-        elif waves <= 2:
-            cut = Skinny(1, 8, 1, 2, 8, ahead=True)
-        elif waves <= 3:
-            cut = Skinny(1, 4, 1, 4, 8, ahead=True)
-        elif 5 < waves <= 6:
-            cut = Skinny(1, 4, 2, 2, 8, ahead=True)
-        elif 6 < waves <= 8:
-            cut = Skinny(1, 2, 1, 2, 8, ahead=True)
-        else:
-            cut = Skinny(1, 4, 1, 2, 8, ahead=True)
-    elif waves <= 2:
-        cut = Skinny(1, 8, 1, 2, 16, ahead=True)
-    elif waves <= 4:
-        cut = Skinny(1, 4, 1, 2, 16, ahead=True)
-    elif waves <= 8:
-        cut = Skinny(1, 4, 2, 1, 16)
-    elif tiled and capability == (9, 0):
-        return Wide(8, 2, 16)
+    if hopper and n > 8 and waves > 4:
+        return _split(Wide(8, 2, 16), rows, columns, 2 * processors, 2)
+    if n > 8:
+        cut = _sixteen(form, waves)
+    elif form == "2:4":  # a third more registers than the other forms take
+        cut = _eight_plain(waves)
+    elif waves <= 2 or waves > 8:
+        cut = Skinny(1, 8, 1, 4, 8, ahead=True)
+    elif waves > 3 and form != "rowpair16":
+        cut = Skinny(1, 4, 1, 2, 8, ahead=True)
     else:
-        cut = Skinny(1, 2, 2, 1, 16, ahead=True)
+        cut = Skinny(1, 4, 1, 4, 8, ahead=True)
     while cut.columns > columns and cut.units > 1:
         cut = replace(cut, units=cut.units // 2)
     while cut.columns > columns and cut.warps_k > 2:
@@ -189,23 +189,62 @@ def choose(
     return cut
 
 
+def _eight_plain(waves: float) -> Skinny:
+    if waves <= 1:
+        return Skinny(1, 8, 1, 4, 8)
+    if waves <= 2:
+        return Skinny(1, 8, 1, 2, 8, ahead=True)
+    if waves <= 3:
+        return Skinny(1, 4, 1, 4, 8, ahead=True)
+    if 5 < waves <= 6:
+        return Skinny(1, 4, 2, 2, 8, ahead=True)
+    if 6 < waves <= 8:
+        return Skinny(1, 2, 1, 2, 8, ahead=True)
+    return Skinny(1, 4, 1, 2, 8, ahead=True)
+
+
+def _sixteen(form: Form, waves: float) -> Skinny:
+    if waves <= 2:
+        wide_steps = form == "2:4" and waves > 1
+        return (
+            Skinny(1, 4, 1, 4, 16, ahead=True) if wide_steps else Skinny(1, 8, 1, 2, 16, ahead=True)
+        )
+    if waves <= 4:
+        return Skinny(1, 4, 1, 2, 16, ahead=True)
+    return Skinny(1, 2, 1, 2, 16, ahead=True)
+
+
 def _choose_wide(n: int, rows: int, columns: int, processors: int) -> Wide:
-    steps = -(-columns // 128)
-
-    def split(cut: Wide, programs: float) -> Wide:
-        """As many splits as run at once, of four steps or more."""
-        blocks = -(-rows // cut.rows)
-        return replace(cut, split=max(1, min(8, int(programs) // blocks, steps // 4)))
-
     if n <= 32:
-        if rows <= 64 * 2 * processors:
-            return split(Wide(4, 2, 32, stages=5), 2 * processors)
+        if rows <= 128 * processors:
+            return _split(Wide(4, 2, 32, stages=5), rows, columns, 2 * processors, 8)
         return Wide(8, 2, 32)
-    if rows <= 16 * processors:
-        return split(Wide(4, 2, 64, stages=5), processors)
-    if rows <= 128 * processors:
-        return split(Wide(8, 2, 64), processors)
-    return Wide(16, 2, 64)
+    if n <= 64:
+        if rows <= 16 * processors:
+            return _split(Wide(4, 2, 64, stages=5), rows, columns, processors, 8)
+        if rows <= 128 * processors:
+            return _split(Wide(8, 2, 64), rows, columns, processors, 8)
+        return Wide(16, 2, 64)
+    return _split(Wide(16, 1, 128), rows, columns, processors, 8)
+
+
+def _split(cut: Wide, rows: int, columns: int, programs: int, most: int) -> Wide:
+    """As many splits as run at once, each of four steps or more."""
+    blocks = -(-rows // cut.rows)
+    steps = -(-columns // cut.columns)
+    return replace(cut, split=max(1, min(most, programs // blocks, steps // 4)))
+
+
+def beats_dense(n: int, rows: int, columns: int, capability: tuple[int, int]) -> bool:
+    """Whether :func:`linear` was measured to be no slower than cuBLAS on the dense weight (tile order).
+
+    On an H100 it is for up to 64 rows of x and weights from 4 M elements on, whatever the form; from 65 to
+    128 rows only for the largest weights. Other GPUs were not measured: there the answer is yes for up to
+    8 rows, where the bytes of the weight decide.
+    """
+    if capability != (9, 0):
+        return n <= 8 and rows * columns >= 2**22
+    return rows * columns >= (2**22 if n <= 64 else 2**27) and n <= MOST_ROWS
 
 
 @functools.lru_cache(maxsize=64)

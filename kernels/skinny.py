@@ -46,7 +46,6 @@ class Skinny:
     batch: int  # rows of x a program: 8 or 16
     split: int = 1  # programs over columns
     ahead: bool = False  # load x a step ahead too
-    early: bool = True  # with overlap, let the next kernel start at once, else after the last step
 
     @property
     def rows(self) -> int:
@@ -135,7 +134,6 @@ def skinny_kernel(
     BN: gl.constexpr,
     SPLIT: gl.constexpr,
     AHEAD: gl.constexpr,
-    EARLY: gl.constexpr,
 ):
     DTYPE: gl.constexpr = y_ptr.dtype.element_ty
     T: gl.constexpr = WM * WK * 32
@@ -231,8 +229,7 @@ def skinny_kernel(
     c = _load_words(cp, c_live, EVEN)
     v = gl.load(vp) if EVEN else gl.load(vp, mask=live[:, :, None], other=0)
     if OVERLAP:  # the weight does not depend on earlier kernels, x does
-        if EARLY:
-            launch_dependents()
+        launch_dependents()
         wait_for_previous()
     if AHEAD:
         next_x = _load_words(xp, x_in if EVEN else x_in & (x_word < x_end)[None, :], EVEN)
@@ -272,8 +269,6 @@ def skinny_kernel(
         acc = mma_v2(a, gl.convert_layout(b, LB, assert_trivial=True), acc)
         v = next_v
         c = next_c
-    if OVERLAP and not EARLY:
-        launch_dependents()
     sums = gl.sum(acc, 0) if WK > 1 else acc.reshape([R, BN])
     row_blocks = gl.num_programs(0) // SPLIT
     store_sums(sums, b_ptr, y_ptr, ws_ptr, cnt_ptr, pm, pn, row_blocks, ps, M, N, T, SPLIT, BIAS)
@@ -316,7 +311,6 @@ def launch(
         "BN": config.batch,
         "SPLIT": config.split,
         "AHEAD": config.ahead,
-        "EARLY": config.early or not overlap,
         "num_warps": config.warps_m * config.warps_k,
         "launch_pdl": overlap,
     }

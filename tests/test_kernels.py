@@ -197,7 +197,7 @@ def test_skinny_compiles_to_wide_loads_and_tensor_cores(
         {
             "FORM": form, "TILED": tiled, "EVEN": even, "BIAS": not even, "OVERLAP": arch == 90,
             "WM": 1, "WK": 8, "TILES": 1, "UNITS": 2, "BN": batch, "SPLIT": 1 if even else 2,
-            "AHEAD": even, "EARLY": even, "num_warps": 8,
+            "AHEAD": even, "num_warps": 8,
         },
         arch,
     )  # fmt: skip
@@ -228,6 +228,37 @@ def test_wide_compiles_to_warpgroup_products(form: int, even: bool, batch: int, 
     assert len(re.findall(rf"HGMMA\.64x{batch}x16", sass)) == 8
     assert len(re.findall(r"LDGSTS\.E\.BYPASS\.128", sass)) >= 12
     assert "LDG.E.128" not in sass or not even  # values pass through shared memory
+
+
+@given(
+    st.sampled_from(FORMS),
+    st.integers(1, 128),
+    st.integers(1, 4000).map(lambda n: 16 * n),
+    st.integers(1, 4000).map(lambda n: 16 * n),
+    st.booleans(),
+    st.sampled_from([(8, 0), (8, 9), (9, 0), (10, 0)]),
+    st.integers(1, 160),
+)
+def test_a_cut_is_always_one_that_can_run(
+    form: tiles.Form, n: int, rows: int, columns: int, tiled: bool,
+    capability: tuple[int, int], processors: int,
+) -> None:  # fmt: skip
+    pytest.importorskip("triton.experimental.gluon", reason="needs Triton with Gluon")
+    from s3tensor.kernels.matmul import choose
+    from s3tensor.kernels.wide import Wide
+
+    cut = choose(form, n, rows, columns, tiled, capability, processors)
+    steps = -(-columns // cut.columns)
+    assert 1 <= cut.split <= min(8, steps)
+    if isinstance(cut, Wide):
+        assert tiled and capability == (9, 0)
+        assert cut.warps in (4, 8, 16) and cut.stages >= 3
+        stage = cut.columns * (2 * cut.batch + cut.rows) + cut.rows * cut.columns // 8
+        assert stage * cut.stages <= 227 * 1024  # shared memory of an sm_90 program
+    else:
+        assert n <= 16 or not (tiled and capability == (9, 0))
+        assert cut.batch >= min(n, 16) and cut.warps_m * cut.warps_k <= 16
+        assert cut.columns % 128 == 0  # bits of a row of rowpair16 step by whole bytes
 
 
 # Numbers ----------------------------------------------------------------------------------------------
@@ -300,7 +331,7 @@ def _configurations() -> list[Any]:
         Skinny(1, 8, 1, 2, 8, split=2),
         Skinny(1, 4, 2, 1, 16, split=3, ahead=True),
         Skinny(2, 2, 1, 4, 8),
-        Skinny(1, 8, 1, 2, 8, early=False),
+        Skinny(1, 8, 1, 4, 8, ahead=True),
         Skinny(4, 1, 2, 2, 16),
         Wide(4, 2, 32, split=4),
         Wide(8, 1, 64, split=2, stages=5),
