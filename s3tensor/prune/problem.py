@@ -14,7 +14,10 @@ from s3tensor.hessian import Factors, as_factors
 from s3tensor.pattern import BoundPattern, Pattern
 
 MEMORY_BUDGET = 2 << 30
-"""Default bytes of working memory of a pruner, beyond its inputs, its result and the factors."""
+"""Default bytes of working memory for the rows that a pruner has in work.
+
+Besides them it holds its inputs, the factors, its result and at most five copies of the weight.
+"""
 
 Progress = Callable[[int, int], None]
 """``progress(done, total)``: units of work; ``done`` never falls and ends at ``total``."""
