@@ -464,18 +464,23 @@ def right_inverse(layout: Layout) -> Layout:
         >>> str(right_inverse(Layout((4, 8), (8, 1))))
         '(8,4):(4,1)'
     """
-    modes: list[tuple[int, int]] = []
-    reached = 1
     flat = layout._modes()
     steps = itertools.accumulate((n for n, _ in flat), operator.mul, initial=1)  # colex indices
-    by_stride = sorted(
-        ((d, n, step) for (n, d), step in zip(flat, steps, strict=False)),
-        key=lambda mode: (mode[0], -mode[1]),
-    )
-    for d, n, step in by_stride:
-        if d == reached and n > 1:
-            modes.append((n, step))
-            reached *= n
+    # From the widest stride down: the furthest that a chain of modes counts from each stride, and the
+    # mode that it begins with. Where two modes have one stride, the larger may lead nowhere.
+    best: dict[int, tuple[int, int, int]] = {}
+    for (d, n), step in sorted(
+        (((d, n), step) for (n, d), step in zip(flat, steps, strict=False)), reverse=True
+    ):
+        if d > 0 and n > 1:
+            reached = best[d * n][0] if d * n in best else d * n
+            best[d] = max(best.get(d, (0, 0, 0)), (reached, n, step))
+    modes: list[tuple[int, int]] = []
+    d = 1
+    while d in best:
+        _, n, step = best[d]
+        modes.append((n, step))
+        d *= n
     return coalesce(_from_modes(modes or [(1, 0)]))
 
 
