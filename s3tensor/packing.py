@@ -75,7 +75,7 @@ def unpack_mask(indices: Tensor, bound: BoundPattern) -> Tensor:
 
 
 def block_numbers(kept: Tensor, keep: int) -> Tensor:
-    """Ascending numbers of the kept blocks, (scopes, keep); ``kept`` is (scopes, n), ``keep`` True in each."""
+    """Rising numbers of the kept blocks, (scopes, keep); ``kept`` is (scopes, n), ``keep`` True in each."""
     scopes, n = kept.shape
     # One flat nonzero: a fifth of the time of masked_select, and no division.
     flat = kept.flatten().nonzero().reshape(scopes, keep)
