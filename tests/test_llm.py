@@ -116,6 +116,27 @@ def test_the_dense_target_lowers_the_error_of_the_last_block_on_calibration_data
     assert last_error(0.5) < last_error(0.0)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_error_of_a_block_is_that_of_the_pruned_models_hidden_states(
+    kind: str, alpha: float
+) -> None:
+    def hidden(model: nn.Module, block: int) -> torch.Tensor:
+        """What a block gives on all batches, in a pass of the whole model."""
+        with s3.ModuleInputCatcher(llm.decoder_blocks(model)[1][block + 1]) as catcher:
+            for batch in batches():
+                catcher.run(model, input_ids=batch, use_cache=False)
+        return torch.cat([calibrate.split_hidden(*call)[0] for call in catcher.inputs[0]]).double()
+
+    model = tiny(kind, 3)
+    report = llm.prune_model(model, batches(), "2:4", alpha=alpha, progress=False)
+    with torch.no_grad():
+        for row in report.blocks[:-1]:
+            dense = hidden(tiny(kind, 3), row.block)
+            lost = (hidden(model, row.block) - dense).norm() / dense.norm()
+            assert row.error == pytest.approx(float(lost), rel=1e-4)
+
+
 def test_pruning_is_deterministic() -> None:
     def state() -> dict[str, torch.Tensor]:
         model = tiny("llama")
