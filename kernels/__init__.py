@@ -8,4 +8,7 @@ imported by the file that needs it, when a CUDA kernel first runs; ``s3tensor.op
 ``skinny``  its kernel for few rows, from sm_80 on
 ``wide``    its kernel for 17 rows and more, on sm_90
 ``expand``  what both share: packed words to tensor-core fragments, and sums in a fixed order
+
+The matmul kernels are Gluon: they need Triton 3.6 or later, and importing ``matmul`` without it raises
+ImportError. They were compiled with 3.6, 3.7 and 3.9 and run with 3.6.
 """

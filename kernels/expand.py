@@ -12,12 +12,17 @@ The codes are nibbles ``c = i0 | i1 << 2``; ``(c ^ c >> 1) & 7`` tells the six a
 
 from __future__ import annotations
 
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
 # Numbers for the kernels' compile-time argument FORM, in the order of tiles.FORMS.
 PLAIN, COUPLED, PAIR, ROWPAIR = 0, 1, 2, 3
+# By the names of Triton 3.6 or of later releases.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
 _PLAIN = gl.constexpr(PLAIN)
 _COUPLED = gl.constexpr(COUPLED)
 _ROWPAIR = gl.constexpr(ROWPAIR)
@@ -91,12 +96,12 @@ _HALVES = gl.constexpr("mov.b32 {$0, $1}, $2;")
 
 
 @constexpr_function
-def log2(n):
+def log2(n: int) -> int:
     return n.bit_length() - 1
 
 
 @constexpr_function
-def word_layout(items, threads):
+def word_layout(items: int, threads: int) -> Any:
     """(items, threads, 4): four words in a row and all items in one thread."""
     return gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 0, 2]] + [[1 << i, 0, 0] for i in range(log2(items))],
@@ -108,7 +113,7 @@ def word_layout(items, threads):
 
 
 @constexpr_function
-def code_layout(items, threads):
+def code_layout(items: int, threads: int) -> Any:
     """(items, threads): all items in one thread."""
     return gl.DistributedLinearLayout(
         [[1 << i, 0] for i in range(log2(items))],
@@ -220,13 +225,13 @@ def dense_rows(words, codes, FORM: gl.constexpr, TILES: gl.constexpr, UNITS: gl.
 
 
 @constexpr_function
-def _power_of_two(n):
+def _power_of_two(n: int) -> int:
     """The least that is not below ``n``."""
     return 1 << (n - 1).bit_length()
 
 
 @constexpr_function
-def _sum_layout(rows, columns, threads):
+def _sum_layout(rows: int, columns: int, threads: int) -> Any:
     """(rows, columns), four rows a thread, rows fastest."""
     lane_rows = min(rows // 4, 32)
     lane_columns = 32 // lane_rows
@@ -282,7 +287,7 @@ def store_sums(
         tile = (pn * row_blocks + pm) * SPLIT
         mask = (pn * BN + n < N)[None, :]
         gl.store(ws_ptr + (tile + ps) * SIZE + n[None, :] * R + r[:, None], sums, mask=mask)
-        gl.thread_barrier()
+        barrier()
         cell = cnt_ptr + pn * row_blocks + pm
         mine = 16 * (ps + 1) // SPLIT - 16 * ps // SPLIT
         old = gl.atomic_add(cell, mine, sem="acq_rel", scope="gpu")

@@ -11,6 +11,7 @@ instruction wants of it; x is renumbered by the same rule when its registers are
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -59,7 +60,7 @@ class Skinny:
 
 
 @constexpr_function
-def _x_layout(WM, WK, UNITS, BN):
+def _x_layout(WM: int, WK: int, UNITS: int, BN: int) -> Any:
     """(BN, 32-bit words of WK * UNITS * 64 columns): 16 columns a lane, the same for all row warps."""
     words = UNITS * 32
     return gl.DistributedLinearLayout(

@@ -12,6 +12,7 @@ groups of four neighbouring columns: so x is copied in pairs of columns to the p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -28,6 +29,7 @@ from triton.runtime.jit import constexpr_function
 from .expand import (
     PLAIN,
     ROWPAIR,
+    barrier,
     dense_rows,
     launch_dependents,
     log2,
@@ -35,6 +37,9 @@ from .expand import (
     wait_for_previous,
     word_layout,
 )
+
+# By the name of Triton 3.9 or of earlier releases.
+copy_to_shared = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
 
 _PLAIN = gl.constexpr(PLAIN)
 _ROWPAIR = gl.constexpr(ROWPAIR)
@@ -63,13 +68,11 @@ class Wide:
 
 @gluon.jit
 def _copy(smem, step, pointers, mask, STAGES: gl.constexpr, STRIDE: gl.constexpr):
-    async_copy.async_copy_global_to_shared(
-        smem.index(step % STAGES), pointers + step * STRIDE, mask=mask
-    )
+    copy_to_shared(smem.index(step % STAGES), pointers + step * STRIDE, mask=mask)
 
 
 @constexpr_function
-def _lane_layout(warps, units):
+def _lane_layout(warps: int, units: int) -> Any:
     """(warps, units, 32 lanes), all units in one thread."""
     return gl.DistributedLinearLayout(
         [[0, 1 << i, 0] for i in range(log2(units))],
@@ -81,7 +84,7 @@ def _lane_layout(warps, units):
 
 
 @constexpr_function
-def _row_layout(warps, units):
+def _row_layout(warps: int, units: int) -> Any:
     """(warps, units * 32 lanes), all units in one thread."""
     return gl.DistributedLinearLayout(
         [[0, 32 << i] for i in range(log2(units))],
@@ -219,7 +222,7 @@ def wide_kernel(
     for k in range(steps):
         async_copy.wait_group(STAGES - 3)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         # Into the buffers of step k - 2, whose product was waited for before the barrier.
         j = k + (STAGES - 2)
         if EVEN:
