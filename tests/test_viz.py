@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import subprocess
 import sys
 from pathlib import Path
@@ -65,11 +64,6 @@ def test_a_preset_is_described_and_drawn_without_a_shape(name: str, tmp_path: Pa
     assert viz.describe(name).startswith(f"{name} on ")
     viz.save_picture(name, None, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_example_in_the_docstring_holds() -> None:
-    done = doctest.testmod(viz)
-    assert done.attempted > 0 and done.failed == 0
 
 
 def test_what_fits_is_said_of_every_dim() -> None:
