@@ -98,27 +98,33 @@ def test_caught_chunks_run_through_the_blocks_give_the_models_hidden_states(kind
 def test_every_family_is_pruned_and_runs(kind: str) -> None:
     model = family(kind)
     report = llm.prune_model(model, token_batches((2, 24)), "2:4", "wanda", progress=False)
-    blocks = llm.decoder_blocks(model)[1]
-    linears = [
-        module
-        for block in blocks
-        for name, module in block.named_modules()
-        # Mamba reads the weight of dt_proj and never calls it: it must stay dense.
-        if llm.structure.is_linear(module) and "dt_proj" not in name
-    ]
-    assert len(report.linears) == len(linears)
-    assert all(isinstance(m.weight, s3.StructuredSparseTensor) for m in linears)
+    blocks_name, _ = llm.decoder_blocks(model)
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(f"{blocks_name}.") and llm.structure.is_linear(module)
+    }
+    pruned = {row.name for row in report.linears}
+    assert all(isinstance(linears[name].weight, s3.StructuredSparseTensor) for name in pruned)
+    # Experts get some of the tokens, and Mamba may read the weight of dt_proj and never call it: these
+    # stay dense, with the reason. Which of them there are depends on the version of transformers.
+    dense = linears.keys() - pruned
+    assert all("experts" in name or "dt_proj" in name for name in dense)
+    assert dense <= dict(report.skipped).keys()
     with torch.no_grad():
         assert bool(torch.isfinite(model(input_ids=token_batches((1, 9))[0]).logits).all())
 
 
-def test_experts_in_one_tensor_are_reported_as_left_dense() -> None:
+def test_experts_are_reported_as_left_dense() -> None:
     report = llm.prune_model(
         family("mixtral, experts"), token_batches((2, 24)), "2:4", "wanda", progress=False
     )
-    reasons = dict(report.skipped)
-    name = next(name for name in reasons if "layers.0" in name and "down_proj" in name)
-    assert "is no linear" in reasons[name]
+    reasons = [
+        reason for name, reason in report.skipped if "layers.0" in name and "experts" in name
+    ]
+    assert reasons
+    # In one tensor since transformers 5, in linears of their own before.
+    assert all("is no linear" in reason or "routed" in reason for reason in reasons)
 
 
 # Blocks of other makes ------------------------------------------------------------------------------
