@@ -422,12 +422,12 @@ def test_an_exported_program_keeps_its_weights_compressed(strict: bool) -> None:
         dynamic_shapes={"input": {0: torch.export.Dim("batch")}},
         strict=strict,
     )
-    lowered = program.run_decompositions()
-    calls = [str(node.target) for node in lowered.graph.nodes if node.op == "call_function"]
-    assert calls == [LINEAR, "aten.relu.default", LINEAR]
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)
     x = torch.randn(9, 64)
     for made in (program, torch.export.load(buffer)):
         assert torch.equal(made.module()(x), model(x))
+    lowered = program.run_decompositions()  # last: torch 2.7 takes the parameters out of program
+    calls = [str(node.target) for node in lowered.graph.nodes if node.op == "call_function"]
+    assert calls == [LINEAR, "aten.relu.default", LINEAR]
