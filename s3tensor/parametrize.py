@@ -354,13 +354,14 @@ def _reason_to_skip(
 
 def _linear_layers(model: nn.Module) -> Iterator[_Layer]:
     for name, module in model.named_modules():
-        transposed = _is_conv1d(module)
+        transposed = is_conv1d(module)
         weight = getattr(module, "weight", None)
         if (transposed or isinstance(module, nn.Linear)) and isinstance(weight, Tensor):
             yield _Layer(name or type(module).__name__, module, weight, transposed)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
+    """True for the ``Conv1D`` of transformers, a linear that stores its weight transposed."""
     # By class name and shape, so that transformers need not be imported, nor installed.
     return (
         type(module).__name__ == "Conv1D"

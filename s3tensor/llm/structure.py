@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from s3tensor.errors import ModelError, PatternError
+from s3tensor.parametrize import is_conv1d
 from s3tensor.pattern import Pattern
 
 LayerFilter = Callable[[nn.Module, str], bool]
@@ -59,16 +60,7 @@ class Skipped:
 
 def is_linear(module: nn.Module) -> bool:
     """True for ``nn.Linear`` and for the transposed ``Conv1D`` of transformers."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    # By shape and class name, so that finding linears does not import transformers.
-    return (
-        type(module).__name__ == "Conv1D"
-        and isinstance(getattr(module, "nf", None), int)
-        and getattr(getattr(module, "weight", None), "ndim", 0) == 2
-    )
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -120,7 +112,7 @@ def prunable_layers(
         full = f"{prefix}.{name}" if name else prefix
         if is_linear(module):
             inside += (f"{name}.",)
-            layer = LinearLayer(module, full, _is_conv1d(module))
+            layer = LinearLayer(module, full, is_conv1d(module))
             refusal = _refusal(layer, pattern, filter_fn)
             if refusal is None:
                 layers.append(layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from s3tensor.specs.view import View, check_disjoint
 Values = Tensor | Mapping["BlockSpec", Tensor] | None
 """One value for each element: a tensor in the view's shape, one such tensor for each ``BlockSpec`` of a
 coupling, or None for the parameters' own data."""
+
+Leaf = TypeVar("Leaf")  # a spec of one tensor: BlockSpec or ScopeSpec
 
 
 class Blocks(abc.ABC):
@@ -353,11 +356,7 @@ class BlockCoupling(Blocks):
         self.name = name
         self.specs = list(specs)
         self.orders = align("blocks", [spec.grid_shape for spec in self.specs], orders, self.specs)
-        members = []
-        for spec, outer in zip(self.specs, self.orders, strict=True):
-            for leaf, inner in spec.members:
-                members.append((leaf, tuple(inner[axis] for axis in outer)))
-        self._members: tuple[tuple[BlockSpec, tuple[int, ...]], ...] = tuple(members)
+        self._members = leaves([spec.members for spec in self.specs], self.orders)
         self._grid = tuple(self.specs[0].grid_shape[axis] for axis in self.orders[0])
         check_disjoint(self.parameters())
         check_devices(self.parameters())
@@ -416,6 +415,18 @@ def whole_dims(what: str, shape: Sequence[int], grid: tuple[int, ...], of: str) 
                 f"{size}; choose a divisor of {n}, or -1 for the whole dim"
             )
     return full
+
+
+def leaves(
+    members: Sequence[Sequence[tuple[Leaf, tuple[int, ...]]]],
+    orders: Sequence[tuple[int, ...]],
+) -> tuple[tuple[Leaf, tuple[int, ...]], ...]:
+    """The specs of single tensors below a coupling, each with its axis order in the coupling's grid."""
+    return tuple(
+        (leaf, tuple(inner[axis] for axis in outer))
+        for group, outer in zip(members, orders, strict=True)
+        for leaf, inner in group
+    )
 
 
 def align(

@@ -14,7 +14,16 @@ from s3tensor.layout import as_int
 from s3tensor.mask import tile_norms, top_blocks
 from s3tensor.pattern import BoundPattern, Pattern, ViewRule
 from s3tensor.selection import kth_largest, mid_kth_largest
-from s3tensor.specs.block import Blocks, BlockSpec, Values, align, back, check_devices, whole_dims
+from s3tensor.specs.block import (
+    Blocks,
+    BlockSpec,
+    Values,
+    align,
+    back,
+    check_devices,
+    leaves,
+    whole_dims,
+)
 from s3tensor.specs.view import View, check_disjoint
 
 
@@ -381,11 +390,7 @@ class ScopeCoupling(Scopes):
         self.orders = align(
             "scopes", [scope.grid_shape for scope in self.scopes], orders, self.scopes
         )
-        members: list[tuple[ScopeSpec, tuple[int, ...]]] = []
-        for scope, outer in zip(self.scopes, self.orders, strict=True):
-            for leaf, inner in scope.members:
-                members.append((leaf, tuple(inner[axis] for axis in outer)))
-        self._members = tuple(members)
+        self._members = leaves([scope.members for scope in self.scopes], self.orders)
         self._grid = tuple(self.scopes[0].grid_shape[axis] for axis in self.orders[0])
         check_disjoint(self.parameters())
         check_devices(self.parameters())
