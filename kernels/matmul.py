@@ -164,7 +164,7 @@ def choose(
 
     What decides is how many 16-row tiles there are for each processor: with few, more warps share a tile's
     columns, so that enough loads are in flight; with many, a program is small, so that all of them run at
-    once. ``bench/kernels.py --tune`` times the alternatives.
+    once. ``bench/matmul.py --tune`` times the alternatives.
     """
     hopper = tiled and capability == (9, 0)
     waves = rows / (16 * processors)

@@ -1,8 +1,8 @@
 """Matmul by a packed weight beside cuBLAS: answers checked, then microseconds, GB/s and the floor.
 
-    python bench/kernels.py                              # every form, batch and shape of the table
-    python bench/kernels.py --forms 2:4 --batches 1,16 --shapes 4096x4096
-    python bench/kernels.py --tune --forms 2:4           # every way to cut the work, the best first
+    python bench/matmul.py                              # every form, batch and shape of the table
+    python bench/matmul.py --forms 2:4 --batches 1,16 --shapes 4096x4096
+    python bench/matmul.py --tune --forms 2:4           # every way to cut the work, the best first
 
 Each time is the median of CUDA graph replays; a graph runs the product with enough copies of the weight
 (400 MB of them) that none is found in L2. The rivals are ``F.linear`` on the dense weight, under the
@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop at the next weight")
     parser.add_argument(
-        "--out", type=Path, help="JSON file; default bench/results/kernels-DEVICE.json"
+        "--out", type=Path, help="JSON file; default bench/results/matmul-DEVICE.json"
     )
     options = parser.parse_args()
     options.overlaps = {"no": [False], "yes": [True], "both": [False, True]}[options.overlap]
@@ -282,7 +282,7 @@ def main() -> None:
     }  # fmt: skip
     out = (
         options.out
-        or Path(__file__).parent / "results" / f"kernels-{device.replace(' ', '-')}.json"
+        or Path(__file__).parent / "results" / f"matmul-{device.replace(' ', '-')}.json"
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     for form, dtype, shape in itertools.product(forms, dtypes, shapes):
