@@ -1,7 +1,8 @@
 """Triton kernels, installed as ``s3tensor.kernels``: ints and tensors in, tensors out.
 
 A kernel file holds one kernel family and its launcher and imports nothing of s3tensor. Triton is
-imported by the file that needs it, when a CUDA kernel first runs; ``s3tensor.ops`` is the only caller.
+imported by the file that needs it, when a CUDA kernel first runs. The callers, ``s3tensor.ops``, ``mask``,
+``selection`` and ``packing``, import a file inside the function that runs its kernel.
 
 ``tiles``   the order of values and codes that the matmul kernels read fastest; torch only
 ``matmul``  ``linear`` of 1 to 128 rows by a packed weight: checks, the choice of a kernel, scratch memory
