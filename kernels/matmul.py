@@ -86,7 +86,7 @@ def linear(
         raise ValueError(f"packed linear: {reason}")
     capability = _capability(x.device)
     if config is None:
-        config = choose(form, x.shape[0], rows, columns, tiled, capability, _processors(x.device))
+        config = default(form, x.shape[0], rows, columns, tiled, x.device)
     if isinstance(config, Wide) and not (tiled and capability == (9, 0)):
         raise ValueError(
             "packed linear: the wide kernel takes tile order, on compute capability 9.0"
@@ -149,6 +149,13 @@ def _mismatch(
     if bias is not None and bias.shape != (rows,):
         return f"the bias is {tuple(bias.shape)}; it must be ({rows},)"
     return None
+
+
+def default(
+    form: Form, n: int, rows: int, columns: int, tiled: bool, device: torch.device
+) -> Skinny | Wide:
+    """The cut that :func:`linear` takes on a device."""
+    return choose(form, n, rows, columns, tiled, _capability(device), _processors(device))
 
 
 def choose(

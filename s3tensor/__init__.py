@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from s3tensor.llm.calibrate import ModuleInputCatcher, transfer_to_device
     from s3tensor.llm.text import get_c4
     from s3tensor.mask import project, satisfies
+    from s3tensor.memory import set_memory_
     from s3tensor.parametrize import S3Sparse, finalize, sparsify_
     from s3tensor.prune.structured import StructuredOBS
     from s3tensor.selection import kth_largest, mid_kth_largest
@@ -63,6 +64,7 @@ _LAZY = {
     "transfer_to_device": "s3tensor.llm.calibrate",
     "project": "s3tensor.mask",
     "satisfies": "s3tensor.mask",
+    "set_memory_": "s3tensor.memory",
     "S3Sparse": "s3tensor.parametrize",
     "finalize": "s3tensor.parametrize",
     "sparsify_": "s3tensor.parametrize",

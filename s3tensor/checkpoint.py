@@ -57,7 +57,7 @@ def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
         parts = {name: tensor}
         if isinstance(tensor, StructuredSparseTensor):
-            parts = {f"{name}.packed": tensor.packed, f"{name}.indices": tensor.indices}
+            parts = dict(zip((f"{name}.packed", f"{name}.indices"), tensor.parts(), strict=True))
             sparse[name] = {
                 "pattern": tensor.pattern.parts,
                 "label": str(tensor.pattern),

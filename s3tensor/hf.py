@@ -248,7 +248,7 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
     for tensor in unshared_state(model).values():
         whole = tensor.numel() * tensor.element_size()
         dense += whole
-        now += tensor.nbytes_compressed if isinstance(tensor, StructuredSparseTensor) else whole
+        now += tensor.nbytes_held if isinstance(tensor, StructuredSparseTensor) else whole
     return now, dense
 
 

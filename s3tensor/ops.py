@@ -2,8 +2,7 @@
 
 Every op of the first group takes plain tensors, ints and strings. The pattern travels as its string
 (``2:4``), so that a graph can be read, and is parsed once; ``shape`` is the shape the pattern is bound
-to. ``linear`` has one kernel for each device: the reference here is torch code for any device, and a
-fast kernel takes its place with ``linear.register_kernel("cuda")``.
+to. What an op does is elsewhere: ``mask``, ``packing``, and for ``linear`` the paths of ``paths``.
 
 ``weight_linear`` and ``weight_linear_grad`` are what Python code calls with a compressed weight. They
 take the tensor subclass and hold no arithmetic: ``StructuredSparseTensor`` turns them into ``linear``
@@ -15,7 +14,6 @@ is needed because ``aten.linear`` and ``aten.matmul`` break up, for 3-D inputs, 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s3tensor import paths
 from s3tensor.errors import NonFiniteError, PatternError
 from s3tensor.mask import project as project_mask
 from s3tensor.mask import tile
 from s3tensor.packing import block_indices
 from s3tensor.packing import pack as pack_blocks
-from s3tensor.packing import unpack as unpack_blocks
 from s3tensor.pattern import BoundPattern, Pattern
 
 
@@ -94,15 +92,19 @@ def _empty_packed(like: Tensor, bound: BoundPattern) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "s3tensor::unpack",
     mutates_args=(),
-    schema="(Tensor packed, Tensor indices, str pattern, SymInt[] shape) -> Tensor",
+    schema="(Tensor packed, Tensor indices, str pattern, SymInt[] shape, bool tiled=False) -> Tensor",
 )
-def unpack(packed: Tensor, indices: Tensor, pattern: str, shape: Sequence[int]) -> Tensor:
-    """The dense, contiguous weight of ``shape``."""
-    return unpack_blocks(packed, indices, _bound(pattern, shape)).contiguous()
+def unpack(
+    packed: Tensor, indices: Tensor, pattern: str, shape: Sequence[int], tiled: bool = False
+) -> Tensor:
+    """The dense, contiguous weight of ``shape``; ``tiled`` parts are in tile order."""
+    return paths.unpacked(packed, indices, _bound(pattern, shape), tiled).contiguous()
 
 
 @unpack.register_fake
-def _(packed: Tensor, indices: Tensor, pattern: str, shape: Sequence[int]) -> Tensor:
+def _(
+    packed: Tensor, indices: Tensor, pattern: str, shape: Sequence[int], tiled: bool = False
+) -> Tensor:
     bound = _bound(pattern, shape)
     return torch.empty(bound.shape, dtype=packed.dtype, device=packed.device)
 
@@ -110,17 +112,19 @@ def _(packed: Tensor, indices: Tensor, pattern: str, shape: Sequence[int]) -> Te
 @torch.library.custom_op(
     "s3tensor::gather",
     mutates_args=(),
-    schema="(Tensor dense, Tensor indices, str pattern) -> Tensor",
+    schema="(Tensor dense, Tensor indices, str pattern, bool tiled=False) -> Tensor",
 )
-def gather(dense: Tensor, indices: Tensor, pattern: str) -> Tensor:
+def gather(dense: Tensor, indices: Tensor, pattern: str, tiled: bool = False) -> Tensor:
     """The packed values of ``dense`` at the blocks that ``indices`` record: the adjoint of unpack."""
     bound = _bound(pattern, dense.shape)
+    if tiled:
+        return paths.gathered(dense, indices, bound)
     numbers = block_indices(indices, bound).unsqueeze(-1).expand(bound.packed_shape)
     return tile(dense, bound).gather(1, numbers).contiguous()
 
 
 @gather.register_fake
-def _(dense: Tensor, indices: Tensor, pattern: str) -> Tensor:
+def _(dense: Tensor, indices: Tensor, pattern: str, tiled: bool = False) -> Tensor:
     return _empty_packed(dense, _bound(pattern, dense.shape))[0]
 
 
@@ -167,24 +171,24 @@ def _pack_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any
 
 
 def _save_unpack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, indices, ctx.pattern, _ = inputs
+    _, indices, ctx.pattern, _, ctx.tiled = inputs
     ctx.save_for_backward(indices)
 
 
 def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (indices,) = ctx.saved_tensors
-    return gather(grad, indices, ctx.pattern), None, None, None
+    return gather(grad, indices, ctx.pattern, ctx.tiled), None, None, None, None
 
 
 def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    dense, indices, ctx.pattern = inputs
+    dense, indices, ctx.pattern, ctx.tiled = inputs
     ctx.shape = [int(n) for n in dense.shape]
     ctx.save_for_backward(indices)
 
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (indices,) = ctx.saved_tensors
-    return unpack(grad, indices, ctx.pattern, ctx.shape), None, None
+    return unpack(grad, indices, ctx.pattern, ctx.shape, ctx.tiled), None, None, None
 
 
 pack.register_autograd(_pack_backward, setup_context=_save_pack)
@@ -200,7 +204,7 @@ gather.register_autograd(_gather_backward, setup_context=_save_gather)
     mutates_args=(),
     schema=(
         "(Tensor x, Tensor packed, Tensor indices, Tensor? bias, str pattern, SymInt[] shape, "
-        "bool transposed) -> Tensor"
+        "bool transposed, bool tiled=False, Tensor? dense=None, Tensor? vendor=None) -> Tensor"
     ),
 )
 def linear(
@@ -211,30 +215,28 @@ def linear(
     pattern: str,
     shape: Sequence[int],
     transposed: bool,
+    tiled: bool = False,
+    dense: Tensor | None = None,  # shape
+    vendor: Tensor | None = None,
 ) -> Tensor:  # (..., out_features), contiguous
     """``F.linear(x, weight, bias)`` with ``weight = unpack(packed, indices)``, or its transpose.
 
-    The reference unpacks to a scratch and calls ``F.linear`` on it, so that it rounds as the dense layer
-    does. ``shape`` is the stored shape: (out_features, in_features), or when ``transposed`` is set
-    (in_features, out_features).
+    The reference unpacks to a scratch, or takes the dense copy if there is one, and calls ``F.linear``, so
+    that it rounds as the dense layer does. On a CUDA device :mod:`s3tensor.paths` picks the fastest way.
+
+    Args:
+        shape: the stored shape, (out_features, in_features), or its reverse when ``transposed`` is set.
+        tiled: packed and indices are in tile order (:mod:`s3tensor.kernels.tiles`).
+        dense: a dense copy of the weight, kept for speed.
+        vendor: cuSPARSELt's compressed copy, kept for speed.
 
     Raises:
-        RuntimeError: sizes or dtypes that do not belong together, as ``F.linear`` does.
+        RuntimeError: sizes, dtypes or devices that do not belong together, as ``F.linear`` does.
     """
-    return _reference_linear(x, packed, indices, bias, _bound(pattern, shape), transposed)
-
-
-def _reference_linear(
-    x: Tensor,
-    packed: Tensor,
-    indices: Tensor,
-    bias: Tensor | None,
-    bound: BoundPattern,
-    transposed: bool,
-) -> Tensor:
+    bound = _bound(pattern, shape)
     _check_linear(x, packed, bias, bound, transposed)
-    dense = unpack_blocks(packed, indices, bound)
-    return F.linear(x, dense.t() if transposed else dense, bias).contiguous()
+    weight = paths.Weight(packed, indices, bound, tiled, transposed, dense)
+    return paths.linear(x, weight, bias, "scratch" if dense is None else "dense")
 
 
 @linear.register_kernel("cuda")
@@ -246,9 +248,14 @@ def _(
     pattern: str,
     shape: Sequence[int],
     transposed: bool,
+    tiled: bool = False,
+    dense: Tensor | None = None,
+    vendor: Tensor | None = None,
 ) -> Tensor:
-    _warn_reference_path(x.device.type)
-    return _reference_linear(x, packed, indices, bias, _bound(pattern, shape), transposed)
+    bound = _bound(pattern, shape)
+    _check_linear(x, packed, bias, bound, transposed)
+    weight = paths.Weight(packed, indices, bound, tiled, transposed, dense, vendor)
+    return paths.linear(x, weight, bias)
 
 
 @linear.register_fake
@@ -260,6 +267,9 @@ def _(
     pattern: str,
     shape: Sequence[int],
     transposed: bool,
+    tiled: bool = False,
+    dense: Tensor | None = None,
+    vendor: Tensor | None = None,
 ) -> Tensor:
     bound = _bound(pattern, shape)
     _check_linear(x, packed, bias, bound, transposed)
@@ -277,6 +287,14 @@ def _check_linear(
     torch._check(
         x.ndim >= 1 and x.shape[-1] == in_features,
         lambda: f"linear: x of shape {tuple(x.shape)} against in_features {in_features}",
+    )
+    torch._check(
+        x.device == packed.device and (bias is None or bias.device == x.device),
+        lambda: (
+            f"linear: x is on {x.device} and the weight on {packed.device}"
+            + ("" if bias is None else f", its bias on {bias.device}")
+            + "; move them to one device"
+        ),
     )
     torch._check(
         x.dtype == packed.dtype,
@@ -297,38 +315,25 @@ def _check_linear(
         )
 
 
-_warned: set[str] = set()
-
-
-def _warn_reference_path(device: str) -> None:
-    if device not in _warned:
-        _warned.add(device)
-        warnings.warn(
-            f"s3tensor has no {device} kernel for this weight: each call unpacks it to a scratch and runs "
-            "the dense matmul, which is right but slow (this warning is shown once)",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, indices, _, ctx.pattern, shape, ctx.transposed = inputs
+    x, packed, indices, _, ctx.pattern, shape, ctx.transposed, ctx.tiled, dense, vendor = inputs
     ctx.shape = [int(n) for n in shape]
     # x is kept only for the gradient of the values: frozen weights cost no activation memory.
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, packed, indices)
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, packed, indices, dense, vendor)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, packed, indices = ctx.saved_tensors
+    x, packed, indices, dense, vendor = ctx.saved_tensors
     grad_x = grad_packed = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = linear(grad, packed, indices, None, ctx.pattern, ctx.shape, not ctx.transposed)
+        stored = (ctx.pattern, ctx.shape, not ctx.transposed, ctx.tiled, dense, vendor)
+        grad_x = linear(grad, packed, indices, None, *stored)
     if ctx.needs_input_grad[1]:
-        dense = _outer(x, grad) if ctx.transposed else _outer(grad, x)
-        grad_packed = gather(dense, indices, ctx.pattern)
+        outer = _outer(x, grad) if ctx.transposed else _outer(grad, x)
+        grad_packed = gather(outer, indices, ctx.pattern, ctx.tiled)
     if ctx.needs_input_grad[3]:
         grad_bias = _rows(grad).sum(0)
-    return grad_x, grad_packed, None, grad_bias, None, None, None
+    return grad_x, grad_packed, None, grad_bias, *(None,) * 6
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -345,8 +350,8 @@ linear.register_autograd(_linear_backward, setup_context=_save_linear)
 
 @linear.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-    # packed, indices and bias; the dims of shape, a list, come as a list
-    if any(dim is not None for dim in in_dims[1:4]):
+    # packed, indices, bias and copies; the dims of shape, a list, come as a list
+    if any(dim is not None for dim in (*in_dims[1:4], *in_dims[8:])):
         raise NotImplementedError(
             "s3tensor::linear can be mapped over x only; stack the inputs of one weight, or loop over weights"
         )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from s3tensor import ops
+from s3tensor import ops, paths
 from s3tensor.errors import PatternError, UnsupportedOpError
 from s3tensor.packing import unpack_mask
 from s3tensor.pattern import BoundPattern, Pattern
@@ -39,6 +39,10 @@ class StructuredSparseTensor(Tensor):
         pattern: the pattern, which binds to ``bound_shape``.
         bound_shape: the shape as packed; the shape of the tensor, or its reverse when ``transposed``.
         transposed: True for a transposed view of the packed data.
+        tiled: True when packed and indices are in the order that the CUDA kernels read fastest, which
+            weights take on when they come to a GPU; :meth:`parts` gives them in canonical order.
+        dense, vendor: a dense copy of the weight and cuSPARSELt's compressed one, or None; kept for
+            speed (:meth:`with_memory`), never stored in a checkpoint.
 
     Example:
         >>> weight = StructuredSparseTensor.from_dense(torch.randn(64, 128), "2:4")
@@ -51,6 +55,9 @@ class StructuredSparseTensor(Tensor):
     pattern: Pattern
     bound_shape: tuple[int, ...]
     transposed: bool
+    tiled: bool
+    dense: Tensor | None
+    vendor: Tensor | None
 
     # No __slots__: torch.utils.swap_tensors, which Module.to uses, refuses them.
 
@@ -62,6 +69,9 @@ class StructuredSparseTensor(Tensor):
         pattern: Pattern | str,  # a string where Dynamo traces the call: it cannot build a Pattern
         shape: tuple[int, ...],
         transposed: bool = False,
+        tiled: bool = False,
+        dense: Tensor | None = None,
+        vendor: Tensor | None = None,
         outer_size: tuple[int, ...] | None = None,
         outer_stride: tuple[int, ...] | None = None,
     ) -> Self:
@@ -84,6 +94,9 @@ class StructuredSparseTensor(Tensor):
         pattern: Pattern | str,
         shape: tuple[int, ...],
         transposed: bool = False,
+        tiled: bool = False,
+        dense: Tensor | None = None,
+        vendor: Tensor | None = None,
         outer_size: tuple[int, ...] | None = None,
         outer_stride: tuple[int, ...] | None = None,
     ) -> None:
@@ -92,6 +105,9 @@ class StructuredSparseTensor(Tensor):
         self.pattern = Pattern.parse(pattern)
         self.bound_shape = shape
         self.transposed = transposed
+        self.tiled = tiled
+        self.dense = dense
+        self.vendor = vendor
 
     # making one ---------------------------------------------------------------------------------------
 
@@ -119,7 +135,8 @@ class StructuredSparseTensor(Tensor):
         if mask is None:
             mask = ops.project(dense, text)
         packed, indices = ops.pack(dense, mask, text)
-        return cls(packed, indices, text, tuple(dense.shape))
+        made = cls(packed, indices, text, tuple(dense.shape))
+        return made.in_order() if dense.is_cuda and not torch.compiler.is_compiling() else made
 
     @classmethod
     def from_packed(
@@ -150,13 +167,85 @@ class StructuredSparseTensor(Tensor):
             raise PatternError(
                 f"packed values on {packed.device} and indices on {indices.device}; move them to one device"
             )
-        return cls(packed.detach(), indices.detach(), pattern, bound.shape)
+        return cls(packed.detach(), indices.detach(), pattern, bound.shape).in_order()
+
+    # how it is kept -----------------------------------------------------------------------------------
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """``(packed, indices)`` in canonical order, as :func:`s3tensor.packing.pack` makes them."""
+        if not self.tiled:
+            return self.packed, self.indices
+        return paths.to_tiles(self.packed, self.indices, self.bound, backwards=True)
+
+    def in_order(self, tiled: bool | None = None) -> StructuredSparseTensor:
+        """The weight with its parts in tile order or in canonical order; by default as its device likes.
+
+        Itself when it is so already. Both orders hold the same bytes.
+        """
+        if tiled is None:
+            tiled = paths.prefers_tiles(self.bound, self.dtype, self.device)
+        if tiled == self.tiled:
+            return self
+        packed, indices = paths.to_tiles(self.packed, self.indices, self.bound, not tiled)
+        rest = (self.pattern, self.bound_shape, self.transposed, tiled, self.dense, self.vendor)
+        return type(self)(packed, indices, *rest)
+
+    def with_memory(
+        self, memory: Literal["lean", "fast"], batches: tuple[int, int] = (1, 4096)
+    ) -> StructuredSparseTensor:
+        """The same weight, kept for few bytes or for speed.
+
+        Args:
+            memory: ``"lean"`` keeps the compressed form alone. ``"fast"`` keeps a dense copy, cuSPARSELt's
+                compressed copy or both beside it, where that was measured to be faster.
+            batches: the fewest and the most rows of x to be fast for.
+
+        Returns:
+            a tensor that shares the compressed form with this one; ``nbytes_held`` is what it costs.
+
+        Raises:
+            ValueError: another word for the memory, or batches that are no range.
+        """
+        if memory not in ("lean", "fast"):
+            raise ValueError(f'memory={memory!r:.40}; it must be "lean" or "fast"')
+        first, last = batches
+        if not 1 <= first <= last:
+            raise ValueError(
+                f"batches={batches!r:.40}; give the fewest and the most rows, from 1 on"
+            )
+        dense = vendor = None
+        if memory == "fast":
+            keep = paths.worth_keeping(self.bound, self.dtype, self.device, (first, last))
+            whole = self._unpacked() if any(keep) else None
+            dense = whole if keep[0] else None
+            vendor = paths.vendor_copy(whole) if keep[1] and whole is not None else None
+        rest = (self.pattern, self.bound_shape, self.transposed, self.tiled, dense, vendor)
+        return type(self)(self.packed, self.indices, *rest)
+
+    @property
+    def memory(self) -> Literal["lean", "fast"]:
+        """``"fast"`` when a second form is kept, else ``"lean"``."""
+        return "lean" if self.dense is None and self.vendor is None else "fast"
+
+    def refresh_(self) -> StructuredSparseTensor:
+        """Make the second forms anew, in place, after the packed values changed."""
+        if self.memory == "fast":
+            whole = self._unpacked()
+            if self.dense is not None:
+                self.dense.copy_(whole)
+            if self.vendor is not None:
+                self.vendor.copy_(paths.vendor_copy(whole))
+        return self
+
+    def _unpacked(self) -> Tensor:
+        shape = list(self.bound_shape)
+        return ops.unpack(self.packed, self.indices, str(self.pattern), shape, self.tiled)
 
     # what it is ---------------------------------------------------------------------------------------
 
     def to_dense(self, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
         """The dense tensor of the same shape, contiguous unless transposed. Data: no gradient flows back."""
-        dense = ops.unpack(self.packed, self.indices, str(self.pattern), list(self.bound_shape))
+        dense = self._unpacked()
         dense = dense if dtype is None else dense.to(dtype)
         return dense.t() if self.transposed else dense
 
@@ -166,7 +255,7 @@ class StructuredSparseTensor(Tensor):
 
     def mask(self) -> Tensor:
         """Bool tensor of the tensor's shape, True at the positions that are stored."""
-        kept = unpack_mask(self.indices, self.bound)
+        kept = unpack_mask(self.parts()[1], self.bound)
         return kept.t() if self.transposed else kept
 
     @property
@@ -184,19 +273,28 @@ class StructuredSparseTensor(Tensor):
         """Bytes of values and indices."""
         return self.bound.packed_bytes(self.dtype.itemsize)
 
+    @property
+    def nbytes_held(self) -> int:
+        """Bytes of all that is kept: values, indices, and the second forms of :meth:`with_memory`."""
+        kept = (part.nbytes for part in (self.dense, self.vendor) if part is not None)
+        return self.nbytes_compressed + sum(kept)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         grad = ", requires_grad=True" if self.requires_grad else ""
+        held = "" if self.memory == "lean" else f", {self.nbytes_held} with copies for speed"
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, pattern={self.pattern}"
             f"{', transposed' if self.transposed else ''}, density={self.density:.4g}, "
             f"dtype={self.dtype}, device='{self.device}', bytes={self.nbytes_compressed} of "
-            f"{self.numel() * self.dtype.itemsize} dense{grad})"
+            f"{self.numel() * self.dtype.itemsize} dense{held}{grad})"
         )
 
     # what torch asks of it ----------------------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        return ["packed", "indices"], (self.pattern, self.bound_shape, self.transposed)
+        copies = [name for name in ("dense", "vendor") if getattr(self, name) is not None]
+        context = (self.pattern, self.bound_shape, self.transposed, self.tiled)
+        return ["packed", "indices", *copies], context
 
     @classmethod
     def __tensor_unflatten__(
@@ -207,19 +305,18 @@ class StructuredSparseTensor(Tensor):
         outer_stride: tuple[int, ...],
     ) -> StructuredSparseTensor:
         # The outer size must be the given one: it may be symbolic where bound_shape is not.
-        pattern, shape, transposed = context
-        return cls(
-            *(inner["packed"], inner["indices"], pattern, shape, transposed),
-            outer_size=outer_size,
-            outer_stride=outer_stride,
-        )
+        parts = inner["packed"], inner["indices"]
+        copies = inner.get("dense"), inner.get("vendor")
+        pattern, shape, transposed, tiled = context
+        sizes = outer_size, outer_stride
+        return cls(*parts, pattern, shape, transposed, tiled, *copies, *sizes)
 
     def _stable_hash_for_caching(self) -> str:
         """What a cached compilation depends on: everything but the values (AOTAutograd's cache asks)."""
         facts = (
-            *(self.pattern.parts, str(self.pattern), self.bound_shape, self.transposed, self.dtype),
-            *(self.device, self.shape, self.stride(), self.requires_grad),
-            *(tuple(part.shape) for part in (self.packed, self.indices)),
+            *(self.pattern.parts, str(self.pattern), self.bound_shape, self.transposed, self.tiled),
+            *(self.dtype, self.device, self.shape, self.stride(), self.requires_grad),
+            *((name, tuple(getattr(self, name).shape)) for name in self.__tensor_flatten__()[0]),
         )
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -228,29 +325,42 @@ class StructuredSparseTensor(Tensor):
         values: Callable[[Tensor], Tensor],
         positions: Callable[[Tensor], Tensor] | None = None,
         flip: bool = False,
+        copies: bool = True,
     ) -> StructuredSparseTensor:
-        """The same weight, its parts passed through functions; ``flip`` makes it the transposed view."""
+        """The same weight, its parts passed through functions; ``flip`` makes it the transposed view.
+
+        ``copies`` says whether ``values`` makes of the second forms what it makes of the packed values;
+        without, the result is lean.
+        """
+        dense, vendor = (
+            values(part) if copies and part is not None else None
+            for part in (self.dense, self.vendor)
+        )
         return type(self)(
             values(self.packed),
             (positions or values)(self.indices),
             self.pattern,
             self.bound_shape,
             self.transposed ^ flip,
+            self.tiled,
+            dense,
+            vendor,
         )
 
     def same_layout(self, other: Tensor) -> bool:
-        """True when ``other`` is packed under the same pattern, shape and orientation."""
+        """True when ``other`` is packed under the same pattern, shape, order and orientation."""
         return (
             isinstance(other, StructuredSparseTensor)
             and self.pattern == other.pattern
             and self.bound_shape == other.bound_shape
             and self.transposed == other.transposed
+            and self.tiled == other.tiled
         )
 
     def share_memory_(self) -> StructuredSparseTensor:
-        """Move both parts to shared memory; torch's own version would touch a storage that is not there."""
-        self.packed.share_memory_()
-        self.indices.share_memory_()
+        """Move the parts to shared memory; torch's own version would touch a storage that is not there."""
+        for name in self.__tensor_flatten__()[0]:
+            getattr(self, name).share_memory_()
         return self
 
     def is_shared(self) -> bool:

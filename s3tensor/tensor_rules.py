@@ -142,7 +142,12 @@ def _like(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
         # An empty tensor of random positions could not be read; of a new device, they must move.
         return aten._to_copy.default(indices, **move) if move else aten.clone.default(indices)
 
-    return args[0].map_parts(lambda values: func(values, dtype=dtype, **move), positions)
+    t = args[0]
+    made = t.map_parts(lambda values: func(values, dtype=dtype, **move), positions, copies=False)
+    if func is aten._to_copy.default:
+        made = made.in_order()  # of its new device and dtype
+        return made if t.memory == "lean" else made.with_memory("fast")
+    return made
 
 
 @dispatch(aten._pin_memory.default)
@@ -170,11 +175,12 @@ def _copy_(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
             f"a dense tensor copied into a {target.pattern} weight; make a new weight with "
             "StructuredSparseTensor.from_dense",
         )
+    source = source.in_order(target.tiled) if source.tiled != target.tiled else source
     if not target.same_layout(source):
         raise refusal(func, f"from {source!r} to {target!r}; the patterns and shapes must be equal")
     func(target.packed, source.packed, *args[2:], **kwargs)
     func(target.indices, source.indices, *args[2:], **kwargs)
-    return target
+    return target.refresh_()
 
 
 @dispatch(aten.equal.default)
@@ -206,13 +212,13 @@ def _sum(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
 @dispatch(aten.add.Tensor)
 def _add(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
     packed = _sum(func, args, kwargs)
-    return args[0].map_parts(lambda values: packed, aten.clone.default)
+    return args[0].map_parts(lambda values: packed, aten.clone.default, copies=False)
 
 
 @dispatch(aten.add_.Tensor)
 def _add_(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
     args[0].packed.copy_(_sum(func, args, kwargs))
-    return args[0]
+    return args[0].refresh_()
 
 
 # products ---------------------------------------------------------------------------------------------
@@ -231,6 +237,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, func: Any) -> Tensor
         str(weight.pattern),
         list(weight.bound_shape),
         weight.transposed,
+        weight.tiled,
+        weight.dense,
+        weight.vendor,
     )
     return out
 
@@ -249,8 +258,8 @@ def _linear_grad(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
         raise refusal(func, "only one operand, a weight, may be compressed")
     left, right = (x, grad) if weight.transposed else (grad, x)
     dense = left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
-    packed = torch.ops.s3tensor.gather(dense, weight.indices, str(weight.pattern))
-    return weight.map_parts(lambda values: packed, aten.clone.default)
+    packed = torch.ops.s3tensor.gather(dense, weight.indices, str(weight.pattern), weight.tiled)
+    return weight.map_parts(lambda values: packed, aten.clone.default, copies=False)
 
 
 @dispatch(aten.mm.default)
@@ -354,7 +363,7 @@ def _function_addmm(
 
 
 _set_data_of = Tensor.data.__set__  # type: ignore[attr-defined]  # Tensor.data is a descriptor
-_PARTS = ("packed", "indices", "pattern", "bound_shape", "transposed")
+_PARTS = ("packed", "indices", "pattern", "bound_shape", "transposed", "tiled", "dense", "vendor")
 
 
 @function(_set_data_of)

@@ -23,10 +23,10 @@ if not KERNELS.is_dir():  # not a checkout: the installed place
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "layout", "viewrule", "pattern", "presets"),
     ("kernels",),
-    ("mask", "packing", "hessian", "linalg", "proximal", "selection"),
-    ("ops",),
-    ("tensor", "tensor_rules", "specs", "parametrize", "prune", "checkpoint", "testing"),
-    ("llm", "hf", "evaluate", "viz", "compaction", "cli"),
+    ("mask", "packing", "hessian", "linalg", "proximal", "selection", "timings"),
+    ("paths", "ops"),
+    ("tensor", "tensor_rules", "memory", "specs", "parametrize", "prune", "checkpoint", "testing"),
+    ("llm", "hf", "evaluate", "viz", "compaction", "benchmark", "cli"),
 )
 
 # What only these modules may import, and only inside functions where they are optional.
@@ -40,7 +40,7 @@ GUESTS = {
 }
 STDLIB_ONLY = FLOORS[0]
 # Who may import kernels, and only inside functions: they meet CUDA tensors, and the file needs Triton.
-KERNEL_CALLERS = {"ops", "mask", "selection", "packing"}
+KERNEL_CALLERS = {"paths", "mask", "selection", "packing"}
 
 
 def sources() -> list[tuple[str, Path]]:

@@ -703,7 +703,7 @@ def test_a_weight_of_four_dims_packs_but_does_not_transpose() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:s3tensor has no cuda kernel")
+@pytest.mark.filterwarnings("ignore:a compressed weight is unpacked")
 @pytest.mark.parametrize("pattern", UNITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cuda_agrees_with_the_cpu(pattern: str, dtype: torch.dtype) -> None:
@@ -719,7 +719,7 @@ def test_cuda_agrees_with_the_cpu(pattern: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:s3tensor has no cuda kernel")
+@pytest.mark.filterwarnings("ignore:a compressed weight is unpacked")
 def test_modules_move_to_cuda_and_back() -> None:
     module = sparse_linear()
     dense = module.weight.to_dense()

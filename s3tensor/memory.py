@@ -1,0 +1,106 @@
+"""How much memory the compressed weights of a model may take for speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from s3tensor.errors import ModelError
+from s3tensor.tensor import StructuredSparseTensor
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """What one weight takes, in bytes."""
+
+    name: str
+    compressed: int  # values and indices alone
+    held: int  # with the second forms
+    dense: int  # of the dense weight in this dtype
+    forms: tuple[str, ...]  # "packed", then "dense", "vendor" where kept
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What the compressed weights of a model take; ``str`` sums it up."""
+
+    rows: tuple[MemoryRow, ...]
+
+    @property
+    def compressed(self) -> int:
+        return sum(row.compressed for row in self.rows)
+
+    @property
+    def held(self) -> int:
+        return sum(row.held for row in self.rows)
+
+    @property
+    def dense(self) -> int:
+        return sum(row.dense for row in self.rows)
+
+    def __str__(self) -> str:
+        copies = [row for row in self.rows if len(row.forms) > 1]
+        return (
+            f"{len(self.rows)} compressed weights hold {self.held / 1e6:.1f} MB: "
+            f"{self.held / self.dense:.3f} of dense ({self.dense / 1e6:.1f} MB); compressed alone "
+            f"{self.compressed / 1e6:.1f} MB; {len(copies)} keep a second form"
+        )
+
+
+def set_memory_(
+    model: nn.Module, memory: Literal["lean", "fast"], batches: tuple[int, int] = (1, 4096)
+) -> MemoryReport:
+    """Keep every compressed weight of a model for few bytes or for speed, in place.
+
+    Args:
+        model: a module on its final device and in its final dtype: what is worth a copy depends on both.
+        memory: ``"lean"`` keeps the compressed form alone. ``"fast"`` keeps a dense copy, cuSPARSELt's
+            compressed copy or both beside it, where that was measured to be faster on this device.
+        batches: the fewest and the most rows of x (sequences times tokens of one call) to be fast for;
+            ``(1, 16)`` on a GPU seldom needs a copy.
+
+    Returns:
+        what each weight takes.
+
+    Raises:
+        ModelError: a model without compressed weights.
+        ValueError: another word for the memory, or batches that are no range.
+
+    Example:
+        >>> model = nn.Linear(64, 32)
+        >>> _ = s3.sparsify_(model, "2:4")
+        >>> report = s3.set_memory_(model, "fast")  # on a CPU: a dense copy
+        >>> report.compressed, report.held, report.dense
+        (4352, 12544, 8192)
+    """
+    made: dict[int, nn.Parameter] = {}  # shared weights stay shared
+    rows: dict[int, MemoryRow] = {}
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if not isinstance(parameter, StructuredSparseTensor):
+                continue
+            key = id(parameter)
+            if key not in made:
+                bare: Any = parameter.detach()
+                weight = bare.with_memory(memory, batches)
+                made[key] = nn.Parameter(weight, requires_grad=parameter.requires_grad)
+                rows[key] = _row(f"{name}.{own}" if name else own, weight)
+            setattr(module, own, made[key])
+    if not rows:
+        raise ModelError(
+            f"{type(model).__name__} has no compressed weights; prune it, or call s3tensor.sparsify_, first"
+        )
+    return MemoryReport(tuple(rows.values()))
+
+
+def _row(name: str, weight: StructuredSparseTensor) -> MemoryRow:
+    copies = tuple(form for form in ("dense", "vendor") if getattr(weight, form) is not None)
+    return MemoryRow(
+        name,
+        weight.nbytes_compressed,
+        weight.nbytes_held,
+        weight.numel() * weight.dtype.itemsize,
+        ("packed", *copies),
+    )

@@ -1,0 +1,388 @@
+"""``linear`` by a compressed weight on a CUDA device: the ways there are, and the fastest one for a call.
+
+=========  ================================================================  =============================
+path       what it does                                                      what it needs
+=========  ================================================================  =============================
+packed     reads the packed weight, decompresses in registers, tensor cores  one of four forms, 16 bits, up
+                                                                             to 128 rows of x
+dense      cuBLAS on a dense copy that is kept beside                        ``memory="fast"``
+vendor     cuSPARSELt on its own compressed copy that is kept beside         ``memory="fast"``, 2:4, 16 bits
+scratch    unpacks the weight to a scratch, then cuBLAS                      nothing
+=========  ================================================================  =============================
+
+Which one runs follows from measured times (:mod:`s3tensor.timings`) of the pattern, dtype, shape, batch
+and device, or from a guess by bytes where a GPU was not measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s3tensor import timings
+from s3tensor.mask import tile
+from s3tensor.packing import block_indices
+from s3tensor.packing import unpack as unpack_blocks
+from s3tensor.pattern import BoundPattern, Pattern
+
+_HALF = (torch.bfloat16, torch.float16)
+# Forms whose dense weight is 2:4 along each row, which is what cuSPARSELt takes.
+_ALONG_ROWS = ("2:4", "coupled2:4")
+_BATCHES = tuple(2**n for n in range(13))  # 1 to 4096
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A compressed weight as ``linear`` gets it: packed parts, and the copies that are kept beside."""
+
+    packed: Tensor  # (scopes, keep, block_size)
+    indices: Tensor  # (index_bytes,) uint8
+    bound: BoundPattern
+    tiled: bool = False  # packed and indices are in tile order
+    transposed: bool = False
+    dense: Tensor | None = None  # of the bound shape
+    vendor: Tensor | None = None  # cuSPARSELt's
+
+    @property
+    def out_features(self) -> int:
+        return self.bound.shape[1] if self.transposed else self.bound.shape[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def form_of(bound: BoundPattern) -> str | None:
+    for form in ("2:4", "coupled2:4", "pair4:8", "rowpair16"):
+        if bound.pattern == Pattern.parse(form):
+            return form
+    return None
+
+
+# tile order -------------------------------------------------------------------------------------------
+
+
+def to_tiles(
+    packed: Tensor, indices: Tensor, bound: BoundPattern, backwards: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Packed parts in tile order, in their own shapes; ``backwards`` from tile order to canonical order."""
+    from s3tensor.kernels import tiles  # type: ignore[import-not-found]
+
+    form: Any = form_of(bound)
+    rows, columns = bound.shape
+    values = tiles.untile_values if backwards else tiles.tile_values
+    codes = tiles.untile_codes if backwards else tiles.tile_codes
+    # Parts that are empty_like others, as those of a graph's outputs, have any bytes: reshape alone.
+    return values(packed, form, rows, columns), codes(indices, form, rows, columns)
+
+
+def prefers_tiles(bound: BoundPattern, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the packed parts of a weight are best kept in tile order: where the packed kernels run."""
+    if device.type != "cuda" or dtype not in _HALF or form_of(bound) is None or not _matmul():
+        return False
+    from s3tensor.kernels import tiles
+
+    return tiles.can_tile(*bound.shape)
+
+
+@functools.lru_cache(maxsize=1)
+def _matmul() -> Any:
+    """The module of the packed kernels, or None where they cannot be had (Triton older than 3.6, ROCm)."""
+    if torch.version.hip is not None:
+        return None
+    try:
+        from s3tensor.kernels import matmul
+    except ImportError as error:
+        warnings.warn(
+            f"s3tensor's matmul kernels need Triton 3.6 or later ({error}): each call unpacks the weight "
+            "and runs the dense matmul, which is right but slow",
+            UserWarning,
+            stacklevel=2,
+        )
+        return None
+    return matmul
+
+
+# the choice -------------------------------------------------------------------------------------------
+
+
+def possible(weight: Weight, batch: int) -> list[str]:
+    """The paths that can take ``batch`` rows of x."""
+    bound, dtype, device = weight.bound, weight.packed.dtype, weight.packed.device
+    found = ["scratch"]
+    if weight.dense is not None:
+        found.append("dense")
+    if weight.vendor is not None and not weight.transposed and batch >= 1:
+        found.append("vendor")
+    form = form_of(bound)
+    if form is not None and not weight.transposed and batch <= 128 and device.type == "cuda":
+        kernels = _matmul() if dtype in _HALF else None
+        if kernels and kernels.refusal(form, dtype, *bound.shape, device) is None:
+            found.append("packed")
+    return found
+
+
+def choose(weight: Weight, batch: int, graph: bool) -> str:
+    """The fastest path for ``batch`` rows of x; ``graph`` says whether the call is recorded in a CUDA graph.
+
+    Outside a graph cuSPARSELt plans on each call, which takes the host longer than a small product takes
+    the GPU.
+    """
+    return _choose(
+        weight.bound,
+        weight.packed.dtype,
+        weight.packed.device,
+        batch,
+        tuple(possible(weight, batch)),
+        graph,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(
+    bound: BoundPattern,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch: int,
+    paths: tuple[str, ...],
+    graph: bool,
+) -> str:
+    times = predicted(bound, dtype, device, batch)
+    table = _table(device)
+    if "vendor" in paths and not graph:
+        call = 2000.0 if table is None else table.vendor_call_us
+        if times.get("vendor", 0) < call:
+            paths = tuple(path for path in paths if path != "vendor")
+    return min(paths, key=lambda path: (times.get(path, math.inf), path))
+
+
+def predicted(
+    bound: BoundPattern, dtype: torch.dtype, device: torch.device, batch: int
+) -> timings.Times:
+    """Microseconds of each path, from the device's table or by guess; only their order has a meaning."""
+    table = _table(device)
+    rows, columns = bound.shape
+    times = None
+    if table is not None:
+        name = form_of(bound) or str(bound.pattern)
+        kind = "bfloat16" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
+        times = table.times(name, kind, rows, columns, max(batch, 1))
+    return times or timings.guess(bound.density, rows, columns, max(batch, 1))
+
+
+def kernel_key(
+    pattern: str, shape: tuple[int, int], batch: int, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """What tells the kernel of one product from others, so that each is compiled once; None without one."""
+    bound = Pattern.parse(pattern).bind(shape)
+    if "packed" not in possible(zero_weight(bound, dtype, device), batch):
+        return None
+    form: Any = form_of(bound)
+    cut = _matmul().default(form, batch, *shape, prefers_tiles(bound, dtype, device), device)
+    return form, dtype, cut, shape[0] % cut.rows == 0, shape[1] % cut.columns == 0
+
+
+def zero_weight(bound: BoundPattern, dtype: torch.dtype, device: torch.device) -> Weight:
+    """A weight of zeros, as it would be kept on the device, to compile kernels with."""
+    packed = torch.zeros(bound.packed_shape, dtype=dtype, device=device)
+    indices = torch.zeros(bound.index_bytes, dtype=torch.uint8, device=device)
+    return Weight(packed, indices, bound, prefers_tiles(bound, dtype, device))
+
+
+def worth_keeping(
+    bound: BoundPattern, dtype: torch.dtype, device: torch.device, batches: tuple[int, int]
+) -> tuple[bool, bool]:
+    """Whether a dense copy and cuSPARSELt's make any product of ``batches`` (from, to) rows faster.
+
+    A copy counts as faster from 3 % on. On a CPU, where there is no kernel for packed weights, a dense
+    copy always is.
+    """
+    if device.type != "cuda":
+        return True, False
+    vendor = can_vendor(bound, dtype, device)
+    lean = ["scratch"]
+    if prefers_tiles(bound, dtype, device):
+        lean.append("packed")
+    keep = {"dense": False, "vendor": False}
+    first, last = batches
+    for batch in sorted({first, last, *(n for n in _BATCHES if first <= n <= last)}):
+        times = predicted(bound, dtype, device, batch)
+        least = min(
+            times[path] for path in lean if path in times and (path != "packed" or batch <= 128)
+        )
+        for path in ("dense", "vendor"):
+            others = [least, times["dense"]] if path == "vendor" else [least]
+            if (path == "dense" or vendor) and times.get(path, math.inf) < 0.97 * min(others):
+                keep[path] = True
+    return keep["dense"], keep["vendor"]
+
+
+def _table(device: torch.device) -> timings.Timings | None:
+    if device.type != "cuda":
+        return None
+    return timings.load(*_identity(device))
+
+
+@functools.lru_cache(maxsize=64)
+def _identity(device: torch.device) -> tuple[str, tuple[int, int]]:
+    return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+
+
+# the paths --------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None, path: str | None = None) -> Tensor:
+    """``F.linear(x, W, bias)`` by the fastest path, or by the named one; contiguous.
+
+    Args:
+        x: (..., in_features).
+        weight: the compressed weight.
+        bias: (out_features,), (1,) or None.
+        path: a path of :func:`possible`; by default :func:`choose` decides.
+    """
+    if x.numel() == 0:
+        empty = x.new_zeros(*x.shape[:-1], weight.out_features)
+        return empty if bias is None else empty + bias
+    batch = x.numel() // x.shape[-1]
+    if path is None:
+        path = choose(weight, batch, torch.cuda.is_current_stream_capturing())
+        if path == "scratch":
+            _warn_scratch(str(weight.bound.pattern), weight.packed.dtype, batch <= 128)
+    return _PATHS[path](x, weight, bias)
+
+
+def _dense(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    assert weight.dense is not None
+    return F.linear(x, weight.dense.t() if weight.transposed else weight.dense, bias).contiguous()
+
+
+def _scratch(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    scratch = unpacked(weight.packed, weight.indices, weight.bound, weight.tiled)
+    return F.linear(x, scratch.t() if weight.transposed else scratch, bias).contiguous()
+
+
+@functools.lru_cache(maxsize=256)  # once for each
+def _warn_scratch(pattern: str, dtype: torch.dtype, few: bool) -> None:
+    why = f"there is no kernel for {pattern} in {dtype}" if few else "x has many rows"
+    warnings.warn(
+        f"a compressed weight is unpacked to a scratch on each call, as {why}: right, but slower than a "
+        'dense layer; s3tensor.set_memory_(model, "fast") keeps a second form of such weights (this '
+        "warning is shown once)",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def unpacked(packed: Tensor, indices: Tensor, bound: BoundPattern, tiled: bool) -> Tensor:
+    """The dense, contiguous weight of the bound shape, from either order."""
+    if tiled:
+        packed, indices = to_tiles(packed, indices, bound, backwards=True)
+    return unpack_blocks(packed, indices, bound)
+
+
+def gathered(dense: Tensor, indices: Tensor, bound: BoundPattern) -> Tensor:
+    """Packed values, in tile order, of a dense tensor at the blocks that indices in tile order record."""
+    from s3tensor.kernels import tiles
+
+    form: Any = form_of(bound)
+    codes = tiles.untile_codes(indices, form, *bound.shape)
+    numbers = block_indices(codes, bound).unsqueeze(-1).expand(bound.packed_shape)
+    return tiles.tile_values(tile(dense, bound).gather(1, numbers), form, *bound.shape).contiguous()
+
+
+def _packed(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    form: Any = form_of(weight.bound)
+    rows, columns = weight.bound.shape
+    if bias is not None and bias.shape[0] != rows:
+        bias = bias.expand(rows)
+    # A weight that is trained may be written by a kernel still in flight; one at rest is read early.
+    y: Tensor = _matmul().linear(
+        x.reshape(-1, columns), weight.packed, weight.indices, bias, form=form, rows=rows,
+        columns=columns, tiled=weight.tiled, overlap=not weight.packed.requires_grad,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], rows)
+
+
+# cuSPARSELt -------------------------------------------------------------------------------------------
+
+
+def can_vendor(bound: BoundPattern, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether cuSPARSELt takes the weight: 2:4 along rows, 16 bits, whole tiles of 32, a GPU it knows."""
+    return (
+        form_of(bound) in _ALONG_ROWS
+        and dtype in _HALF
+        and all(n % 32 == 0 for n in bound.shape)
+        and device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and torch.backends.cusparselt.is_available()
+    )
+
+
+def vendor_copy(dense: Tensor) -> Tensor:
+    """cuSPARSELt's compressed copy of a dense weight that is 2:4."""
+    with torch.cuda.device(dense.device):
+        copy: Tensor = torch._cslt_compress(dense.contiguous() + 0.0)  # it takes -0.0 for a value
+    return copy
+
+
+def _vendor(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    rows, columns = weight.bound.shape
+    flat = x.reshape(-1, columns)
+    batch = flat.shape[0]
+    if batch % 16:
+        flat = F.pad(flat, (0, 0, 0, -batch % 16))
+    if bias is not None and bias.shape[0] != rows:
+        bias = bias.expand(rows)
+    y = vendor_product(flat, weight, bias, _vendor_plan(weight, batch))
+    return y[:batch].reshape(*x.shape[:-1], rows)
+
+
+def vendor_product(
+    flat: Tensor,  # (batch, columns), batch in multiples of 16
+    weight: Weight,
+    bias: Tensor | None,
+    plan: tuple[int, int, int],
+) -> Tensor:  # (batch, rows)
+    """The product by cuSPARSELt under a plan: algorithm, split of K, mode of the split."""
+    assert weight.vendor is not None
+    algorithm, split, mode = plan
+    with torch.cuda.device(flat.device):
+        y: Tensor = torch._cslt_sparse_mm(
+            weight.vendor,
+            flat.contiguous().t(),
+            bias=None if bias is None else bias.contiguous(),
+            transpose_result=True,
+            alg_id=algorithm,
+            split_k=split,
+            split_k_mode=mode,
+        )
+    return y if y.shape[0] == flat.shape[0] else y.t()
+
+
+def _vendor_plan(weight: Weight, batch: int) -> tuple[int, int, int]:
+    return _plan_of(weight.bound, weight.packed.device, batch)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_of(bound: BoundPattern, device: torch.device, batch: int) -> tuple[int, int, int]:
+    table = _table(device)
+    if table is None:
+        return 0, 1, -1
+    rows, columns = bound.shape
+    return table.vendor(form_of(bound) or "", "bfloat16", rows, columns, batch)
+
+
+_PATHS = {"packed": _packed, "dense": _dense, "vendor": _vendor, "scratch": _scratch}
+PATHS = tuple(_PATHS)
+
+
+def forget() -> None:
+    """Read the tables anew: one was just written."""
+    timings.load.cache_clear()
+    _choose.cache_clear()
+    _plan_of.cache_clear()
