@@ -40,7 +40,9 @@ SPLIT = 64  # more than a scope has blocks
 _SPLIT = tl.constexpr(SPLIT)
 PLAIN, COUPLED, PAIR = 0, 1, 2  # as in tiles.FORMS
 _PLAIN, _COUPLED = tl.constexpr(PLAIN), tl.constexpr(COUPLED)
-_SIGNED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # with a zero to make positive
+# Elements that :func:`pack_columns` takes; floats have a zero to make positive.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ELEMENTS = (*_FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
 def _tables() -> tuple[int, int]:
@@ -163,7 +165,7 @@ def _blocks(
     if reason is not None:
         raise ValueError(f"pack: {reason}")
     values = torch.empty(rows * columns // 2, dtype=dense.dtype, device=dense.device)
-    signed = dense.dtype in _SIGNED
+    signed = dense.dtype in _FLOATS
     masks = mask if gathers else longs(mask)
     if form == "2:4":
         codes = codes if codes.data_ptr() % 2 == 0 else codes.clone()
@@ -191,7 +193,9 @@ def _positive_zeros(words, SIGNED: tl.constexpr):
     """64-bit words of four 16-bit floats with 0x8000, which is -0.0, made 0."""
     if SIGNED:
         low: tl.constexpr = 0x7FFF7FFF7FFF7FFF
-        return words & (low | ((words & low) + low))  # the sum has a sign bit where a number is not 0
+        return words & (
+            low | ((words & low) + low)
+        )  # the sum has a sign bit where a number is not 0
     else:
         return words
 
@@ -412,8 +416,8 @@ def pack_columns(
         ValueError: sizes or devices that do not belong together, 8-bit floats, or scopes of over 32.
     """
     _check_mask(weight, mask)
-    if weight.is_floating_point() and weight.dtype not in _SIGNED:
-        raise ValueError(f"pack: elements are {weight.dtype}, whose zeros are not known")
+    if weight.dtype not in ELEMENTS:
+        raise ValueError(f"pack: elements are {weight.dtype}; it takes {ELEMENTS}")
     if not 1 <= keep < of <= LARGEST_SCOPE or weight.numel() % of:
         raise ValueError(f"pack: {keep} of {of} elements of {weight.numel()}")
     flag = torch.zeros(1, dtype=torch.int32, device=weight.device)
@@ -465,7 +469,7 @@ def _columns(
             flat, mask if gathers else mask.view(torch.uint8), values.view(flat.dtype), codes, flag,
             scopes, codes.numel(), keep, of, triton.next_power_of_2(keep), triton.next_power_of_2(of),
             width, together, triton.next_power_of_2(together * bits // 8), gathers,
-            dense.dtype in _SIGNED, step, num_warps=config.warps,
+            dense.dtype in _FLOATS, step, num_warps=config.warps,
         )  # fmt: skip
     return values
 
@@ -477,10 +481,10 @@ def _kept_numbers(kept, k, WIDE: tl.constexpr):
     k = k + tl.zeros(kept.shape, tl.int32)
     HALVINGS: tl.constexpr = 5 if WIDE == 32 else 4 if WIDE == 16 else 3 if WIDE == 8 else 2
     for i in tl.static_range(HALVINGS):
-        HALF: tl.constexpr = 1 << (HALVINGS - 1 - i)
-        below = popcount((kept >> at) & ((1 << HALF) - 1))
+        half = 1 << (HALVINGS - 1 - i)
+        below = popcount((kept >> at) & ((1 << half) - 1))
         beyond = k >= below
-        at = tl.where(beyond, at + HALF, at)
+        at = tl.where(beyond, at + half, at)
         k = tl.where(beyond, k - below, k)
     return at.to(tl.int32)
 
@@ -516,7 +520,9 @@ def columns_kernel(
     if GATHERS:
         code = scope_bits(c_ptr, scope, live, size, BITS)
         if WIDTH:
-            number = ((code[:, None] >> (k * WIDTH).to(tl.uint32)) & ((1 << WIDTH) - 1)).to(tl.int32)
+            number = ((code[:, None] >> (k * WIDTH).to(tl.uint32)) & ((1 << WIDTH) - 1)).to(
+                tl.int32
+            )
         else:
             number = _kept_numbers(tl.broadcast_to(code[:, None], (S, KEPT_WIDE)), k, WIDE)
         number = tl.minimum(number, OF - 1)  # also where the codes are damaged
@@ -528,7 +534,9 @@ def columns_kernel(
         if OF != WIDE:
             inside = inside & (j < OF)
         mask = tl.load(m_ptr + first * OF + j, mask=inside, other=0).to(tl.uint32)
-        mask = tl.sum(tl.where(mask != 0, tl.full((S, WIDE), 1, tl.uint32) << j.to(tl.uint32), 0), 1)
+        mask = tl.sum(
+            tl.where(mask != 0, tl.full((S, WIDE), 1, tl.uint32) << j.to(tl.uint32), 0), 1
+        )
         mask = mask.to(tl.uint32)
         count = popcount(mask)
         kept = mask

@@ -40,7 +40,7 @@ _ROWPAIR = tl.constexpr(ROWPAIR)
 
 INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 LARGEST_SCOPE = 32  # elements, for :func:`columns`: the kept ones are bits of a word
-MOST_PIECES = 2**31 - 2**16  # numbers of pieces and of scopes are 32-bit
+MOST_PIECES = MOST_SCOPES = 2**31 - 2**16  # their numbers are 32-bit
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,9 @@ def _piece(v_ptr, c_ptr, at, live, KIND: tl.constexpr, TILED: tl.constexpr):
     """Piece ``at`` in storage order, as two 64-bit words; of any form but rowpair16."""
     if KIND == _GROUPS:
         values = tl.load(v_ptr + at, mask=live, other=0)
+        byte = at
         if TILED:  # (tile, lane, half, 2)
             byte = (at >> 7) * 128 + ((at & 62) << 1) + ((at >> 5) & 2) + (at & 1)
-        else:
-            byte = at
         code = tl.load(c_ptr + byte, mask=live, other=0).to(tl.int64)
         return _spread(values, code & 15), _spread(values >> 32, code >> 4)
     elif KIND == _WORDS:
@@ -256,10 +255,9 @@ def pieces_kernel(
         at = tl.program_id(0) * (N * STEPS) + step * N + tl.arange(0, N)
         live = at < total
         low, high = _piece(v_ptr, c_ptr, at, live, KIND, TILED)
+        place = at.to(tl.int64)
         if TILED:  # storage order is by tiles, and row by row in each
             place = tile_place(at >> 7, (at >> 3) & 15, at & 7, pieces_a_row, 8)
-        else:
-            place = at
         store_piece(y_ptr, place, low, high, live)
 
 
@@ -410,10 +408,12 @@ def check_columns(scopes: int, values: Tensor, codes: Tensor, keep: int, of: int
         reason = f"{keep} of {of} elements; it takes 1 to {of - 1} of at most {LARGEST_SCOPE}"
     elif values.element_size() not in INTS:
         reason = f"elements of {values.element_size()} bytes; it takes 1, 2, 4 and 8"
-    elif scopes > MOST_PIECES:
+    elif scopes > MOST_SCOPES:
         reason = f"{scopes} scopes are too many"
     elif codes.numel() != math.ceil(scopes * bits / 8):
-        reason = f"{codes.numel()} bytes of codes are not those of {scopes} scopes of {keep} of {of}"
+        reason = (
+            f"{codes.numel()} bytes of codes are not those of {scopes} scopes of {keep} of {of}"
+        )
     elif codes.device != values.device:
         reason = f"values are on {values.device} and codes on {codes.device}"
     else:
@@ -437,10 +437,7 @@ def scope_bits(c_ptr, scope, live, size, BITS: tl.constexpr):
     BYTES: tl.constexpr = 1 if 8 % BITS == 0 else (BITS + SPARE + 7) // 8
     bit = scope.to(tl.int64) * BITS
     byte = bit >> 3
-    if BYTES > 4:
-        word = tl.zeros(scope.shape, tl.uint64)
-    else:
-        word = tl.zeros(scope.shape, tl.uint32)
+    word = tl.zeros(scope.shape, tl.uint64 if BYTES > 4 else tl.uint32)
     for i in tl.static_range(BYTES):
         piece = tl.load(c_ptr + byte + i, mask=live & (byte + i < size), other=0)
         word |= piece.to(word.dtype) << (8 * i)

@@ -4,19 +4,28 @@
 ``indices`` is a uint8 bit stream, least significant bit first, in one of two codes, whichever is
 smaller for the pattern (``BoundPattern.index_code``): the ascending block numbers of each scope
 (``index``, for few of many), or one bit for each block (``bitmap``).
+
+The torch code here is the reference, for any pattern on any device. On a CUDA device kernels take its
+place for the patterns of ``form_of`` and for N of M consecutive blocks; they give the same bytes.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from s3tensor.errors import CheckpointError, PatternError
 from s3tensor.mask import blocks_in, count, tile, top_blocks, untile
-from s3tensor.pattern import BoundPattern
+from s3tensor.pattern import BoundPattern, Pattern
 
 
-def pack(weight: Tensor, mask: Tensor, bound: BoundPattern) -> tuple[Tensor, Tensor]:
+def pack(
+    weight: Tensor, mask: Tensor, bound: BoundPattern, tiled: bool = False
+) -> tuple[Tensor, Tensor]:
     """Packed ``(values, indices)`` of ``weight * mask``.
 
     A scope that keeps fewer blocks than it may is filled with zero blocks, lowest index first.
@@ -25,6 +34,7 @@ def pack(weight: Tensor, mask: Tensor, bound: BoundPattern) -> tuple[Tensor, Ten
         weight: tensor of the bound shape.
         mask: bool tensor of the same shape, True where kept.
         bound: the pattern on that shape.
+        tiled: give both parts in tile order (``kernels/tiles.py``), for a pattern and shape that have one.
 
     Raises:
         PatternError: a mask of another shape, one that splits a block, or one over the budget.
@@ -36,20 +46,20 @@ def pack(weight: Tensor, mask: Tensor, bound: BoundPattern) -> tuple[Tensor, Ten
         )
     if mask.dtype != torch.bool:
         raise PatternError(f"a mask is bool, True where kept, got {mask.dtype}")
+    packed = _pack_by_kernel(weight, mask, bound, tiled)
+    if packed is not None:
+        return packed
+    if tiled:
+        values, indices = pack(weight, mask, bound)
+        return _reorder(values, bound, "tile_values"), _reorder(indices, bound, "tile_codes")
     tiles = tile(mask, bound)
     blocks = blocks_in(tiles)
     if bound.block_size > 1 and not torch.equal(tiles.all(-1), blocks):
-        raise PatternError(
-            f"the mask splits a block of {bound}: all {bound.block_size} weights of a block are kept or "
-            "pruned together; make masks with s3tensor.project"
-        )
+        raise _split(bound)
     per_scope = count(blocks)
     fewest, most = (int(n) for n in torch.stack(per_scope.aminmax()))
     if most > bound.keep:
-        raise PatternError(
-            f"the mask keeps {most} blocks in one scope of {bound}, at most {bound.keep} are allowed; "
-            "make masks with s3tensor.project"
-        )
+        raise _over_budget(most, bound)
     if fewest < bound.keep:  # fill up with zero blocks
         weight = torch.where(mask, weight, 0)
         blocks = top_blocks(blocks.to(torch.uint8), bound.keep)
@@ -60,12 +70,40 @@ def pack(weight: Tensor, mask: Tensor, bound: BoundPattern) -> tuple[Tensor, Ten
     return values, encode(numbers, blocks, bound)
 
 
-def unpack(values: Tensor, indices: Tensor, bound: BoundPattern) -> Tensor:
+def unpack(
+    values: Tensor,  # (scopes, keep, block_size)
+    indices: Tensor,  # (index_bytes,) uint8
+    bound: BoundPattern,
+    tiled: bool = False,  # both are in tile order
+) -> Tensor:
     """The dense, contiguous tensor of the bound shape that was packed."""
+    dense = _unpack_by_kernel(values, indices, bound, tiled)
+    if dense is not None:
+        return dense
+    if tiled:
+        values = _reorder(values, bound, "untile_values")
+        indices = _reorder(indices, bound, "untile_codes")
     tiles = values.new_zeros(bound.scopes, bound.blocks_per_scope, bound.block_size)
     numbers = block_indices(indices, bound).unsqueeze(-1)
     tiles.scatter_(1, numbers.expand(bound.packed_shape), values)
     return untile(tiles, bound)
+
+
+def gather(
+    dense: Tensor,  # of the bound shape
+    indices: Tensor,  # (index_bytes,) uint8
+    bound: BoundPattern,
+    tiled: bool = False,  # indices are in tile order, and so will the values be
+) -> Tensor:  # (scopes, keep, block_size), contiguous
+    """The packed values of ``dense`` at the blocks that ``indices`` record: the adjoint of unpack."""
+    values = _gather_by_kernel(dense, indices, bound, tiled)
+    if values is not None:
+        return values
+    if tiled:
+        values = gather(dense, _reorder(indices, bound, "untile_codes"), bound)
+        return _reorder(values, bound, "tile_values").contiguous()
+    numbers = block_indices(indices, bound).unsqueeze(-1).expand(bound.packed_shape)
+    return tile(dense, bound).gather(1, numbers).contiguous()
 
 
 def unpack_mask(indices: Tensor, bound: BoundPattern) -> Tensor:
@@ -150,6 +188,218 @@ def check_packed(
             f"{name}: the indices do not describe {bound.keep} distinct blocks in every scope of {bound}; "
             "the data is damaged"
         )
+
+
+def _split(bound: BoundPattern) -> PatternError:
+    return PatternError(
+        f"the mask splits a block of {bound}: all {bound.block_size} weights of a block are kept or "
+        "pruned together; make masks with s3tensor.project"
+    )
+
+
+def _over_budget(most: int, bound: BoundPattern) -> PatternError:
+    return PatternError(
+        f"the mask keeps {most} blocks in one scope of {bound}, at most {bound.keep} are allowed; "
+        "make masks with s3tensor.project"
+    )
+
+
+# What the kernels take --------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def form_of(bound: BoundPattern) -> str | None:
+    """The form with a tile order that this pattern is on this matrix, however it is spelled; or None.
+
+    It is one when both number the same elements alike: then their values and indices are the same bytes.
+
+    Example:
+        >>> form_of(Pattern.parse("block:1x2@2:4").bind((8, 16)))
+        'pair4:8'
+    """
+    if len(bound.shape) != 2:
+        return None
+    from s3tensor.kernels.tiles import FORMS  # type: ignore[import-not-found]
+
+    for form in FORMS:
+        pattern = Pattern.parse(form)
+        if all(n % pattern.step(dim)[0] == 0 for dim, n in enumerate(bound.shape)):
+            other = pattern.bind(bound.shape)
+            if bound.keep == other.keep and _order(bound) == _order(other):
+                return str(form)
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def columns_of(bound: BoundPattern) -> tuple[int, int] | None:
+    """``(n, m)`` where the pattern is N of M consecutive weights of a row of a matrix; else None.
+
+    Example:
+        >>> columns_of(Pattern.parse("4:8").bind((8, 16))), columns_of(Pattern.parse("2:4").bind((8, 16)))
+        ((4, 8), (2, 4))
+    """
+    of = bound.blocks_per_scope
+    if len(bound.shape) != 2 or bound.block_size != 1 or not _in_a_row(bound):
+        return None
+    return None if bound.shape[1] % of else (bound.keep, of)
+
+
+def _reorder(part: Tensor, bound: BoundPattern, how: str) -> Tensor:
+    """Values or indices from canonical order to tile order or back, by the function of that name."""
+    from s3tensor.kernels import tiles
+
+    form = form_of(bound)
+    if form is None:
+        raise PatternError(
+            f"{bound} has no tile order; only {', '.join(tiles.FORMS)} have one: leave tiled out"
+        )
+    return getattr(tiles, how)(part, form, *bound.shape)
+
+
+def _order(bound: BoundPattern) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """The offset of each scope, block and element, as the fewest (size, stride) modes: a normal form."""
+    sizes = len(bound.scope_grid), len(bound.scope), len(bound.block)
+    modes = list(zip(bound.tiles.shape, bound.tiles.stride, strict=True))
+    parts = []
+    for n in sizes:
+        part: list[tuple[int, int]] = []
+        for size, stride in modes[:n]:
+            if size == 1:
+                continue
+            if part and part[-1][1] == size * stride:
+                part[-1] = part[-1][0] * size, stride
+            else:
+                part.append((size, stride))
+        parts.append(tuple(part))
+        modes = modes[n:]
+    return tuple(parts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _in_a_row(bound: BoundPattern) -> bool:
+    """Whether the weight as it is stored is scope after scope, and each of them block after block."""
+    sizes, order = bound.axes
+    moved = [i for i in order if sizes[i] > 1]
+    return moved == sorted(moved)
+
+
+@functools.lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return torch.version.hip is None and importlib.util.find_spec("triton") is not None
+
+
+def _kernels(*tensors: Tensor) -> tuple[Any, Any] | None:
+    """The modules ``unpack`` and ``pack`` of the kernels, where they can take these tensors; else None."""
+    if not all(t.is_cuda for t in tensors) or torch.compiler.is_compiling() or not _has_triton():
+        return None
+    return _load_kernels() if _are_plain(*tensors) else None
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    """Whether these are memory of one device that nothing differentiates or traces."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return len({t.device for t in tensors}) == 1 and all(
+        type(t) in (Tensor, torch.nn.Parameter) for t in tensors
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _load_kernels() -> tuple[Any, Any] | None:
+    try:
+        from s3tensor.kernels import pack, unpack
+    except ImportError:  # a Triton that lacks what they need
+        return None
+    return unpack, pack
+
+
+def _unpack_by_kernel(
+    values: Tensor, indices: Tensor, bound: BoundPattern, tiled: bool
+) -> Tensor | None:
+    kernels = _kernels(values, indices)
+    if kernels is None or tuple(values.shape) != bound.packed_shape:
+        return None
+    unpack, _ = kernels
+    form = form_of(bound)
+    if form and unpack.refusal(form, values.element_size(), *bound.shape, tiled) is None:
+        rows, columns = bound.shape
+        return unpack.unpack(values, indices, form=form, rows=rows, columns=columns, tiled=tiled)
+    words = None if tiled else _as_words(values, bound, unpack)
+    if words is None:
+        return None
+    flat = unpack.columns(words, indices, keep=bound.keep, of=bound.blocks_per_scope)
+    return flat.view(values.dtype).reshape(bound.shape)
+
+
+def _gather_by_kernel(
+    dense: Tensor, indices: Tensor, bound: BoundPattern, tiled: bool
+) -> Tensor | None:
+    kernels = _kernels(dense, indices)
+    if kernels is None or tuple(dense.shape) != bound.shape:
+        return None
+    unpack, pack = kernels
+    form = form_of(bound)
+    if form and pack.refusal(form, dense.dtype, *bound.shape, tiled) is None:
+        values = pack.gather(dense, indices, form=form, tiled=tiled)
+        return values.reshape(bound.packed_shape)
+    words = None if tiled else _as_words(dense, bound, unpack)
+    if words is None:
+        return None
+    flat = pack.gather_columns(words, indices, keep=bound.keep, of=bound.blocks_per_scope)
+    return flat.view(dense.dtype).reshape(bound.packed_shape)
+
+
+def _pack_by_kernel(
+    weight: Tensor, mask: Tensor, bound: BoundPattern, tiled: bool
+) -> tuple[Tensor, Tensor] | None:
+    kernels = _kernels(weight, mask)
+    if kernels is None:
+        return None
+    unpack, pack = kernels
+    form = form_of(bound)
+    if form and pack.refusal(form, weight.dtype, *bound.shape, tiled) is None:
+        values, codes, flag = pack.pack(weight, mask, form=form, tiled=tiled)
+    elif (
+        not tiled
+        and bound.block_size == 1
+        and weight.dtype in pack.ELEMENTS
+        and _word(weight, bound, unpack)
+    ):
+        keep, of = bound.keep, bound.blocks_per_scope
+        values, codes, flag = pack.pack_columns(weight, mask, keep=keep, of=of)
+    else:
+        return None
+    status = int(flag)
+    if status == pack.SPLIT:
+        raise _split(bound)
+    if status:
+        raise _over_budget(status, bound)
+    return values.reshape(bound.packed_shape), codes
+
+
+def _word(t: Tensor, bound: BoundPattern, unpack: Any) -> torch.dtype | None:
+    """The integer of the size of a block, where the kernels of N of M consecutive ones take the pattern."""
+    of = bound.blocks_per_scope
+    if not _in_a_row(bound) or not bound.keep < of <= unpack.LARGEST_SCOPE:
+        return None
+    if bound.scopes > unpack.MOST_SCOPES:
+        return None
+    word: torch.dtype | None = unpack.INTS.get(bound.block_size * t.element_size())
+    return word
+
+
+def _as_words(t: Tensor, bound: BoundPattern, unpack: Any) -> Tensor | None:
+    """``t``, flat, in integers of the size of a block; None where the kernels do not take the pattern."""
+    word = _word(t, bound, unpack)
+    if word is None:
+        return None
+    flat = t.detach().reshape(-1)
+    if flat.data_ptr() % word.itemsize:
+        flat = flat.clone()
+    return flat.view(word)
+
+
+# Bit streams ------------------------------------------------------------------------------------------
 
 
 def _to_bytes(codes: Tensor, width: int) -> Tensor:
