@@ -13,6 +13,7 @@ that a scope keeps, where that is over the budget. It stays on the device: whoev
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -460,18 +461,25 @@ def _columns(
     scopes = check_columns(dense.numel() // of, dense, codes, keep, of)
     flat = dense.detach().reshape(-1).view(INTS[dense.element_size()])
     values = torch.empty(scopes * keep, dtype=dense.dtype, device=dense.device)
-    step = max(8, config.elements // triton.next_power_of_2(of))  # whole bytes of codes a program
-    width = index_width(keep, of)
-    bits = keep * width or of
-    together = 1 if bits % 8 == 0 else 2 if bits % 4 == 0 else 4 if bits % 2 == 0 else 8
+    constants = code_constants(keep, of)
+    step = max(8, config.elements // constants["WIDE"])  # whole bytes of codes a program
     with torch.cuda.device_of(dense):
         columns_kernel[(-(-scopes // step),)](
             flat, mask if gathers else mask.view(torch.uint8), values.view(flat.dtype), codes, flag,
-            scopes, codes.numel(), keep, of, triton.next_power_of_2(keep), triton.next_power_of_2(of),
-            width, together, triton.next_power_of_2(together * bits // 8), gathers,
-            dense.dtype in _FLOATS, step, num_warps=config.warps,
+            scopes, codes.numel(), KEEP=keep, OF=of, **constants, GATHERS=gathers,
+            SIGNED=dense.dtype in _FLOATS, S=step, num_warps=config.warps,
         )  # fmt: skip
     return values
+
+
+def code_constants(keep: int, of: int) -> dict[str, int]:
+    """What :func:`columns_kernel` has to know of ``keep`` of ``of``, beside them."""
+    width = index_width(keep, of)
+    bits = keep * width or of
+    together = 8 // math.gcd(bits, 8)
+    powers = {"KEPT_WIDE": keep, "WIDE": of, "BYTES_WIDE": together * bits // 8}
+    constants = {name: triton.next_power_of_2(n) for name, n in powers.items()}
+    return {**constants, "WIDTH": width, "TOGETHER": together}
 
 
 @triton.jit
