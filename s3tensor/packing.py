@@ -246,7 +246,7 @@ def columns_of(bound: BoundPattern) -> tuple[int, int] | None:
 
 def _reorder(part: Tensor, bound: BoundPattern, how: str) -> Tensor:
     """Values or indices from canonical order to tile order or back, by the function of that name."""
-    from s3tensor.kernels import tiles
+    from s3tensor.kernels import tiles  # type: ignore[import-not-found]
 
     form = form_of(bound)
     if form is None:

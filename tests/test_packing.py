@@ -6,16 +6,20 @@ import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from s3tensor.kernels import tiles
 from torch import Tensor
 
 import s3tensor as s3
 from s3tensor.errors import CheckpointError
-from s3tensor.mask import expand_blocks
+from s3tensor.mask import expand_blocks, tile
 from s3tensor.packing import (
     _from_bytes,
     _to_bytes,
     block_indices,
     check_packed,
+    columns_of,
+    form_of,
+    gather,
     pack,
     unpack,
     unpack_mask,
@@ -182,3 +186,101 @@ def test_a_mask_that_splits_a_block_is_refused() -> None:
     mask = torch.tensor([[True, False, True, True, False, False, False, False]])
     with pytest.raises(s3.PatternError, match="splits a block"):
         pack(torch.ones(1, 8), mask, Pattern.parse("pair4:8").bind((1, 8)))
+
+
+@given(packable())
+def test_gather_is_the_adjoint_of_unpack(case: tuple[BoundPattern, Tensor, Tensor]) -> None:
+    bound, weight, mask = case
+    values, indices = pack(weight, mask, bound)
+    assert torch.equal(gather(unpack(values, indices, bound), indices, bound), values)
+    numbers = torch.arange(weight.numel(), dtype=torch.float64).reshape(bound.shape)
+    gathered = gather(numbers, indices, bound)
+    assert gathered.shape == bound.packed_shape and gathered.is_contiguous()
+    dense = unpack(values.double(), indices, bound)
+    assert torch.equal(
+        (dense * numbers).flatten(), (unpack(gathered, indices, bound) * dense).flatten()
+    )
+
+
+@pytest.mark.parametrize("form", tiles.FORMS)
+def test_tile_order_is_packed_unpacked_and_gathered(form: tiles.Form) -> None:
+    bound = Pattern.parse(form).bind((32, 128))
+    weight = torch.randn(32, 128).bfloat16()
+    mask = s3.project(weight, form)
+    values, indices = pack(weight, mask, bound)
+    tiled = pack(weight, mask, bound, tiled=True)
+    assert torch.equal(tiled[0], tiles.tile_values(values, form, 32, 128))
+    assert torch.equal(tiled[1], tiles.tile_codes(indices, form, 32, 128))
+    assert torch.equal(unpack(*tiled, bound, tiled=True), torch.where(mask, weight, 0))
+    assert torch.equal(gather(weight, tiled[1], bound, tiled=True), tiled[0])
+
+
+def test_a_pattern_without_tile_order_is_refused_by_name() -> None:
+    bound = Pattern.parse("4:8").bind((16, 64))
+    weight = torch.ones(16, 64)
+    with pytest.raises(s3.PatternError, match="4:8 on 16x64 has no tile order"):
+        pack(weight, s3.project(weight, "4:8"), bound, tiled=True)
+
+
+# Forms ------------------------------------------------------------------------------------------------
+
+PAIRS_OF_ROWS = "view=(tile half r) k -> tile r half k; sizes=half:2,r:8; block=1,1,1,16; keep=1"
+PAIRS_16_APART = PAIRS_OF_ROWS.replace("r:8", "r:16")
+COUPLED = "view=m (t half p) -> m t p half; sizes=half:2,p:8; block=1,1,1,2; scope=1,1,4,1; keep=2"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape", "form"),
+    [
+        *((form, (32, 64), form) for form in tiles.FORMS),
+        *((Pattern.parse(form).parts, (32, 64), form) for form in tiles.FORMS),
+        ("block:1x2@2:4", (4, 8), "pair4:8"),
+        ("block=1,1; scope=1,4; keep=0.5", (4, 8), "2:4"),
+        ("unstructured@0.5", (8, 4), "2:4"),  # rows of four
+        ("view=m (g h) -> m g h; sizes=h:4; block=1,1,1; scope=1,1,4; keep=2", (4, 8), "2:4"),
+        (f"{PAIRS_OF_ROWS}; scope=1,1,2,1", (32, 64), "rowpair16"),
+        (COUPLED, (3, 48), "coupled2:4"),
+        # The same numbers, of other weights:
+        ("1:4", (8, 16), None),
+        ("4:8", (8, 16), None),
+        ("unstructured@0.5", (8, 16), None),
+        ("conv2:4", (8, 16, 1, 1), None),
+        ("block:1x2@1:4", (8, 16), None),
+        ("block:2x1@2:4", (8, 16), None),
+        ("block=1,1; scope=4,1; keep=2", (8, 16), None),  # down the columns
+        (f"{PAIRS_16_APART}; scope=1,1,2,1", (32, 64), None),
+        (COUPLED.replace("(t half p)", "(half t p)"), (3, 48), None),  # half a row apart
+        (COUPLED.replace("t p half; sizes=half:2,p:8", "t p half; sizes=half:2,p:16"), (3, 64), None),
+        (f"{PAIRS_OF_ROWS.replace('tile r half k', 'half r tile k')}; scope=2,1,1,1", (32, 64), None),
+    ],
+)  # fmt: skip
+def test_a_form_is_what_the_pattern_means_not_how_it_is_spelled(
+    pattern: str, shape: tuple[int, ...], form: str | None
+) -> None:
+    assert form_of(Pattern.parse(pattern).bind(shape)) == form
+
+
+@given(bound_patterns(max_elements=2048))
+def test_patterns_of_one_form_pack_to_the_same_bytes(bound: BoundPattern) -> None:
+    offsets = torch.arange(torch.Size(bound.shape).numel()).reshape(bound.shape)
+    alike = []
+    for form in tiles.FORMS:
+        try:
+            other = Pattern.parse(form).bind(bound.shape)
+        except s3.PatternError:
+            continue
+        if other.packed_shape == bound.packed_shape and other.density == bound.density:
+            alike += [form] if torch.equal(tile(offsets, bound), tile(offsets, other)) else []
+    assert form_of(bound) == (alike[0] if alike else None)
+
+
+@given(bound_patterns(max_elements=2048))
+def test_columns_are_n_of_m_neighbours_in_a_row(bound: BoundPattern) -> None:
+    columns = columns_of(bound)
+    of = bound.blocks_per_scope
+    flat = torch.arange(torch.Size(bound.shape).numel())
+    neighbours = bound.block_size == 1 and torch.equal(
+        tile(flat.reshape(bound.shape), bound).flatten(), flat
+    )
+    expected = len(bound.shape) == 2 and neighbours and bound.shape[-1] % of == 0
+    assert columns == ((bound.keep, of) if expected else None)
