@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from dataclasses import replace
 
 import torch
@@ -270,27 +271,54 @@ def _aligned(t: Tensor, alignment: int) -> Tensor:
 
 # Counters must be zero modulo 16 before a launch and are so again after it. Launches that may run at the
 # same time must not share them: each stream has its own, and each launch in a CUDA graph, for one graph
-# may be replayed on a stream while another one runs there.
+# may be replayed on a stream while another one runs there. All are parts of one arena of a device.
 _CELLS = 4096
 _ARENA = 2**20
 _by_stream: dict[tuple[int, int], Tensor] = {}
 _arena: dict[int, tuple[Tensor, int]] = {}
 
 
+def prepare(device: torch.device) -> None:
+    """Allocate the arena of a device, before a CUDA graph or its warm-up needs it."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _arena and not torch.cuda.is_current_stream_capturing():
+        # On a thread and a stream of its own: torch.compile's CUDA graphs warm up with a memory pool that
+        # takes the allocations of the current ones, and what outlives the warm-up there is an error.
+        thread = threading.Thread(target=_allocate, args=(index,))
+        thread.start()
+        thread.join()
+
+
+def _allocate(index: int) -> None:
+    with torch.cuda.device(index):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            cells = torch.zeros(_ARENA, dtype=torch.int32, device="cuda")
+        stream.synchronize()
+    _arena.setdefault(index, (cells, 0))
+
+
 def _cells(device: torch.device, count: int) -> Tensor:
     index = torch.cuda.current_device() if device.index is None else device.index
     if torch.cuda.is_current_stream_capturing():
-        arena, used = _arena.get(index, (None, 0))
-        if arena is None or used + count > arena.numel():
-            return torch.zeros(count, dtype=torch.int32, device=device)  # zeroed in the graph
-        _arena[index] = arena, used + count
-        return arena[used : used + count]
-    if index not in _arena:
-        _arena[index] = torch.zeros(_ARENA, dtype=torch.int32, device=device), 0
-        torch.cuda.synchronize(device)
+        cells = _take(index, count)
+        # zeroed in the graph, where there is no arena or no more of it
+        return torch.zeros(count, dtype=torch.int32, device=device) if cells is None else cells
+    prepare(device)
     key = index, torch.cuda.current_stream(device).cuda_stream
-    cells = _by_stream.get(key)
-    if cells is None or cells.numel() < count:
-        cells = torch.zeros(max(count, _CELLS), dtype=torch.int32, device=device)
-        _by_stream[key] = cells
-    return cells
+    held = _by_stream.get(key)
+    if held is None or held.numel() < count:
+        held = _take(index, max(count, _CELLS))
+        if held is None:
+            held = torch.zeros(max(count, _CELLS), dtype=torch.int32, device=device)
+        _by_stream[key] = held
+    return held
+
+
+def _take(index: int, count: int) -> Tensor | None:
+    """The next cells of the arena."""
+    arena, used = _arena.get(index, (None, 0))
+    if arena is None or used + count > arena.numel():
+        return None
+    _arena[index] = arena, used + count
+    return arena[used : used + count]

@@ -24,9 +24,9 @@ from torch import Tensor
 from s3tensor import paths
 from s3tensor.errors import NonFiniteError, PatternError
 from s3tensor.mask import project as project_mask
-from s3tensor.mask import tile
-from s3tensor.packing import block_indices
+from s3tensor.packing import gather as gather_blocks
 from s3tensor.packing import pack as pack_blocks
+from s3tensor.packing import unpack as unpack_blocks
 from s3tensor.pattern import BoundPattern, Pattern
 
 
@@ -98,7 +98,7 @@ def unpack(
     packed: Tensor, indices: Tensor, pattern: str, shape: Sequence[int], tiled: bool = False
 ) -> Tensor:
     """The dense, contiguous weight of ``shape``; ``tiled`` parts are in tile order."""
-    return paths.unpacked(packed, indices, _bound(pattern, shape), tiled).contiguous()
+    return unpack_blocks(packed, indices, _bound(pattern, shape), tiled).contiguous()
 
 
 @unpack.register_fake
@@ -116,11 +116,7 @@ def _(
 )
 def gather(dense: Tensor, indices: Tensor, pattern: str, tiled: bool = False) -> Tensor:
     """The packed values of ``dense`` at the blocks that ``indices`` record: the adjoint of unpack."""
-    bound = _bound(pattern, dense.shape)
-    if tiled:
-        return paths.gathered(dense, indices, bound)
-    numbers = block_indices(indices, bound).unsqueeze(-1).expand(bound.packed_shape)
-    return tile(dense, bound).gather(1, numbers).contiguous()
+    return gather_blocks(dense, indices, _bound(pattern, dense.shape), tiled)
 
 
 @gather.register_fake

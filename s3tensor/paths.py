@@ -27,9 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3tensor import timings
-from s3tensor.mask import tile
-from s3tensor.packing import block_indices
-from s3tensor.packing import unpack as unpack_blocks
+from s3tensor.packing import form_of, unpack
 from s3tensor.pattern import BoundPattern, Pattern
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -55,14 +53,6 @@ class Weight:
         return self.bound.shape[1] if self.transposed else self.bound.shape[0]
 
 
-@functools.lru_cache(maxsize=1024)
-def form_of(bound: BoundPattern) -> str | None:
-    for form in ("2:4", "coupled2:4", "pair4:8", "rowpair16"):
-        if bound.pattern == Pattern.parse(form):
-            return form
-    return None
-
-
 # tile order -------------------------------------------------------------------------------------------
 
 
@@ -86,7 +76,11 @@ def prefers_tiles(bound: BoundPattern, dtype: torch.dtype, device: torch.device)
         return False
     from s3tensor.kernels import tiles
 
-    return tiles.can_tile(*bound.shape)
+    if not tiles.can_tile(*bound.shape):
+        return False
+    if torch.cuda.is_available():  # else the device is that of a fake tensor
+        _matmul().prepare(device)
+    return True
 
 
 @functools.lru_cache(maxsize=1)
@@ -261,7 +255,7 @@ def _dense(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 def _scratch(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    scratch = unpacked(weight.packed, weight.indices, weight.bound, weight.tiled)
+    scratch = unpack(weight.packed, weight.indices, weight.bound, weight.tiled)
     return F.linear(x, scratch.t() if weight.transposed else scratch, bias).contiguous()
 
 
@@ -275,23 +269,6 @@ def _warn_scratch(pattern: str, dtype: torch.dtype, few: bool) -> None:
         UserWarning,
         stacklevel=2,
     )
-
-
-def unpacked(packed: Tensor, indices: Tensor, bound: BoundPattern, tiled: bool) -> Tensor:
-    """The dense, contiguous weight of the bound shape, from either order."""
-    if tiled:
-        packed, indices = to_tiles(packed, indices, bound, backwards=True)
-    return unpack_blocks(packed, indices, bound)
-
-
-def gathered(dense: Tensor, indices: Tensor, bound: BoundPattern) -> Tensor:
-    """Packed values, in tile order, of a dense tensor at the blocks that indices in tile order record."""
-    from s3tensor.kernels import tiles
-
-    form: Any = form_of(bound)
-    codes = tiles.untile_codes(indices, form, *bound.shape)
-    numbers = block_indices(codes, bound).unsqueeze(-1).expand(bound.packed_shape)
-    return tiles.tile_values(tile(dense, bound).gather(1, numbers), form, *bound.shape).contiguous()
 
 
 def _packed(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:

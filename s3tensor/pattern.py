@@ -143,6 +143,15 @@ class Pattern:
                 "(0, 1])"
             )
 
+    # Nothing in it changes, so a copy is itself: what holds a pattern compares it by identity, which is
+    # quick. torch.compile does so for each weight on each call.
+
+    def __copy__(self) -> Pattern:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Pattern:
+        return self
+
     @property
     def rule(self) -> ViewRule:
         """The parsed view rule, also of the identity."""

@@ -108,6 +108,10 @@ class StructuredSparseTensor(Tensor):
         self.tiled = tiled
         self.dense = dense
         self.vendor = vendor
+        # Made once, for a compiled graph asks for it several times in each call.
+        copies = [name for name in ("dense", "vendor") if getattr(self, name) is not None]
+        context = (self.pattern, shape, transposed, tiled)
+        self._flat = ["packed", "indices", *copies], context
 
     # making one ---------------------------------------------------------------------------------------
 
@@ -292,9 +296,7 @@ class StructuredSparseTensor(Tensor):
     # what torch asks of it ----------------------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        copies = [name for name in ("dense", "vendor") if getattr(self, name) is not None]
-        context = (self.pattern, self.bound_shape, self.transposed, self.tiled)
-        return ["packed", "indices", *copies], context
+        return self._flat
 
     @classmethod
     def __tensor_unflatten__(

@@ -363,7 +363,6 @@ def _function_addmm(
 
 
 _set_data_of = Tensor.data.__set__  # type: ignore[attr-defined]  # Tensor.data is a descriptor
-_PARTS = ("packed", "indices", "pattern", "bound_shape", "transposed", "tiled", "dense", "vendor")
 
 
 @function(_set_data_of)
@@ -373,7 +372,8 @@ def _set_data(target: Tensor, source: Tensor) -> None:
         raise refusal("Tensor.data", "the new data must be compressed, like the old")
     with torch._C.DisableTorchFunctionSubclass():
         _set_data_of(target, source)
-    vars(target).update({name: vars(source)[name] for name in _PARTS})
+    held = vars(target)
+    held.update({name: part for name, part in vars(source).items() if name in held})
 
 
 @function(Tensor.apply_, Tensor.map_, Tensor.map2_)

@@ -245,7 +245,7 @@ def test_only_copies_that_pay_are_kept(measured: Timings, monkeypatch: pytest.Mo
     [
         ("2:4", "2:4"),
         ("block=1,1; scope=1,4; keep=2", "2:4"),
-        ("block=1,1; scope=1,4; keep=0.5", None),  # the same by density is not the same pattern
+        ("block=1,1; scope=1,4; keep=0.5", "2:4"),
         ("1:4", None),
         ("4:8", None),
         ("pair4:8", "pair4:8"),
