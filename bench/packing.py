@@ -1,0 +1,401 @@
+"""Between dense and packed: answers checked, then microseconds, GB/s and the ratio to a device copy.
+
+    python bench/packing.py            # unpack, pack and gather, and unpack followed by cuBLAS
+    python bench/packing.py --tune     # every configuration of every kernel, the best first
+
+Each time is the median of CUDA graph replays over enough copies (450 MB read and written) that nothing is
+found in L2; every copy has an output of its own. GB/s counts each byte of values, codes, mask and dense
+weight once; of rowpair16 ``pack`` reads the kept rows only, and only those count. The rivals are the torch
+code of ``s3tensor.packing`` and, for 2:4, torch's own conversions; as they may wait for the device, they
+run without a graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from s3tensor.kernels import pack as pack_kernels
+from s3tensor.kernels import tiles
+from s3tensor.kernels import unpack as unpack_kernels
+
+import s3tensor as s3
+from s3tensor import packing
+from s3tensor.pattern import BoundPattern, Pattern
+
+SHAPES = "4096x4096,14336x4096,2560x9728,28672x8192"
+PACK_SHAPE = (14336, 4096)
+TUNE_SHAPES = ((4096, 4096), (14336, 4096))
+OF = ((1, 4), (4, 8), (8, 16))
+BATCHES = (128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation: its name, pattern and order, and the configurations it may run under."""
+
+    what: str  # unpack, pack or gather
+    pattern: str
+    tiled: bool = False
+
+    @property
+    def configs(self) -> list[Any]:
+        if self.pattern not in tiles.FORMS:
+            kind = unpack_kernels.Columns if self.what == "unpack" else pack_kernels.PackColumns
+            return [kind(n, warps) for n in (1024, 2048, 4096, 8192) for warps in (4, 8)]
+        if self.what == "unpack":
+            return [unpack_kernels.Unpack(n, k) for n in (128, 256, 512) for k in (1, 2, 4)]
+        return [pack_kernels.Pack(n) for n in (128, 256, 512)]
+
+    def call(self, data: Data, config: Any = None) -> Any:
+        keep, of = data.bound.keep, data.bound.blocks_per_scope
+        form: Any = self.pattern
+        rows, columns = data.bound.shape
+        if self.pattern in tiles.FORMS:
+            if self.what == "unpack":
+                return unpack_kernels.unpack(
+                    data.values, data.codes, form=form, rows=rows, columns=columns,
+                    tiled=self.tiled, config=config,
+                )  # fmt: skip
+            if self.what == "pack":
+                return pack_kernels.pack(
+                    data.weight, data.mask, form=form, tiled=self.tiled, config=config
+                )
+            return pack_kernels.gather(
+                data.weight, data.codes, form=form, tiled=self.tiled, config=config
+            )
+        if self.what == "unpack":
+            return unpack_kernels.columns(
+                data.values, data.codes, keep=keep, of=of, config=config
+            ).reshape(rows, columns)
+        if self.what == "pack":
+            return pack_kernels.pack_columns(
+                data.weight, data.mask, keep=keep, of=of, config=config
+            )
+        return pack_kernels.gather_columns(data.weight, data.codes, keep=keep, of=of, config=config)
+
+    def moved(self, data: Data) -> int:
+        """Bytes read and written."""
+        packed = data.values.nbytes + data.codes.nbytes
+        if self.what == "unpack":
+            return packed + data.weight.nbytes
+        if (
+            self.what == "gather"
+        ):  # all sectors of the dense tensor but those of rows that are not kept
+            rows = 2 if self.pattern == "rowpair16" else 1
+            return packed + data.weight.nbytes // rows
+        rows = 2 if self.pattern == "rowpair16" else 1
+        return packed + data.mask.nbytes + data.weight.nbytes // rows
+
+
+@dataclass
+class Data:
+    """A weight that satisfies its pattern, its mask and its packed parts."""
+
+    bound: BoundPattern
+    weight: Tensor
+    mask: Tensor
+    values: Tensor
+    codes: Tensor
+
+    def copy(self) -> Data:
+        return Data(self.bound, *(t.clone() for t in self.tensors))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.weight, self.mask, self.values, self.codes
+
+
+def make(pattern: str, rows: int, columns: int, tiled: bool) -> Data:
+    bound = Pattern.parse(pattern).bind((rows, columns))
+    weight = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+    mask = s3.project(weight, pattern)
+    weight = torch.where(mask, weight, 0)
+    with by_torch():
+        values, codes = packing.pack(weight, mask, bound, tiled=tiled)
+    return Data(bound, weight, mask, values, codes)
+
+
+class by_torch:
+    """Let ``packing`` use its torch code alone."""
+
+    def __enter__(self) -> None:
+        self.kernels = packing._kernels
+        packing._kernels = lambda *tensors: None  # type: ignore[assignment]
+
+    def __exit__(self, *error: object) -> None:
+        packing._kernels = self.kernels
+
+
+def check(case: Case, data: Data, config: Any = None) -> None:
+    """Stop unless the kernel gives the reference's bytes."""
+    found = case.call(data, config)
+    if case.what == "unpack":
+        good = torch.equal(found, data.weight)
+    elif case.what == "pack":
+        good = not int(found[2]) and torch.equal(found[0], data.values.flatten())
+        good = good and torch.equal(found[1], data.codes)
+    else:
+        good = torch.equal(found, data.values.flatten())
+    if not good:
+        raise SystemExit(f"wrong: {case} on {data.bound} {config}")
+
+
+def microseconds(call: Callable[[int], Any], copies: int, repeats: int) -> float:
+    """Median time of ``call(i)`` over graph replays of all copies in turn, each with its own output."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(min(copies, 3)):
+            call(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call(i) for i in range(copies)]
+    times = []
+    for _ in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / copies)
+    del outputs
+    return statistics.median(times[3:])
+
+
+def eager_microseconds(call: Callable[[], Any], repeats: int = 5) -> float:
+    """Median time of a call outside a graph, with what it waits for."""
+    call()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1000)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a device copy, read and write counted."""
+    source = torch.randn(2**29, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / microseconds(lambda _: torch.neg(source, out=target), 1, 9) * 1e6
+
+
+def rivals(case: Case, data: Data) -> dict[str, float]:
+    """Microseconds of what else does the same; what fails is left out, with a line that says why."""
+    calls: dict[str, Callable[[], Any]] = {}
+
+    def reference() -> Any:
+        with by_torch():
+            if case.what == "unpack":
+                return packing.unpack(data.values, data.codes, data.bound)
+            if case.what == "pack":
+                return packing.pack(data.weight, data.mask, data.bound)
+            return packing.gather(data.weight, data.codes, data.bound)
+
+    if not case.tiled:
+        calls["torch_us"] = reference
+    if case.pattern == "2:4" and not case.tiled and case.what == "pack":
+        calls["cslt_compress_us"] = lambda: torch._cslt_compress(data.weight)
+        calls["semi_structured_us"] = lambda: torch.sparse.to_sparse_semi_structured(data.weight)
+    if case.pattern == "2:4" and not case.tiled and case.what == "unpack":
+        calls["semi_structured_us"] = lambda made=[]: _semi_structured(data, made)
+    found = {}
+    for name, call in calls.items():
+        try:
+            found[name] = eager_microseconds(call)
+        except Exception as error:
+            print(f"  no {name}: {str(error)[:100]}")
+    return found
+
+
+def _semi_structured(data: Data, made: list[Any]) -> Tensor:
+    """torch's own semi-structured tensor, CUTLASS's form of it, back to dense."""
+    if not made:
+        kind = torch.sparse.SparseSemiStructuredTensorCUTLASS
+        made.append(kind.from_dense(data.weight))
+    return made[0].to_dense()
+
+
+def cases() -> Iterator[tuple[Case, tuple[int, int]]]:
+    shapes = [tuple(int(n) for n in shape.split("x")) for shape in SHAPES.split(",")]
+    for form in tiles.FORMS:
+        for tiled in (True, False):
+            for shape in shapes:
+                yield Case("unpack", form, tiled), shape  # type: ignore[misc]
+    for what in ("pack", "gather"):
+        for form in tiles.FORMS:
+            for tiled in (False, True):
+                yield Case(what, form, tiled), PACK_SHAPE
+    for keep, of in OF:
+        for what in ("unpack", "pack", "gather"):
+            yield Case(what, f"{keep}:{of}"), PACK_SHAPE
+
+
+def compile_one(job: tuple[Case, Any]) -> str | None:
+    """Compile a kernel into the cache on disk, by running it on a small weight."""
+    case, config = job
+    try:
+        case.call(make(case.pattern, 32, 128, case.tiled), config)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{case} {config}: {type(error).__name__}: {str(error)[:160]}"
+    return None
+
+
+def measure(
+    case: Case, data: Data, options: argparse.Namespace, copy: float
+) -> list[dict[str, Any]]:
+    """Rows of the table, the fastest configuration first."""
+    rows, columns = data.bound.shape
+    moved = case.moved(data)
+    copies = max(2, math.ceil(options.megabytes * 1e6 / moved))
+    all_data = [data] + [data.copy() for _ in range(copies - 1)]
+    found: list[dict[str, Any]] = []
+    for config in case.configs if options.tune else [None]:
+        try:
+            check(case, data, config)
+            us = microseconds(
+                lambda i, config=config: case.call(all_data[i], config), copies, options.repeats
+            )
+        except RuntimeError as error:
+            print(f"  {case} {config}: {str(error)[:120]}")
+            continue
+        row = {
+            "what": case.what, "pattern": case.pattern, "tiled": case.tiled, "rows": rows,
+            "columns": columns, "config": str(config), "us": us, "gb_per_s": moved / us / 1e3,
+            "of_copy": moved / us * 1e6 / copy,
+        }  # fmt: skip
+        found.append(row)
+    found.sort(key=lambda row: row["us"])
+    if not options.tune and (rows, columns) == PACK_SHAPE:
+        found[0] |= rivals(case, data)
+    for row in found[: options.best] if options.tune else found:
+        others = "  ".join(f"{k[:-3]} {v:.0f} us" for k, v in row.items() if k[-3:] == "_us")
+        print(
+            f"{case.what:6} {case.pattern:10} {'tiles' if case.tiled else 'rows ':5} {rows}x{columns}: "
+            f"{row['us']:7.2f} us {row['gb_per_s']:5.0f} GB/s = {row['of_copy']:.2f} of a copy  "
+            f"{others}{row['config'] if options.tune else ''}",
+            flush=True,
+        )
+    return found
+
+
+def with_cublas(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """``F.linear`` on a weight that is unpacked for each call, beside the dense weight."""
+    found = []
+    case = Case("unpack", "2:4", tiled=True)
+    for shape in SHAPES.split(","):
+        rows, columns = (int(n) for n in shape.split("x"))
+        data = make("2:4", rows, columns, tiled=True)
+        check(case, data)
+        copies = max(2, math.ceil(options.megabytes * 1e6 / data.weight.nbytes))
+        all_data = [data] + [data.copy() for _ in range(copies - 1)]
+        line = []
+        for batch in BATCHES:
+            x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
+
+            def dense(i: int, x: Tensor = x, weights: list[Data] = all_data) -> None:
+                F.linear(x, weights[i].weight)
+
+            def packed(i: int, x: Tensor = x, weights: list[Data] = all_data) -> None:
+                F.linear(x, case.call(weights[i]))  # one scratch for all, as in a model
+
+            times = microseconds(dense, copies, 5), microseconds(packed, copies, 5)
+            found.append(
+                {
+                    "what": "unpack and cuBLAS", "pattern": "2:4", "rows": rows,
+                    "columns": columns, "batch": batch, "dense_us": times[0], "us": times[1],
+                    "ratio": times[0] / times[1],
+                }
+            )  # fmt: skip
+            line.append(f"{batch}: {times[1]:.0f} / {times[0]:.0f} = {times[0] / times[1]:.2f}x")
+        print(f"unpack + cuBLAS / dense, us, 2:4 {shape}  " + "  ".join(line), flush=True)
+        del data, all_data, dense, packed
+        torch.cuda.empty_cache()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tune", action="store_true", help="time every configuration")
+    parser.add_argument("--best", type=int, default=3, help="rows to print of each, with --tune")
+    parser.add_argument("--megabytes", type=float, default=450, help="to rotate over")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="stop at the next weight after that"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="JSON file; default bench/results/packing-DEVICE.json"
+    )
+    options = parser.parse_args()
+    began = time.time()
+    device = torch.cuda.get_device_name()
+    work = list(cases())
+    if options.tune:
+        work = [
+            (case, shape)
+            for case, at in work
+            if at == PACK_SHAPE
+            for shape in (TUNE_SHAPES if case.what == "unpack" else (PACK_SHAPE,))
+        ]
+    jobs = dict.fromkeys(
+        (case, config) for case, _ in work for config in (case.configs if options.tune else [None])
+    )
+    processes = max(1, min(15, (os.cpu_count() or 2) - 1))
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for error in pool.imap_unordered(compile_one, jobs, chunksize=2):
+            if error:
+                print("cannot run", error, flush=True)
+    copy = copy_bandwidth()
+    print(f"{device}, copy {copy / 1e9:.0f} GB/s, compiled in {time.time() - began:.0f} s")
+    record: dict[str, Any] = {
+        "device": device, "torch": torch.__version__, "triton": __import__("triton").__version__,
+        "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d"), "copy_gb_per_s": copy / 1e9,
+        "rows": [],
+    }  # fmt: skip
+    name = f"packing-{device.replace(' ', '-')}{'-tune' if options.tune else ''}.json"
+    out = options.out or Path(__file__).parent / "results" / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    data: tuple[Any, Data] | None = None
+    for case, shape in work:
+        if time.time() - began > options.seconds:
+            print(f"stopped before {case} {shape}")
+            break
+        key = case.pattern, case.tiled, shape
+        if data is None or data[0] != key:
+            data = None
+            torch.cuda.empty_cache()
+            data = key, make(case.pattern, *shape, case.tiled)
+        record["rows"] += measure(case, data[1], options, copy)
+        out.write_text(json.dumps(record, indent=1) + "\n")
+    if not options.tune:
+        data = None
+        record["rows"] += with_cublas(options)
+        out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
