@@ -187,7 +187,22 @@ def measure(
     for n in batches:
         x = torch.randn(n, columns, device="cuda", dtype=DTYPES[dtype])
         exact = torch.cat([x.double() @ part.double().t() for part in weight.split(4096)], 1)
-        dense_us = microseconds(lambda i, x=x: F.linear(x, dense[i]), len(dense), options.repeats)
+        before, extra_us = x, 0.0
+        if options.chain:
+            before = x.neg()
+            extra_us = microseconds(
+                lambda _, x=x, before=before: torch.neg(before, out=x), copies, options.repeats
+            )
+
+        def make_x(x: Tensor = x, before: Tensor = before) -> None:
+            if options.chain:
+                torch.neg(before, out=x)
+
+        def dense_call(i: int, x: Tensor = x, make_x: Callable[[], None] = make_x) -> Tensor:
+            make_x()
+            return F.linear(x, dense[i])
+
+        dense_us = microseconds(dense_call, len(dense), options.repeats) - extra_us
         sparse_us = None
         if form == "2:4" and n >= 16 and not options.tune:
             sparse_us = rival_sparse(dense, x, options.repeats)
@@ -197,8 +212,13 @@ def measure(
         ):
 
             def call(
-                i: int, x: Tensor = x, config: Any = config, overlap: bool = overlap
+                i: int,
+                x: Tensor = x,
+                config: Any = config,
+                overlap: bool = overlap,
+                make_x: Callable[[], None] = make_x,
             ) -> Tensor:
+                make_x()
                 return matmul.linear(
                     x, *packed[i], None, form=form, rows=rows, columns=columns, tiled=True,
                     overlap=overlap, config=config,
@@ -207,7 +227,7 @@ def measure(
             try:
                 y = call(0)
                 error = ((y.double() - exact).norm() / exact.norm()).item()
-                us = microseconds(call, copies, options.repeats)
+                us = microseconds(call, copies, options.repeats) - extra_us
             except Exception as failure:
                 if not options.tune:
                     raise
@@ -247,6 +267,11 @@ def main() -> None:
     parser.add_argument("--dtypes", default="bfloat16")
     parser.add_argument("--overlap", choices=("no", "yes", "both"), default="both")
     parser.add_argument("--tune", action="store_true", help="time every cut of the work")
+    parser.add_argument(
+        "--chain",
+        action="store_true",
+        help="an elementwise kernel makes x before each product, as in a model; its time is taken off",
+    )
     parser.add_argument("--best", type=int, default=3, help="rows to print of each, with --tune")
     parser.add_argument("--megabytes", type=float, default=450, help="of weights to rotate over")
     parser.add_argument("--repeats", type=int, default=9)
@@ -281,8 +306,7 @@ def main() -> None:
         "read_gb_per_s": read / 1e9, "rows": [],
     }  # fmt: skip
     out = (
-        options.out
-        or Path(__file__).parent / "results" / f"matmul-{device.replace(' ', '-')}.json"
+        options.out or Path(__file__).parent / "results" / f"matmul-{device.replace(' ', '-')}.json"
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     for form, dtype, shape in itertools.product(forms, dtypes, shapes):

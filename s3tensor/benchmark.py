@@ -374,12 +374,7 @@ def _twin(weight: paths.Weight) -> paths.Weight:
 def _path(weight: StructuredSparseTensor, batch: int) -> str:
     if weight.device.type != "cuda":
         return "scratch" if weight.dense is None else "dense"
-    parts = paths.Weight(
-        *(weight.packed, weight.indices, weight.bound, weight.tiled),
-        dense=weight.dense,
-        vendor=weight.vendor,
-    )
-    return paths.choose(parts, batch, graph=True)
+    return paths.choose(weight.as_parts(), batch, graph=True)
 
 
 # time -------------------------------------------------------------------------------------------------

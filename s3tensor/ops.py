@@ -230,28 +230,45 @@ def linear(
         RuntimeError: sizes, dtypes or devices that do not belong together, as ``F.linear`` does.
     """
     bound = _bound(pattern, shape)
-    _check_linear(x, packed, bias, bound, transposed)
-    weight = paths.Weight(packed, indices, bound, tiled, transposed, dense)
-    return paths.linear(x, weight, bias, "scratch" if dense is None else "dense")
-
-
-@linear.register_kernel("cuda")
-def _(
-    x: Tensor,
-    packed: Tensor,
-    indices: Tensor,
-    bias: Tensor | None,
-    pattern: str,
-    shape: Sequence[int],
-    transposed: bool,
-    tiled: bool = False,
-    dense: Tensor | None = None,
-    vendor: Tensor | None = None,
-) -> Tensor:
-    bound = _bound(pattern, shape)
-    _check_linear(x, packed, bias, bound, transposed)
     weight = paths.Weight(packed, indices, bound, tiled, transposed, dense, vendor)
-    return paths.linear(x, weight, bias)
+    return linear_now(x, weight, bias)
+
+
+def linear_now(x: Tensor, weight: paths.Weight, bias: Tensor | None) -> Tensor:
+    """What :func:`linear` computes, without the dispatcher: for plain tensors that nothing traces."""
+    packed, shape = weight.packed, weight.bound.shape
+    sound = x.ndim and len(shape) == 2 and x.shape[-1] == shape[0 if weight.transposed else 1]
+    sound = sound and x.dtype == packed.dtype and x.device == packed.device
+    sound = sound and packed.shape == weight.bound.packed_shape
+    if (
+        not sound or bias is not None
+    ):  # the whole check, which takes the host longer, for its messages
+        _check_linear(x, packed, bias, weight.bound, weight.transposed)
+    if x.is_cuda:
+        return paths.linear(x, weight, bias)
+    return paths.linear(x, weight, bias, "scratch" if weight.dense is None else "dense")
+
+
+def nothing_watches(*tensors: Tensor | None) -> bool:
+    """Whether eager code may compute with the tensors at once: no gradient, mode, transform or autocast.
+
+    Two passes through the dispatcher cost the host 70 us, which is more than a small product takes a GPU.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None:
+            if type(tensor) not in _PLAIN or (grad and tensor.requires_grad):
+                return False
+            if torch.is_autocast_enabled(tensor.device.type):
+                return False
+    return True
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @linear.register_fake

@@ -49,8 +49,10 @@ class Weight:
     vendor: Tensor | None = None  # cuSPARSELt's
 
     @property
-    def out_features(self) -> int:
-        return self.bound.shape[1] if self.transposed else self.bound.shape[0]
+    def features(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        out, into = self.bound.shape
+        return (into, out) if self.transposed else (out, into)
 
 
 # tile order -------------------------------------------------------------------------------------------
@@ -239,7 +241,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, path: str | None = No
         path: a path of :func:`possible`; by default :func:`choose` decides.
     """
     if x.numel() == 0:
-        empty = x.new_zeros(*x.shape[:-1], weight.out_features)
+        empty = x.new_zeros(*x.shape[:-1], weight.features[0])
         return empty if bias is None else empty + bias
     batch = x.numel() // x.shape[-1]
     if path is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
@@ -181,6 +182,11 @@ class StructuredSparseTensor(Tensor):
             return self.packed, self.indices
         return paths.to_tiles(self.packed, self.indices, self.bound, backwards=True)
 
+    def as_parts(self) -> paths.Weight:
+        """The weight as :mod:`s3tensor.paths` takes it."""
+        order = self.tiled, self.transposed
+        return paths.Weight(self.packed, self.indices, self.bound, *order, self.dense, self.vendor)
+
     def in_order(self, tiled: bool | None = None) -> StructuredSparseTensor:
         """The weight with its parts in tile order or in canonical order; by default as its device likes.
 
@@ -265,7 +271,7 @@ class StructuredSparseTensor(Tensor):
     @property
     def bound(self) -> BoundPattern:
         """The pattern on the shape as packed (``bound.shape``; reversed when ``transposed``)."""
-        return self.pattern.bind(self.bound_shape)
+        return _bound(self.pattern, self.pattern.name, self.bound_shape)
 
     @property
     def density(self) -> float:
@@ -397,6 +403,14 @@ class StructuredSparseTensor(Tensor):
         if rule is None:
             raise refusal(func)
         return rule(func, args, kwargs or {})
+
+
+@functools.lru_cache(maxsize=1024)
+def _bound(pattern: Pattern, name: str, shape: tuple[int, ...]) -> BoundPattern:
+    del name  # a key: equal patterns keep their own spelling
+    return pattern.bind(
+        shape
+    )  # cached there too, behind checks of a shape that is known to be sound here
 
 
 def refusal(func: Any, why: str = "") -> UnsupportedOpError:

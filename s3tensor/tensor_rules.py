@@ -304,7 +304,15 @@ def _combine(bias: Tensor, product: Tensor, beta: Any, alpha: Any) -> Tensor:
 def _function_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not is_sparse(weight) or is_sparse(input) or is_sparse(bias):
         raise refusal(F.linear, "only the weight may be compressed")
-    return ops.product(input, weight, bias)
+    return _multiply(input, weight, bias)
+
+
+def _multiply(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+    """``F.linear``: at once where nothing watches, else by the op."""
+    watched = weight.requires_grad and torch.is_grad_enabled()
+    if not watched and ops.nothing_watches(x, bias, weight.packed):
+        return ops.linear_now(x, weight.as_parts(), bias)
+    return ops.product(x, weight, bias)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -312,10 +320,10 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     if is_sparse(left) == is_sparse(right):
         raise refusal(torch.matmul, "both operands are compressed")
     if is_sparse(right):
-        return ops.product(left, right.t(), None)
+        return _multiply(left, right.t(), None)
     if right.ndim == 1:
-        return ops.product(right, left, None)
-    return ops.product(right.mT, left, None).mT
+        return _multiply(right, left, None)
+    return _multiply(right.mT, left, None).mT
 
 
 @function(torch.matmul, Tensor.matmul, Tensor.__matmul__)
@@ -358,7 +366,7 @@ def _function_addmm(
     if is_sparse(input):
         raise refusal(torch.addmm, "only one of the factors may be compressed")
     if is_sparse(mat2) and not is_sparse(mat1) and beta == 1 and alpha == 1 and input.ndim == 1:
-        return ops.product(mat1, mat2.t(), input)
+        return _multiply(mat1, mat2.t(), input)
     return _combine(input, _product(mat1, mat2), beta, alpha)
 
 
