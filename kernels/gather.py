@@ -94,7 +94,7 @@ def x_columns(x_ptr, sx, row, last, column, live, BN: tl.constexpr, EVEN: tl.con
 
 @triton.jit
 def _values(pointers, run, p, live, P: tl.constexpr):
-    """The values of each lane's run, P neighbours: one 16-byte load."""
+    """Values of each lane's run of P, the neighbours ``p``: one load of up to 16 bytes."""
     return tl.load(
         pointers[:, :, :, None] + (run[:, :, :, None] * P + p),
         mask=live[:, :, :, None],
@@ -131,10 +131,11 @@ def gather_kernel(
 ):
     R: tl.constexpr = 32 // LANES
     P: tl.constexpr = UNITS * KEEP
-    VECTOR: tl.constexpr = P & (P - 1) == 0
     WIDTH: tl.constexpr = UNITS * (KEEP * BITS if BITS else GROUP)  # code bits of a run
     WORD: tl.constexpr = CODES if CODES >= 8 else (32 if CODES else 8)
     DTYPE: tl.constexpr = v_ptr.dtype.element_ty
+    FULL: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    V: tl.constexpr = P & -P if P & -P < FULL else FULL  # values of a load
     INT: tl.constexpr = tl.int16 if DTYPE.primitive_bitwidth == 16 else tl.int32
     batches = tl.cdiv(N, BN)
     pn = tl.program_id(0) % batches
@@ -149,8 +150,8 @@ def gather_kernel(
     c_row = bits // WORD
     c_rest = (bits % WORD).to(tl.int32)
     live = run < runs
-    if VECTOR:
-        p = tl.arange(0, P)[None, None, None, :]
+    p = tl.arange(0, V)[None, None, None, :]
+    if V == P:  # a step ahead
         v = _values(row_values, run, p, live, P)
     c = _code_window(c_ptr, c_row, c_rest, run * WIDTH, live, end, CODES, WIDTH)
     acc = tl.zeros([WK, R, LANES, BN], tl.float32)
@@ -158,15 +159,14 @@ def gather_kernel(
         run_next = run + WK * LANES
         live_next = run_next < runs
         c_next = _code_window(c_ptr, c_row, c_rest, run_next * WIDTH, live_next, end, CODES, WIDTH)
-        if VECTOR:
+        if V == P:
             v_next = _values(row_values, run_next, p, live_next, P)
-            words = v.to(INT, bitcast=True)
         for i in tl.static_range(P):
-            if VECTOR:  # names a register: the sum of it and zeros folds away
-                value = tl.sum(tl.where(p == i, words, 0).to(tl.int32), 3)
-                value = value.to(INT).to(DTYPE, bitcast=True)
-            else:
-                value = tl.load(row_values + (run * P + i), mask=live, other=0.0)
+            if V < P and i % V == 0:
+                v = _values(row_values + i, run, p, live, P)
+            # Names a register: the sum of it and zeros folds away.
+            word = tl.sum(tl.where(p == i % V, v.to(INT, bitcast=True), 0).to(tl.int32), 3)
+            value = word.to(INT).to(DTYPE, bitcast=True)
             if BITS:
                 j = ((c >> (i * BITS)) & ((1 << BITS) - 1)).to(tl.int32) + i // KEEP * GROUP
             else:  # the lowest one's place is the exponent of that power of two
@@ -179,7 +179,7 @@ def gather_kernel(
         run = run_next
         live = live_next
         c = c_next
-        if VECTOR:
+        if V == P:
             v = v_next
     total = tl.sum(tl.sum(acc, 0), 1)  # (R, BN)
     rows = pm * R + tl.arange(0, R)

@@ -1,14 +1,17 @@
 """Kernels for any N:M and for blocks: numbers on a CPU, compilation where Triton is, numbers on a GPU.
 
-On a CPU the plain Triton kernels run in Triton's interpreter, in a process of its own, for it is chosen when
-Triton is imported. It does not know Gluon: ``Tile`` and ``Pointer`` below are what runs ``runs_kernel`` as
-ordinary Python, on torch tensors, and they refuse a read out of bounds.
+On a CPU the plain Triton kernels run in Triton's interpreter. It does not know Gluon: ``runs_kernel`` runs
+as ordinary Python on ``Tile`` and ``Pointer`` below, which refuse an address out of bounds.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -250,3 +253,251 @@ def test_runs_are_expanded_to_the_dense_product(
         words = x.view(torch.int32), values.view(-1).view(torch.int32)
         runs_on_cpu(config, *words, indices, bias, y, keep, group, bits)
         close(y, x, dense, bias)
+
+
+# Triton's interpreter ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The plain Triton kernels, and what they call, run in Triton's interpreter."""
+    pytest.importorskip("triton", reason="needs Triton")
+    from s3tensor.kernels import blocks, gather
+    from triton import language
+    from triton.runtime import interpreter
+    from triton.runtime.jit import JITFunction
+
+    # A function that an interpreted one calls leaves the language patched.
+    places = (language, language.core, language.core.tensor, language.math)
+    before = [dict(vars(place)) for place in places]
+    for module in (language, language.standard, gather, blocks):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                monkeypatch.setattr(module, name, interpreter.InterpretedFunction(value.fn))
+    patch = interpreter._patch_lang_tensor
+
+    def with_loops(tensor: Any, scope: Any) -> None:  # numpy 2.4 makes no int of an array of one
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_loops)
+    yield
+    monkeypatch.undo()
+    for place, names in zip(places, before, strict=True):
+        for name, value in list(vars(place).items()):
+            if name not in names:
+                delattr(place, name)
+            elif value is not names[name]:
+                setattr(place, name, names[name])
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("pattern", "rows", "columns", "n", "batch"),
+    [
+        ("1:4", 9, 256, 1, 1), ("1:4", 3, 36, 3, 2), ("4:8", 8, 264, 5, 4), ("2:4", 8, 256, 2, 2),
+        ("2:8", 11, 200, 1, 1), ("3:8", 5, 88, 9, 8), ("8:16", 5, 160, 1, 1), ("16:32", 4, 96, 2, 2),
+        ("1:32", 4, 320, 1, 1), ("3:5", 7, 45, 3, 4), ("1:3", 7, 51, 1, 1), ("31:32", 2, 64, 1, 1),
+    ],
+)  # fmt: skip
+def test_a_gather_of_columns_is_the_dense_product(
+    pattern: str, rows: int, columns: int, n: int, batch: int, dtype: torch.dtype
+) -> None:
+    from s3tensor.kernels import columns as column_kernels
+    from s3tensor.kernels.gather import Gather
+
+    bound, values, indices, dense = random_packed(pattern, rows, columns, dtype)
+    x = torch.randn(n, columns + 5).to(dtype)[:, 3:-2]
+    bias = torch.randn(rows).to(dtype)
+    y = column_kernels.launch(
+        Gather(2, batch),
+        x,
+        values,
+        indices,
+        bias,
+        bound.keep,
+        bound.blocks_per_scope,
+        rows,
+        columns,
+    )
+    close(y, x, dense, bias)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("pattern", "rows", "columns"),
+    [
+        ("block:16x16@0.5", 32, 128), ("block:32x32@0.5", 64, 160), ("block:16x16@0.05", 16, 1024),
+        ("block:4x4@0.5", 12, 40), ("block:24x24@0.5", 48, 96), ("block:16x1@0.5", 32, 64),
+        ("block:8x3@0.4", 16, 45), ("block:1x4@0.5", 3, 64), ("block:48x128@0.5", 48, 512),
+    ],
+)  # fmt: skip
+def test_blocks_give_the_dense_product(
+    pattern: str, rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    from s3tensor.kernels import blocks
+    from s3tensor.kernels.blocks import Blocks
+
+    bound, values, indices, dense = random_packed(pattern, rows, columns, dtype)
+    for n, config in ((1, Blocks(2, 16, 32, 8, 1)), (9, Blocks(1, 32, 64, 16, 3))):
+        x = torch.randn(n, columns + 5).to(dtype)[:, 3:-2]
+        bias = torch.randn(rows).to(dtype)
+        y = blocks.launch(config, x, values, indices, bias, *bound.block, bound.keep, rows)
+        close(y, x, dense, bias)
+
+
+def test_code_bytes_are_those_of_the_pattern() -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    from s3tensor.kernels import blocks
+    from s3tensor.kernels import columns as column_kernels
+
+    for group in range(2, 33):
+        for keep in range(1, group):
+            bound = Pattern.parse(f"{keep}:{group}").bind((5, 3 * group))
+            bits = bound.index_bits if bound.index_code == "index" else 0
+            assert column_kernels.index_bits(keep, group) == bits
+            assert column_kernels.code_bytes(keep, group, *bound.shape) == bound.index_bytes
+    for density in (0.02, 0.1, 0.5, 0.9):
+        bound = Pattern.parse(f"block:4x8@{density}").bind((20, 1000))
+        bits = bound.index_bits if bound.index_code == "index" else 0
+        assert blocks.index_bits(bound.keep, bound.blocks_per_scope) == bits
+        assert blocks.code_bytes(4, 8, bound.keep, *bound.shape) == bound.index_bytes
+
+
+# Compilation ------------------------------------------------------------------------------------------
+
+
+def compiled(
+    kernel: Any, source_of: Any, pointers: dict[str, str], constants: dict[str, Any], arch: int
+) -> str:
+    """SASS of a kernel for ``sm_<arch>``, after a check that nothing spills; needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    warps = constants.pop("num_warps")
+    names = kernel.arg_names
+    signature = {
+        name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names
+    }
+    aligned = {"x_ptr", "v_ptr", "y_ptr", "M", "sx", "runs"}
+    source = source_of(
+        kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
+    )
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True).stdout
+    assert built.metadata.shared <= 99 * 1024  # of a program on any GPU from sm_80 on
+    # No spills; but a register that is idle within the loop may wait in memory.
+    assert len(re.findall(r"\bSTL", sass)) <= 1 and len(re.findall(r"\bLDL", sass)) <= 1
+    return sass
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "codes", "batch", "even", "arch"),
+    [
+        ((1, 4, 2, 8), "bf16", 16, 1, True, 90), ((4, 8, 0, 2), "fp16", 16, 4, True, 80),
+        ((2, 8, 3, 4), "bf16", 1, 8, False, 90), ((2, 4, 2, 2), "fp32", 8, 8, True, 80),
+        ((2, 4, 2, 2), "fp32", 8, 8, True, 90), ((3, 8, 0, 1), "bf16", 0, 2, False, 80),
+        ((16, 32, 0, 1), "fp32", 32, 2, False, 90),
+    ],
+)  # fmt: skip
+def test_gather_compiles_to_wide_loads(
+    form: tuple[int, int, int, int], dtype: str, codes: int, batch: int, even: bool, arch: int
+) -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    from s3tensor.kernels.gather import gather_kernel
+    from triton.compiler import ASTSource
+
+    words = {0: "*u8", 1: "*i32", 8: "*u8", 16: "*i16", 32: "*i32"}[codes]
+    values = {
+        "x_ptr": f"*{dtype}",
+        "v_ptr": f"*{dtype}",
+        "b_ptr": f"*{dtype}",
+        "y_ptr": f"*{dtype}",
+    }
+    constants = dict(zip(("KEEP", "GROUP", "BITS", "UNITS"), form, strict=True))
+    constants |= {"CODES": codes, "WK": 8, "LANES": 4, "BN": batch, "num_warps": 8}
+    constants |= {"EVEN": even, "BIAS": not even}
+    sass = compiled(gather_kernel, ASTSource, {"c_ptr": words, **values}, constants, arch)
+    if form[0] != 3:  # a run of three values has no wide loads
+        assert len(re.findall(r"LDG\.E\.(EF\.)?128", sass)) >= 2  # of a step and the one before
+    assert (
+        len(re.findall(r"BAR\.SYNC", sass)) <= 4
+    )  # none in the loop, only for the sum of the warps
+
+
+@pytest.mark.parametrize(
+    ("form", "codes", "cut", "dtype", "even", "arch"),
+    [
+        ((4, 8, 0, 16), 16, (8, 1, 2, 8, True), "bf16", True, 80),
+        ((4, 8, 0, 16), 16, (4, 2, 2, 32, False), "bf16", False, 90),
+        ((8, 16, 0, 16), 16, (4, 1, 2, 16, False), "fp16", False, 80),
+        ((8, 16, 0, 16), 16, (8, 1, 2, 8, True), "bf16", True, 90),
+        ((1, 4, 2, 32), 16, (8, 1, 1, 8, True), "bf16", True, 90),
+        ((2, 8, 3, 32), 1, (4, 1, 1, 16, False), "bf16", False, 80),
+        ((4, 16, 4, 32), 32, (4, 1, 1, 32, False), "fp16", True, 90),
+        ((1, 2, 1, 16), 8, (4, 2, 1, 32, False), "bf16", False, 90),
+    ],
+)
+def test_runs_compile_to_wide_loads_and_tensor_cores(
+    form: tuple[int, int, int, int], codes: int, cut: tuple[Any, ...], dtype: str, even: bool, arch: int
+) -> None:  # fmt: skip
+    pytest.importorskip("triton.experimental.gluon", reason="needs Triton with Gluon")
+    from s3tensor.kernels.runs import runs_kernel
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    words = {1: "*i32", 8: "*u8", 16: "*i16", 32: "*i32"}[codes]
+    pointers = {"x_ptr": "*i32", "v_ptr": "*i32", "c_ptr": words, "b_ptr": f"*{dtype}"}
+    constants = dict(zip(("KEEP", "GROUP", "BITS", "RUN"), form, strict=True))
+    constants |= dict(zip(("WK", "TILES", "UNITS", "BN", "AHEAD"), cut, strict=True))
+    constants |= {"CODES": codes, "EVEN": even, "BIAS": not even, "num_warps": cut[0]}
+    pointers["y_ptr"] = f"*{dtype}"
+    sass = compiled(runs_kernel, GluonASTSource, pointers, constants, arch)
+    _, tiles, units, batch, _ = cut
+    assert len(re.findall(r"HMMA\.16816\.F32", sass)) == tiles * units * form[3] // 4 * batch // 8
+    assert len(re.findall(r"LDG\.E\.128", sass)) >= 4 * tiles * units  # a step's values, twice
+    assert "PRMT" in sass
+
+
+@pytest.mark.parametrize(
+    ("block", "dtype", "n", "bits", "arch"),
+    [((16, 16), "bf16", 1, 0, 80), ((32, 32), "bf16", 16, 0, 90), ((64, 64), "fp16", 64, 6, 80),
+     ((32, 32), "bf16", 32, 0, 90), ((16, 16), "fp32", 8, 0, 80), ((16, 16), "fp32", 64, 8, 90),
+     ((24, 24), "fp16", 4, 0, 90), ((16, 1), "bf16", 4, 0, 90)],
+)  # fmt: skip
+def test_blocks_compile_to_tensor_cores_and_copies_to_shared_memory(
+    block: tuple[int, int], dtype: str, n: int, bits: int, arch: int
+) -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    from s3tensor.kernels import blocks
+    from triton.compiler import ASTSource
+
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    cut = blocks.choose(types[dtype], n, 4096, 132)
+    height = min(cut.rows, 1 << (block[0] - 1).bit_length())
+    piece = min(block[1] & -block[1], cut.columns)
+    values = {
+        "x_ptr": f"*{dtype}",
+        "v_ptr": f"*{dtype}",
+        "b_ptr": f"*{dtype}",
+        "y_ptr": f"*{dtype}",
+    }
+    constants = {
+        "R": block[0], "C": block[1], "PIECE": piece, "BITS": bits, "CHUNK": 256, "WK": cut.warps,
+        "BR": height, "NP": cut.columns // piece, "BN": cut.batch, "STAGES": cut.stages,
+        "EVEN": block[0] % height == 0, "BIAS": False, "num_warps": cut.warps,
+    }  # fmt: skip
+    pointers = {"c_ptr": "*u8", "numbers_ptr": "*i32", **values}
+    sass = compiled(blocks.blocks_kernel, ASTSource, pointers, constants, arch)
+    assert ("HMMA" in sass) == (dtype != "fp32")
+    assert "TF32" not in sass
+    if block[1] >= 8:
+        assert "LDGSTS" in sass and re.search(r"LDGSTS\.E\.(\w+\.)*128", sass)
