@@ -5,9 +5,9 @@
 
 Each time is the median of CUDA graph replays over enough copies (450 MB read and written) that nothing is
 found in L2; every copy has an output of its own. GB/s counts each byte of values, codes, mask and dense
-weight once; of rowpair16 ``pack`` reads the kept rows only, and only those count. The rivals are the torch
-code of ``s3tensor.packing`` and, for 2:4, torch's own conversions; as they may wait for the device, they
-run without a graph.
+weight once; of rowpair16 and of blocks only what is kept is read of the dense weight, and counts. The
+rivals are the torch code of ``s3tensor.packing`` and, for 2:4, torch's own conversions; as they may wait
+for the device, they run without a graph.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from s3tensor.pattern import BoundPattern, Pattern
 SHAPES = "4096x4096,14336x4096,2560x9728,28672x8192"
 PACK_SHAPE = (14336, 4096)
 TUNE_SHAPES = ((4096, 4096), (14336, 4096))
-OF = ((1, 4), (4, 8), (8, 16))
+OTHERS = ("1:4", "4:8", "8:16")
+BLOCKS = ("block:16x16@0.5", "block:32x32@0.5")
 BATCHES = (128, 256, 512, 1024, 2048, 4096)
 
 
@@ -56,6 +57,8 @@ class Case:
 
     @property
     def configs(self) -> list[Any]:
+        if self.pattern in BLOCKS:
+            return [None]
         if self.pattern not in tiles.FORMS:
             kind = unpack_kernels.Columns if self.what == "unpack" else pack_kernels.PackColumns
             return [kind(n, warps) for n in (1024, 2048, 4096, 8192) for warps in (4, 8)]
@@ -67,6 +70,10 @@ class Case:
         keep, of = data.bound.keep, data.bound.blocks_per_scope
         form: Any = self.pattern
         rows, columns = data.bound.shape
+        if self.pattern in BLOCKS:  # with the torch code that reads the indices
+            if self.what == "unpack":
+                return packing.unpack(data.values, data.codes, data.bound)
+            return packing.gather(data.weight, data.codes, data.bound).flatten()
         if self.pattern in tiles.FORMS:
             if self.what == "unpack":
                 return unpack_kernels.unpack(
@@ -248,16 +255,19 @@ def cases() -> Iterator[tuple[Case, tuple[int, int]]]:
         for form in tiles.FORMS:
             for tiled in (False, True):
                 yield Case(what, form, tiled), PACK_SHAPE
-    for keep, of in OF:
+    for pattern in OTHERS:
         for what in ("unpack", "pack", "gather"):
-            yield Case(what, f"{keep}:{of}"), PACK_SHAPE
+            yield Case(what, pattern), PACK_SHAPE
+    for pattern in BLOCKS:
+        for what in ("unpack", "gather"):
+            yield Case(what, pattern), PACK_SHAPE
 
 
 def compile_one(job: tuple[Case, Any]) -> str | None:
     """Compile a kernel into the cache on disk, by running it on a small weight."""
     case, config = job
     try:
-        case.call(make(case.pattern, 32, 128, case.tiled), config)
+        case.call(make(case.pattern, 64, 128, case.tiled), config)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{case} {config}: {type(error).__name__}: {str(error)[:160]}"

@@ -1,7 +1,8 @@
 """From dense to packed, at the bandwidth of memory: plain Triton, values as bits.
 
 ``pack``, ``pack_columns``      a weight and its mask to values, codes and a flag that tells a wrong mask
-``gather``, ``gather_columns``  the values of a dense tensor at the places that codes record
+``gather``, ``gather_columns``, ``gather_blocks``  the values of a dense tensor at the places that codes
+                                record
 
 A thread makes 16 bytes of values. Of 2:4, coupled2:4 and pair4:8 that is a unit of 16 columns: the mask of
 a scope becomes four bits by a multiplication, and its code comes from a table of 16 nibbles in one 64-bit
@@ -26,8 +27,10 @@ from .unpack import (
     INTS,
     LARGEST_SCOPE,
     MOST_PIECES,
+    Modes,
     check_columns,
     index_width,
+    launch_blocks,
     load_piece,
     longs,
     packed_row,
@@ -445,6 +448,18 @@ def gather_columns(
     if of < 1 or dense.numel() % of:
         raise ValueError(f"gather: {dense.numel()} elements are not a multiple of {of}")
     return _columns(dense, codes, codes, codes, keep, of, True, config)
+
+
+def gather_blocks(
+    dense: Tensor,
+    slots: Tensor,  # (scopes, blocks) int32: which of the kept blocks each is, or -1
+    shape: tuple[int, int, int],  # (scopes, keep, block_size)
+    modes: Modes,
+) -> Tensor:  # of ``shape``
+    """The blocks of ``dense`` that ``slots`` name, bit for bit; arguments and errors as ``unpack.blocks``."""
+    values = torch.empty(shape, dtype=dense.dtype, device=dense.device)
+    launch_blocks(values, slots, dense.contiguous(), modes, gathers=True)
+    return values
 
 
 def _columns(

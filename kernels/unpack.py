@@ -2,6 +2,7 @@
 
 ``unpack``   the four forms that have a tile order, from either order
 ``columns``  N of M consecutive elements, for any M up to 32 and elements of 1 to 8 bytes
+``blocks``   blocks of any layout whose runs in a row are whole pieces of 16 bytes
 
 A thread of ``unpack`` makes a piece: 16 bytes of the dense weight, from 8 bytes of values (16 of
 rowpair16, for two pieces) and a code. As a program has as many pieces in a step as it has threads, every
@@ -485,3 +486,100 @@ def columns_kernel(
     if OF != WIDE:
         live = live & (j < OF)
     tl.store(y_ptr + first * OF + tl.arange(0, WIDE)[None, :], value, mask=live)
+
+
+# Blocks of whole pieces -------------------------------------------------------------------------------
+
+# Of each mode of the dense weight, slowest first: its size, and what a step along it adds to the number of
+# the scope, of the block in its scope and of the piece in its block.
+Modes = tuple[tuple[int, int, int, int], ...]
+MOST_MODES = 5
+
+
+def blocks(
+    values: Tensor,  # (scopes, keep, block_size)
+    slots: Tensor,  # (scopes, blocks) int32: which of the kept blocks each is, or -1
+    shape: tuple[int, ...],
+    modes: Modes,  # of the dense weight in pieces of 16 bytes
+) -> Tensor:  # of ``shape``
+    """The dense tensor of packed blocks; each piece is written once, and read if its block is kept.
+
+    Raises:
+        ValueError: sizes that do not belong together, or over :data:`MOST_MODES` modes.
+    """
+    dense = torch.empty(shape, dtype=values.dtype, device=values.device)
+    launch_blocks(values, slots, dense, modes, gathers=False)
+    return dense
+
+
+def launch_blocks(
+    values: Tensor, slots: Tensor, dense: Tensor, modes: Modes, gathers: bool
+) -> None:
+    """Fill ``dense`` from ``values``, or with ``gathers`` values from dense; both contiguous."""
+    total = dense.numel() * dense.element_size() // 16
+    if (
+        len(modes) > MOST_MODES
+        or math.prod(mode[0] for mode in modes) != total
+        or total > MOST_PIECES
+        or slots.dtype != torch.int32
+    ):
+        raise ValueError(f"blocks: {tuple(slots.shape)} slots and modes {modes} of {total} pieces")
+    padded = ((1, 0, 0, 0),) * (MOST_MODES - len(modes)) + tuple(modes)
+    numbers = [n for size, *steps in padded for n in (size, *steps)][
+        1:
+    ]  # the first has what is left
+    _, keep, block_size = values.shape
+    threads = Unpack().threads
+    with torch.cuda.device_of(values):
+        blocks_kernel[(-(-total // threads),)](
+            longs(values), slots, longs(dense), total, slots.shape[1], keep,
+            block_size * values.element_size() // 16, *numbers, gathers, threads,
+            num_warps=threads // 32,
+        )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "total", "blocks", "keep", "pieces", "scope0", "block0", "piece0", "size1", "scope1", "block1",
+        "piece1", "size2", "scope2", "block2", "piece2", "size3", "scope3", "block3", "piece3", "size4",
+        "scope4", "block4", "piece4",
+    ]
+)  # fmt: skip
+def blocks_kernel(
+    v_ptr,
+    slot_ptr,
+    y_ptr,
+    total,  # pieces of the dense tensor
+    blocks,  # of a scope
+    keep,
+    pieces,  # of a block
+    scope0, block0, piece0,
+    size1, scope1, block1, piece1,
+    size2, scope2, block2, piece2,
+    size3, scope3, block3, piece3,
+    size4, scope4, block4, piece4,
+    GATHERS: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) * N + tl.arange(0, N)
+    live = at < total
+    q4 = at // size4
+    q3 = q4 // size3
+    q2 = q3 // size2
+    c0 = q2 // size1
+    c4 = at - q4 * size4
+    c3 = q4 - q3 * size3
+    c2 = q3 - q2 * size2
+    c1 = q2 - c0 * size1
+    scope = c0 * scope0 + c1 * scope1 + c2 * scope2 + c3 * scope3 + c4 * scope4
+    block = c0 * block0 + c1 * block1 + c2 * block2 + c3 * block3 + c4 * block4
+    piece = c0 * piece0 + c1 * piece1 + c2 * piece2 + c3 * piece3 + c4 * piece4
+    slot = tl.load(slot_ptr + scope.to(tl.int64) * blocks + block, mask=live, other=-1)
+    kept = live & (slot >= 0) & (slot < keep)
+    place = (scope.to(tl.int64) * keep + slot) * pieces + piece
+    if GATHERS:
+        low, high = load_piece(y_ptr, at, kept)
+        store_piece(v_ptr, place, low, high, kept)
+    else:
+        low, high = load_piece(v_ptr, place, kept)
+        store_piece(y_ptr, at, low, high, live)

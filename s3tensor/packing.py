@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from s3tensor.errors import CheckpointError, PatternError
+from s3tensor.layout import Layout
 from s3tensor.mask import blocks_in, count, tile, top_blocks, untile
 from s3tensor.pattern import BoundPattern, Pattern
 
@@ -324,7 +325,12 @@ def _unpack_by_kernel(
     if form and unpack.refusal(form, values.element_size(), *bound.shape, tiled) is None:
         rows, columns = bound.shape
         return unpack.unpack(values, indices, form=form, rows=rows, columns=columns, tiled=tiled)
-    words = None if tiled else _as_words(values, bound, unpack)
+    if tiled:
+        return None
+    modes = _modes(bound, values.element_size())
+    if modes is not None and len(modes) <= unpack.MOST_MODES:
+        return unpack.blocks(values, _slots(indices, bound), bound.shape, modes)
+    words = _as_words(values, bound, unpack)
     if words is None:
         return None
     flat = unpack.columns(words, indices, keep=bound.keep, of=bound.blocks_per_scope)
@@ -342,7 +348,12 @@ def _gather_by_kernel(
     if form and pack.refusal(form, dense.dtype, *bound.shape, tiled) is None:
         values = pack.gather(dense, indices, form=form, tiled=tiled)
         return values.reshape(bound.packed_shape)
-    words = None if tiled else _as_words(dense, bound, unpack)
+    if tiled:
+        return None
+    modes = _modes(bound, dense.element_size())
+    if modes is not None and len(modes) <= unpack.MOST_MODES:
+        return pack.gather_blocks(dense, _slots(indices, bound), bound.packed_shape, modes)
+    words = _as_words(dense, bound, unpack)
     if words is None:
         return None
     flat = pack.gather_columns(words, indices, keep=bound.keep, of=bound.blocks_per_scope)
@@ -397,6 +408,52 @@ def _as_words(t: Tensor, bound: BoundPattern, unpack: Any) -> Tensor | None:
     if flat.data_ptr() % word.itemsize:
         flat = flat.clone()
     return flat.view(word)
+
+
+@functools.lru_cache(maxsize=1024)
+def _modes(bound: BoundPattern, itemsize: int) -> tuple[tuple[int, int, int, int], ...] | None:
+    """The dense weight in pieces of 16 bytes, as the fewest modes; None where a piece leaves a block.
+
+    Of each mode, slowest first: its size, and what a step along it adds to the number of the scope, of the
+    block in its scope and of the piece in its block.
+    """
+    grids = bound.scope_grid, bound.scope, bound.block
+    steps = [
+        tuple(step if kind == part else 0 for part in range(3))
+        for kind, grid in enumerate(grids)
+        for step in Layout.row_major(grid).stride
+    ]
+    sizes, order = bound.axes
+    modes: list[tuple[int, int, int, int]] = []
+    for place, size in enumerate(sizes):
+        if size == 1:
+            continue
+        scope, block, inside = steps[order.index(place)]
+        if modes and modes[-1][1:] == (size * scope, size * block, size * inside):
+            size *= modes.pop()[0]
+        modes.append((size, scope, block, inside))
+    per_piece = 16 // itemsize
+    if not modes or modes[-1][1:] != (0, 0, 1) or modes[-1][0] % per_piece or itemsize > 16:
+        return None
+    if any(inside % per_piece for *_, inside in modes[:-1]):
+        return None
+    pieces = [(*mode[:3], mode[3] // per_piece) for mode in modes[:-1]]
+    last = modes[-1][0] // per_piece
+    return (*pieces, (last, 0, 0, 1)) if last > 1 else tuple(pieces) or ((1, 0, 0, 0),)
+
+
+def _slots(indices: Tensor, bound: BoundPattern) -> Tensor:
+    """Which of the kept blocks of its scope each block is, or -1: (scopes, blocks_per_scope) int32.
+
+    Nothing here waits for the device, as ``block_numbers`` does, so that a CUDA graph can record it.
+    """
+    if bound.index_code == "bitmap":
+        kept = _bitmap(indices, bound)
+        return torch.where(kept, kept.cumsum(-1, dtype=torch.int32) - 1, -1)
+    numbers = block_indices(indices, bound)
+    slots = numbers.new_full((bound.scopes, bound.blocks_per_scope), -1, dtype=torch.int32)
+    order = torch.arange(bound.keep, dtype=torch.int32, device=indices.device)
+    return slots.scatter_(1, numbers, order.expand(numbers.shape))
 
 
 # Bit streams ------------------------------------------------------------------------------------------

@@ -44,6 +44,13 @@ OF = (
     (1, 4, BF16), (2, 4, F32), (3, 4, U8), (4, 8, BF16), (8, 16, BF16), (1, 2, F64), (3, 5, BF16),
     (5, 7, F32), (2, 8, U8), (3, 8, F16), (1, 32, BF16), (16, 32, F64), (13, 31, BF16),
 )  # fmt: skip
+BLOCKS = (
+    "block:4x16@0.5",
+    "block:8x32@0.3/tensor",
+    "block:16x8@1:3",
+    "row@0.5",
+    "head:8x2@0.5/input",
+)
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -261,7 +268,9 @@ def test_any_pattern_packs_to_the_bytes_of_the_reference(kind: str, data: st.Dat
     """Also patterns that no kernel takes, masks with room to spare and views of larger tensors."""
     if kind == "cpu" and not INTERPRETED:
         pytest.skip("runs in the interpreter")
-    of_a_form = st.sampled_from((*FORMS, "block:1x2@2:4", "block:1x4@3:8", "2:4", "7:9")).flatmap(
+    of_a_form = st.sampled_from(
+        (*FORMS, "block:1x2@2:4", "block:1x4@3:8", "2:4", "7:9", *BLOCKS)
+    ).flatmap(
         lambda name: st.tuples(st.integers(1, 3), st.integers(1, 3)).map(
             lambda n: Pattern.parse(name).bind((16 * n[0], 288 * n[1]))
         )
@@ -313,12 +322,15 @@ def test_what_has_a_kernel_runs_on_it(device: str) -> None:
         ("2:4", torch.float64, "columns"),
         ("3:8", torch.bfloat16, "columns"),
         ("block:1x4@2:8", torch.float16, "columns"),
+        ("block:8x16@0.5", torch.bfloat16, "blocks"),
+        ("row@0.5", torch.bfloat16, "blocks"),
+        ("rowpair16", torch.float64, "blocks"),
         ("unstructured@0.5", torch.bfloat16, None),
     ):
         bound, weight, mask = some_weight(pattern, (16, 64), dtype)
         values, indices = (t.to(device) for t in packing.pack(weight, mask, bound))
         with by_kernels(device):
-            for other in ("unpack", "columns"):
+            for other in ("unpack", "columns", "blocks"):
 
                 def unpacked(v: Tensor = values, i: Tensor = indices, b: Any = bound) -> None:
                     packing.unpack(v, i, b)
@@ -372,6 +384,27 @@ def test_sizes_that_do_not_belong_together_are_refused_by_name(device: str) -> N
         pack_kernels.pack_columns(eight_bits, eight_bits.bool(), keep=2, of=4)
 
 
+# Blocks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [U8, BF16, F64])
+@pytest.mark.parametrize("pattern", BLOCKS)
+def test_blocks_are_the_reference(pattern: str, dtype: torch.dtype, device: str) -> None:
+    bound, weight, mask = some_weight(pattern, (48, 96), dtype, full=False)
+    values, indices = packing.pack(weight, mask, bound)
+    dense, gathered = packing.unpack(values, indices, bound), packing.gather(weight, indices, bound)
+    modes = packing._modes(bound, weight.element_size())
+    if modes is None:
+        assert dtype == U8 and bound.block[1] % 16  # a piece of 16 bytes is in no block
+        return
+    slots = packing._slots(indices, bound).to(device)
+    shape = bound.packed_shape
+    assert same(unpack_kernels.blocks(values.to(device), slots, (48, 96), modes), dense)
+    assert same(pack_kernels.gather_blocks(weight.to(device), slots, shape, modes), gathered)
+    with pytest.raises(ValueError, match="of 1 pieces"):
+        unpack_kernels.blocks(values.to(device), slots, (16 // dtype.itemsize,), modes)
+
+
 # On a GPU only ----------------------------------------------------------------------------------------
 
 
@@ -386,7 +419,7 @@ def test_tensors_that_are_differentiated_or_on_two_devices_take_the_reference() 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pattern", [*FORMS, "3:8", "8:16"])
+@pytest.mark.parametrize("pattern", [*FORMS, "3:8", "8:16", "block:16x16@0.5", "row@0.1"])
 def test_graphs_replay_unpack_and_gather(pattern: str) -> None:
     bound, weight, mask = some_weight(pattern, (64, 256), torch.bfloat16)
     values, indices = (t.cuda() for t in packing.pack(weight, mask, bound))
@@ -501,6 +534,16 @@ def test_pack_and_gather_compile_to_wide_loads_and_stores(form: tiles.Form, arch
         loads = 1 if form == "rowpair16" else 2
         assert len(re.findall(r"LDG\.E\.128", sass)) == (loads if gathers else 3)
         assert registers(usage) <= 40
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("gathers", [False, True])
+def test_blocks_compile_to_wide_loads_and_stores(gathers: bool, arch: int) -> None:
+    pointers = {"v_ptr": "*i64", "slot_ptr": "*i32", "y_ptr": "*i64"}
+    constants = {"GATHERS": gathers, "N": 256}
+    sass, usage = compiled(unpack_kernels.blocks_kernel, pointers, constants, 8, arch)
+    assert len(re.findall(r"STG\.E\.128", sass)) == len(re.findall(r"LDG\.E\.128", sass)) == 1
+    assert registers(usage) <= 32
 
 
 @pytest.mark.parametrize("arch", [80, 90])
