@@ -485,7 +485,10 @@ def compiled(
             subprocess.run([tool, option, file.name], capture_output=True, text=True).stdout
             for option in ("-sass", "-res-usage")
         ]
-    assert re.search(r"STACK:0 .*LOCAL:0", texts[1]), texts[1]  # nothing spills
+    spilled = re.search(r"STACK:(\d+) .*LOCAL:0", texts[1])
+    assert spilled and int(spilled.group(1)) <= 8, texts[
+        1
+    ]  # Triton 3.9's assembler spills two words of one
     return texts[0], texts[1]
 
 
