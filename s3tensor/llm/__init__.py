@@ -2,6 +2,7 @@
 
 from s3tensor.llm.calibrate import ModuleInputCatcher, transfer_to_device
 from s3tensor.llm.driver import check_options, prune_model
+from s3tensor.llm.recover import Recovery
 from s3tensor.llm.report import BlockRow, LinearRow, PruneReport
 from s3tensor.llm.resume import check_out, forget_run, locked
 from s3tensor.llm.structure import decoder_blocks, prunable_layers
@@ -12,6 +13,7 @@ __all__ = [
     "LinearRow",
     "ModuleInputCatcher",
     "PruneReport",
+    "Recovery",
     "calibration_tokens",
     "check_options",
     "check_out",

@@ -22,19 +22,20 @@ def transfer_to_device(value: Any, device: torch.device | str) -> Any:
 
     A tensor that is already there is not copied. Other objects pass through unchanged.
     """
-    return _map_tensors(value, lambda tensor: tensor.to(device))
+    return map_tensors(value, lambda tensor: tensor.to(device))
 
 
-def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with every tensor in it changed; tuples, lists and dicts are rebuilt."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple):
-        items = [_map_tensors(item, change) for item in value]
+        items = [map_tensors(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
-        return [_map_tensors(item, change) for item in value]
+        return [map_tensors(item, change) for item in value]
     if isinstance(value, dict):
-        return {key: _map_tensors(item, change) for key, item in value.items()}
+        return {key: map_tensors(item, change) for key, item in value.items()}
     return value
 
 
@@ -232,8 +233,8 @@ def _probe(model: nn.Module, blocks: Sequence[nn.Module], batch: Tensor) -> list
     tuples = [isinstance(out, tuple) for out in outs]
     caught = _caught(model, blocks, batch, tuples)
     for index in range(len(blocks)):
-        chained = index == 0 or _equal(true[index][0], hidden_of(outs[index - 1]))
-        if not chained or not _equal(true[index][1:], caught[index][1:]):
+        chained = index == 0 or equal_arguments(true[index][0], hidden_of(outs[index - 1]))
+        if not chained or not equal_arguments(true[index][1:], caught[index][1:]):
             raise ModelError(
                 f"block {index} ({type(blocks[index]).__name__}) is given more than the hidden states "
                 "of the block before it; such a model cannot be pruned block by block"
@@ -246,17 +247,21 @@ def hidden_of(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _equal(first: Any, second: Any) -> bool:
+def equal_arguments(first: Any, second: Any) -> bool:
     """Equality of nested arguments, NaN equal to itself; objects that are no data count as equal."""
+    if first is second:
+        return True
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         second = second.to(first.device)
         if first.shape != second.shape:
             return False
         return bool(((first == second) | ((first != first) & (second != second))).all())
     if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):
-        return len(first) == len(second) and all(map(_equal, first, second))
+        return len(first) == len(second) and all(map(equal_arguments, first, second))
     if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(_equal(first[k], second[k]) for k in first)
+        return first.keys() == second.keys() and all(
+            equal_arguments(first[k], second[k]) for k in first
+        )
     return isinstance(first, Tensor) == isinstance(second, Tensor)
 
 
@@ -277,7 +282,7 @@ class _Shared:
     def keep(self, value: Any) -> Any:
         """``value`` with its tensors on the device, those that were kept before in place of equal ones."""
         self._moved.clear()
-        return _map_tensors(value, self._one)
+        return map_tensors(value, self._one)
 
     def _one(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self._moved:

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from s3tensor.errors import ModelError, NonFiniteError, PatternError, PrunerErro
 from s3tensor.hessian import Factors, Hessian, output_error
 from s3tensor.llm.calibrate import BlockRunner, Chunk, catch_chunks, check_batches
 from s3tensor.llm.progress import PruneProgress
+from s3tensor.llm.recover import Recovered, Recovery, recover_block, shared_parameters
 from s3tensor.llm.report import BlockRow, LinearRow, PeakMemory, PruneReport
 from s3tensor.llm.resume import RunFolder, fingerprint, locked
 from s3tensor.llm.structure import (
@@ -47,6 +48,7 @@ class _Run:
     device: torch.device
     cache: torch.device
     compress: bool
+    recovery: Recovery | None
 
     @property
     def dense_target(self) -> bool:
@@ -75,6 +77,7 @@ def prune_model(
     filter_fn: LayerFilter | None = None,
     on_misfit: Literal["skip", "error"] = "skip",
     compress: bool = True,
+    recover: Recovery | int | None = None,
     work_dir: str | Path | None = None,
     progress: bool = True,
     **options: Any,
@@ -88,7 +91,8 @@ def prune_model(
 
     Memory beyond the model: on ``device`` one dense block and one Hessian with its factors (about
     ``6 * in_features**2`` floats), and on ``cache_device`` the hidden states of all calibration tokens
-    twice and, with a dense target, one block's dense linear inputs.
+    twice and, with a dense target, one block's dense linear inputs. Recovery takes on ``device`` five
+    floats for each weight of a block and what its backward pass keeps of ``batch`` sequences.
 
     Args:
         model: a decoder-only language model, called as ``model(input_ids=..., use_cache=False)``, on
@@ -105,6 +109,9 @@ def prune_model(
         filter_fn: ``(module, full name) -> bool``; False leaves a linear dense.
         on_misfit: a linear whose shape the pattern does not fit is reported and skipped, or refused.
         compress: leave ``StructuredSparseTensor`` parameters; else dense weights with zeros.
+        recover: steps of recovery for each block, or a :class:`~s3tensor.llm.Recovery`: once a block
+            is pruned, its kept weights, biases and norms are trained together towards the dense block's
+            output on the calibration tokens. Better weights for more time; default none.
         work_dir: folder that receives each finished block and the CSV rows; a killed run that is
             started again with the same arguments goes on after the last finished block, to the same
             weights.
@@ -116,17 +123,24 @@ def prune_model(
 
     Raises:
         ModelError: no decoder blocks, nothing to prune in them, or blocks that are no chain.
-        PrunerError: an unknown pruner, or a damp or alpha out of range.
+        PrunerError: an unknown pruner, or a damp, an alpha or an option of recovery out of range.
         PatternError: a misfit under ``on_misfit="error"``.
         CalibrationError: unusable calibration data.
         NonFiniteError: NaN or Inf in a weight or an activation, by name of the layer.
         CheckpointError: ``work_dir`` holds another run, is in use, or cannot be written.
+        torch.OutOfMemoryError: recovery does not fit with one sequence at a time either.
+
+    Warns:
+        UserWarning: recovery met NaN or Inf in a block, which stays as it was pruned.
     """
     start = time.perf_counter()
     pattern = Pattern.parse(pattern)
     check_options(pruner, alpha, damp)
     prefix, found = decoder_blocks(model)
-    run = _settings(model, pattern, pruner, alpha, damp, device, cache_device, compress, options)
+    recovery = Recovery.of(recover)
+    run = _settings(
+        model, pattern, pruner, alpha, damp, device, cache_device, compress, recovery, options
+    )
     chosen = list(found)[: _block_count(blocks, len(found))]
     plan = _plan(model, chosen, prefix, pattern, filter_fn, on_misfit)
     batches = list(calibration)
@@ -144,6 +158,7 @@ def prune_model(
         bar = stack.enter_context(PruneProgress(total, len(chosen), progress))
         chunks = catch_chunks(model, chosen, batches, run.cache)
         streams = _Streams(chunks, [Chunk(chunk.hidden, chunk.extras) for chunk in chunks])
+        shared = shared_parameters(model, chosen)
         for index, (block, (layers, skipped)) in enumerate(zip(chosen, plan, strict=True)):
             runner = BlockRunner(block, index, f"{prefix}.{index}", run.device, run.cache)
             with _on_device(block, run.device):
@@ -152,7 +167,8 @@ def prune_model(
                     bar.resumed(sum(layer.weight.numel() for layer in layers))
                     report.resumed += 1
                 else:
-                    row, linears = _prune_block(runner, layers, streams, run, bar)
+                    left = _seconds_left(run, report.blocks, len(chosen) - index)
+                    row, linears = _prune_block(runner, layers, streams, run, bar, shared, left)
                     if folder is not None:
                         folder.save(index, block, row, linears)
                     bar.block(row)
@@ -253,6 +269,7 @@ def _settings(
     device: torch.device | str | None,
     cache_device: torch.device | str,
     compress: bool,
+    recovery: Recovery | None,
     options: dict[str, Any],
 ) -> _Run:
     accepts = inspect.signature(prune.get(pruner)).parameters
@@ -266,7 +283,8 @@ def _settings(
             f"pruner {pruner!r} has no option {unknown[0]!r}; it has {', '.join(known)}"
         )
     where = torch.device(device) if device is not None else next(model.parameters()).device
-    return _Run(pattern, pruner, alpha, damp, options, where, torch.device(cache_device), compress)
+    cache = torch.device(cache_device)
+    return _Run(pattern, pruner, alpha, damp, options, where, cache, compress, recovery)
 
 
 def check_options(pruner: str, alpha: float | None = None, damp: float = 0.01) -> None:
@@ -297,6 +315,7 @@ def _resume_settings(
         "damp": run.damp,
         "options": {name: repr(value) for name, value in sorted(run.options.items())},
         "compress": run.compress,
+        "recover": None if run.recovery is None else asdict(run.recovery),
         "blocks": len(plan),
         "linears": hashlib.sha256(names.encode()).hexdigest(),
         **fingerprint(model, batches),
@@ -332,6 +351,8 @@ def _prune_block(
     streams: _Streams,
     run: _Run,
     bar: PruneProgress,
+    shared: set[int],  # ids of parameters that are not this block's alone
+    seconds: float | None,  # for its recovery
 ) -> tuple[BlockRow, list[LinearRow]]:
     start = time.perf_counter()
     memory = PeakMemory(run.device)
@@ -341,6 +362,7 @@ def _prune_block(
         for group in runner.input_groups(streams.pruned[0], [layer.module for layer in layers])
     ]
     groups, dense_inputs = _dense_pass(runner, groups, streams, run)
+    goals = [] if run.recovery is None else _goals(runner, streams, run.recovery)
     rows: list[LinearRow] = []
     masks: list[tuple[LinearLayer, Tensor]] = []
     for group, targets in zip(groups, dense_inputs, strict=True):
@@ -350,14 +372,56 @@ def _prune_block(
         if hessian is not None:
             rows.extend(_prune_group(group, runner.index, hessian, run, bar, memory, masks))
     bar.skip(sum(x.weight.numel() for x in layers) - sum(m.numel() for _, m in masks))
+    recovered = Recovered(0, 0.0, None, None)
+    if run.recovery is not None and masks:
+        bar.doing(runner.index, "recovery")
+        recovered = recover_block(
+            runner,
+            masks,
+            streams.pruned,
+            goals,
+            run.recovery,
+            seconds,
+            shared,
+            lambda *told: bar.recovery(runner.index, *told),
+        )
+    goals.clear()
     bar.doing(runner.index, "pruned pass")
     error = _advance(runner, streams)
     if run.compress:
         for layer, mask in masks:
             layer.set_weight(StructuredSparseTensor.from_dense(layer.weight, run.pattern, mask))
-    solver = sum(row.seconds for row in rows)
-    seconds = time.perf_counter() - start
-    return BlockRow(runner.index, len(rows), error, seconds, solver, memory.whole()), rows
+    row = BlockRow(
+        block=runner.index,
+        linears=len(rows),
+        error=error,
+        seconds=time.perf_counter() - start,
+        solver_seconds=sum(row.seconds for row in rows),
+        peak_memory_bytes=memory.whole(),
+        recovery_steps=recovered.steps,
+        recovery_seconds=recovered.seconds,
+        loss_before=recovered.loss_before,
+        loss_after=recovered.loss_after,
+    )
+    return row, rows
+
+
+def _seconds_left(run: _Run, done: list[BlockRow], blocks: int) -> float | None:
+    """An even share for one block of the time that the blocks to come have for recovery."""
+    if run.recovery is None or run.recovery.seconds is None:
+        return None
+    spent = sum(row.recovery_seconds for row in done)
+    return max(run.recovery.seconds - spent, 0.0) / blocks
+
+
+def _goals(runner: BlockRunner, streams: _Streams, recovery: Recovery) -> list[Tensor]:
+    """What recovery takes the block's output to, for each chunk; the block is still dense."""
+    goals = [chunk.hidden for chunk in streams.dense]
+    if recovery.target == "mixed":
+        for index, chunk in enumerate(streams.pruned):
+            out = runner.output(chunk)
+            goals[index] = (out + goals[index].to(out.device)).div_(2).to(runner.cache)
+    return goals
 
 
 def _dense_pass(

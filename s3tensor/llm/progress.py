@@ -59,6 +59,10 @@ class PruneProgress:
         self.start = self.start or time.perf_counter()
         self._bar.update(self._task, description=f"block {block + 1}/{self.blocks} {what}")
 
+    def recovery(self, block: int, steps: int, of: int, loss: float, left: float) -> None:
+        """So many steps of a block's recovery are done; the bar alone shows it."""
+        self.doing(block, f"recovery {steps}/{of}, loss {loss:.4f}, {_clock(left)} left")
+
     def within(self, weights: int, share: float) -> None:
         """So large a share of a linear of so many weights is pruned; the bar alone shows it."""
         self._bar.update(self._task, completed=self.done + share * weights)
@@ -84,9 +88,12 @@ class PruneProgress:
             now = time.perf_counter()
             spent = now - (self.start or now)
             left = spent / max(self.done, 1) * (self.weights - self.done)
+            recovered = ""
+            if row.loss_before is not None and row.loss_after is not None:
+                recovered = f"recovery {row.loss_before:.4f} to {row.loss_after:.4f}, "
             print(
                 f"block {row.block + 1}/{self.blocks}: {row.linears} linears, error {row.error:.4f}, "
-                f"{row.seconds:.1f} s, about {_clock(left)} left",
+                f"{recovered}{row.seconds:.1f} s, about {_clock(left)} left",
                 file=self.console.file,
                 flush=True,
             )

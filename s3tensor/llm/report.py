@@ -28,7 +28,8 @@ class LinearRow:
     name: str
     out_features: int
     in_features: int
-    error: float  # relative output error on the calibration inputs, sqrt(tr(dW H dW') / tr(W H W'))
+    # Relative output error on the calibration inputs, sqrt(tr(dW H dW') / tr(W H W')), before recovery.
+    error: float
     seconds: float  # in the pruner; the first of those that share an input bears the factorisation
     samples: int  # calibration tokens that its Hessian has seen
     density: float
@@ -45,6 +46,10 @@ class BlockRow:
     seconds: float  # everything: passes, Hessians, pruners
     solver_seconds: float  # in the pruners alone
     peak_memory_bytes: int  # while it was pruned, see PeakMemory
+    recovery_steps: int = 0
+    recovery_seconds: float = 0.0
+    loss_before: float | None = None  # of recovery, on its held-out share: mean over tokens of the
+    loss_after: float | None = None  # squared error relative to the square of the target
 
 
 @dataclass
@@ -72,6 +77,21 @@ class PruneReport:
         """Seconds spent in the pruner itself."""
         return sum(row.solver_seconds for row in self.blocks)
 
+    @property
+    def recovery(self) -> dict[str, float] | None:
+        """Steps and seconds of recovery and its mean loss before and after; None without recovery."""
+        losses = [
+            (row.loss_before, row.loss_after)
+            for row in self.blocks
+            if row.loss_before is not None and row.loss_after is not None
+        ]
+        steps = sum(row.recovery_steps for row in self.blocks)
+        if not losses:
+            return None
+        before, after = (sum(part) / len(losses) for part in zip(*losses, strict=True))
+        seconds = round(sum(row.recovery_seconds for row in self.blocks), 3)
+        return {"steps": steps, "seconds": seconds, "loss_before": before, "loss_after": after}
+
     def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The linears and the blocks as pandas frames."""
         import pandas as pd
@@ -96,6 +116,7 @@ class PruneReport:
             "median_error": errors[len(errors) // 2] if errors else None,
             "seconds": round(self.seconds, 3),
             "solver_seconds": round(self.solver_seconds, 3),
+            "recovery": self.recovery,
             "resumed_blocks": self.resumed,
         }
 
@@ -107,6 +128,13 @@ class PruneReport:
         ]
         if figures["median_error"] is not None:
             lines.append(f"median relative output error of a linear: {figures['median_error']:.4f}")
+        recovery = figures["recovery"]
+        if recovery is not None:
+            lines.append(
+                f"recovery: {recovery['steps']} steps in {recovery['seconds']:.1f} s; relative squared "
+                f"error of a block's output, on average: {recovery['loss_before']:.4f} before, "
+                f"{recovery['loss_after']:.4f} after"
+            )
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.skipped:
             by_reason.setdefault(reason, []).append(name)

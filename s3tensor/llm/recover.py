@@ -1,0 +1,431 @@
+"""Fine-tune what a pruned block keeps towards the dense block's output, on the calibration tokens alone.
+
+Pruners fit each linear by itself. Here all kept weights of a block, its biases and its norms move together,
+masks fixed, before the next block is reached, so that later blocks are pruned on the better hidden states.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from s3tensor.errors import PrunerError
+from s3tensor.linalg import full_precision
+from s3tensor.llm.calibrate import BlockRunner, Chunk
+from s3tensor.llm.sequences import Sequences
+from s3tensor.llm.structure import LinearLayer, is_linear
+
+Target = Literal["dense", "mixed"]
+Precision = Literal["auto", "float32", "bfloat16"]
+Told = Callable[[int, int, float, float], None]  # steps, of how many, held-out loss, seconds left
+
+_CHECKS = 8  # times that the held-out loss is measured in a block, besides at the start
+_FLOOR = 1e-3  # a token's square counts for at least this share of the mean of its sequence
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How pruned blocks are fine-tuned, see :func:`recover_block`.
+
+    Attributes:
+        steps: steps of Adam for each block; 0 does nothing.
+        rate: largest step size, as a share of a tensor's root mean square.
+        batch: calibration sequences of a step.
+        seconds: time for all blocks together; the schedule ends early where it would not do. What is
+            reached then depends on the machine's speed, so that only runs without it repeat bit by bit.
+        target: ``dense`` is the dense block's output on the dense model's hidden states; ``mixed`` the
+            mean of it and of the dense block's output on the hidden states of the model pruned so far.
+        norms: train the block's norms and biases too.
+        held_out: share of the calibration sequences by which the best state is chosen; not trained on.
+        precision: of the products in training. ``auto`` is bfloat16 on CUDA, where the float32 weights
+            and the choice of the best state stay in float32, and float32 elsewhere.
+        seed: of the order of the sequences.
+
+    Raises:
+        PrunerError: an option out of range, by its name.
+    """
+
+    steps: int = 300
+    rate: float = 1e-3
+    batch: int = 8
+    seconds: float | None = None
+    target: Target = "dense"
+    norms: bool = True
+    held_out: float = 0.125
+    precision: Precision = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
+        if not whole or self.steps < 0:
+            raise PrunerError(f"recovery steps={self.steps!r} must be an integer >= 0, such as 300")
+        if not 0.0 < self.rate <= 1.0:
+            raise PrunerError(f"recovery rate={self.rate} must be a share > 0 and <= 1 of a weight")
+        if self.batch < 1:
+            raise PrunerError(f"recovery batch={self.batch} must be >= 1 sequences")
+        if self.seconds is not None and not 0.0 < self.seconds < math.inf:
+            raise PrunerError(f"recovery seconds={self.seconds} must be finite and > 0, or None")
+        if self.target not in get_args(Target):
+            raise PrunerError(f"recovery target={self.target!r} must be 'dense' or 'mixed'")
+        if not 0.0 < self.held_out <= 0.5:
+            raise PrunerError(f"recovery held_out={self.held_out} must be a share > 0 and <= 0.5")
+        if self.precision not in get_args(Precision):
+            raise PrunerError(
+                f"recovery precision={self.precision!r} must be 'auto', 'float32' or 'bfloat16'"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise PrunerError(f"recovery seed={self.seed} must be from 0 to 2**63 - 1")
+
+    @classmethod
+    def of(cls, value: Recovery | int | None) -> Recovery | None:
+        """``value``, or a recovery of so many steps; ``None`` where nothing is to be done.
+
+        Raises:
+            PrunerError: steps that are no number of steps.
+        """
+        if value is not None and not isinstance(value, Recovery):
+            value = cls(steps=value)
+        return value if value is not None and value.steps else None
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What recovery did to a block."""
+
+    steps: int
+    seconds: float
+    loss_before: float | None  # on the held-out share; None when it was not finite
+    loss_after: float | None
+
+
+def shared_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> set[int]:
+    """Ids of parameters that a block has in common with another one or with the rest of the model."""
+    inside = {id(module) for block in blocks for module in block.modules()}
+    holders = [set(map(id, block.parameters())) for block in blocks]
+    holders.append(
+        {
+            id(parameter)
+            for module in model.modules()
+            if id(module) not in inside
+            for parameter in module.parameters(recurse=False)
+        }
+    )
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for held in holders:
+        shared |= held & seen
+        seen |= held
+    return shared
+
+
+def recover_block(
+    runner: BlockRunner,
+    masks: Sequence[tuple[LinearLayer, Tensor]],  # (out_features, in_features) bool
+    chunks: Sequence[Chunk],  # the block's inputs in the model pruned so far
+    targets: Sequence[Tensor],  # (batch, tokens, hidden) for each chunk, on the cache device
+    recovery: Recovery,
+    seconds: float | None = None,
+    fixed: set[int] | frozenset[int] = frozenset(),
+    told: Told | None = None,
+) -> Recovered:
+    """Train a pruned block, in place, so that its output comes closer to ``targets``; masks stay.
+
+    The loss is each token's squared error relative to the square of its target, averaged over tokens.
+    Adam runs on float32 copies of the kept weights of the pruned linears and, with ``recovery.norms``,
+    of the parameters of one dim, at one step size relative to the root mean square of each tensor, with
+    a warm-up and a cosine decay. The state of the least loss on the held-out sequences is kept: where none
+    is better than the pruned block, that stays as it is, bit for bit. Weights that other parts of the
+    model hold too, and linears that were not pruned, are left alone.
+
+    Runs of the same settings on the same machine give the same bits, without a time budget and on CUDA
+    where torch has deterministic operators for what the block computes.
+
+    Args:
+        seconds: time for this block.
+        fixed: ids of parameters to leave alone, see :func:`shared_parameters`.
+        told: called a few times.
+
+    Raises:
+        torch.OutOfMemoryError: not even one sequence at a time fits on the device.
+    """
+    start = time.perf_counter()
+    leaves = _leaves(runner.block, masks, fixed, recovery.norms)
+    tuning = _Tuning(runner, leaves, Sequences(runner, chunks, targets), recovery)
+    with _repeatable(runner.device) as repeatable:
+        before, after, steps = tuning.run(start, seconds, repeatable, told)
+    if before is None:
+        warnings.warn(
+            f"recovery of {runner.name} met NaN or Inf after {steps} steps; the block stays as it was "
+            "pruned: try a lower rate, or load the model in float32 or bfloat16",
+            stacklevel=2,
+        )
+    return Recovered(steps, time.perf_counter() - start, before, after)
+
+
+class _Leaf:
+    """A parameter of the block in training: float32, in units of about its own root mean square.
+
+    In such units one step size fits all tensors. The unit is a power of two, so that nothing is rounded.
+    """
+
+    def __init__(
+        self, name: str, parameter: nn.Parameter, mask: Tensor | None, size: float
+    ) -> None:
+        self.name = name
+        self.parameter = parameter
+        unit = 2.0 ** round(math.log2(size)) if size > 0 else 1.0
+        value = parameter.detach().float()
+        # Zero outside of the mask: there neither values nor gradients pass.
+        self.unit: Tensor | float = unit if mask is None else mask.float() * unit
+        self.value = (value / unit).requires_grad_()
+
+    def weight(self) -> Tensor:
+        """As the block uses it."""
+        return (self.value * self.unit).to(self.parameter.dtype)
+
+
+def _leaves(
+    block: nn.Module,
+    masks: Sequence[tuple[LinearLayer, Tensor]],
+    fixed: set[int] | frozenset[int],
+    norms: bool,
+) -> list[_Leaf]:
+    kept = {
+        id(layer.module.weight): mask.t() if layer.transposed else mask for layer, mask in masks
+    }
+    pruned = {id(layer.module) for layer, _ in masks}
+    leaves: list[_Leaf] = []
+    seen = set(fixed)
+    for prefix, module in block.named_modules():
+        dense = is_linear(module) and id(module) not in pruned
+        for own, parameter in module.named_parameters(recurse=False):
+            mask = kept.get(id(parameter))
+            trains = mask is not None or (norms and parameter.ndim <= 1 and not dense)
+            if not trains or id(parameter) in seen or not parameter.is_floating_point():
+                continue
+            seen.add(id(parameter))
+            size = _size(parameter)
+            if own == "bias" and isinstance(getattr(module, "weight", None), Tensor):
+                size = max(size, _size(module.weight))  # biases may begin at zero
+            name = f"{prefix}.{own}" if prefix else own
+            leaves.append(_Leaf(name, parameter, mask, size))
+    return leaves
+
+
+def _size(tensor: Any) -> float:
+    """Root mean square of what is not zero."""
+    squares = tensor.detach().float().square()
+    return math.sqrt(float(squares.sum()) / max(int(squares.count_nonzero()), 1))
+
+
+class _Tuning:
+    """The training of one block."""
+
+    def __init__(
+        self, runner: BlockRunner, leaves: list[_Leaf], data: Sequences, recovery: Recovery
+    ) -> None:
+        self.runner = runner
+        self.leaves = leaves
+        self.data = data
+        self.recovery = recovery
+        self.micro = recovery.batch  # sequences of one pass; fewer when memory runs out
+        self.train, self.held_out = _parts(len(data), recovery)
+        self.order = _order(self.train, (recovery.seed + runner.index) % 2**63)
+        low = "cuda" if recovery.precision == "auto" else runner.device.type
+        self.low = recovery.precision != "float32" and runner.device.type == low
+        # Mean squares of targets: a token that is nearly zero must not outweigh all others.
+        self.shares = [_share(data.target(index)) for index in range(len(data))]
+
+    def run(
+        self, start: float, seconds: float | None, repeatable: _Switch, told: Told | None
+    ) -> tuple[float | None, float | None, int]:
+        """Loss before, loss after and steps taken; the losses are None when they were not finite."""
+        before = self.loss()
+        if not math.isfinite(before):
+            return None, None, 0
+        steps = self.recovery.steps
+        values = [leaf.value for leaf in self.leaves]
+        if not values or before == 0.0:
+            return before, before, 0
+        adam = torch.optim.Adam(
+            values, betas=(0.9, 0.95), eps=1e-10, fused=self.runner.device.type == "cuda"
+        )
+        best, kept = before, None
+        every = max(1, math.ceil(steps / _CHECKS))
+        done = 0
+        while True:
+            spent = time.perf_counter() - start
+            share = done / steps
+            if seconds is not None:
+                share = max(share, spent / seconds)
+            if done and (share >= 1.0 or done % every == 0):
+                loss = self.loss()
+                if not math.isfinite(loss):
+                    return None, None, done
+                if loss < best:
+                    best, kept = loss, [value.detach().clone() for value in values]
+                if told is not None:
+                    told(done, steps, loss, spent / share - spent if share else 0.0)
+            if share >= 1.0:
+                break
+            adam.param_groups[0]["lr"] = self.recovery.rate * _schedule(share, done, steps)
+            self._step(adam, values, repeatable)
+            done += 1
+        if kept is not None:
+            with torch.no_grad():
+                for leaf, value in zip(self.leaves, kept, strict=True):
+                    leaf.value.copy_(value)
+                    leaf.parameter.copy_(leaf.weight())
+        return before, best, done
+
+    def loss(self) -> float:
+        """On the held-out sequences, as exactly as the block is run."""
+        with full_precision():
+            total = self._sum(self.held_out, self._lost)
+        return total / self.data.sequences(self.held_out)
+
+    def _step(self, adam: torch.optim.Optimizer, values: list[Tensor], repeatable: _Switch) -> None:
+        rows = [next(self.order) for _ in range(min(self.recovery.batch, len(self.train)))]
+
+        def backward(part: list[int]) -> float:
+            with torch.autocast(
+                self.runner.device.type, torch.bfloat16, enabled=self.low, cache_enabled=False
+            ):
+                loss = self._loss(part)
+            # All gradients at once, so that a pass that memory runs out in adds to none of them.
+            for value, grad in zip(values, torch.autograd.grad(loss, values), strict=True):
+                value.grad = grad if value.grad is None else value.grad.add_(grad)
+            return 0.0
+
+        adam.zero_grad()
+        try:
+            self._sum(rows, backward)
+        except RuntimeError as error:
+            if not repeatable.on or "deterministic" not in str(error):
+                raise
+            repeatable.turn_off()
+            adam.zero_grad()
+            self._sum(rows, backward)
+        adam.step()
+
+    def _sum(self, rows: Sequence[int], work: Callable[[list[int]], float]) -> float:
+        """Work on rows, so many at a time as fit into memory, and the sum of what it gives."""
+        rows = self.data.by_kind(rows)
+        total, at = 0.0, 0
+        while at < len(rows):
+            alike = self.data.alike(rows[at : at + self.micro])
+            try:
+                total += work(alike)
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                if len(alike) == 1:
+                    raise self._does_not_fit() from None
+                self.micro = (len(alike) + 1) // 2
+                alike = []
+            if not alike and self.runner.device.type == "cuda":
+                torch.cuda.empty_cache()  # after the error let go of its tensors
+            at += len(alike)
+        return total
+
+    def _lost(self, rows: list[int]) -> float:
+        return float(self._loss(rows))
+
+    def _loss(self, rows: list[int]) -> Tensor:
+        """The sum over rows of each one's mean relative squared error."""
+        weights = {leaf.name: leaf.weight() for leaf in self.leaves}
+        out = self.data.output(rows, weights)
+        target = self.data.targets(rows)
+        lost = (out.float() - target.float()).square().sum(-1)
+        return (lost * torch.cat([self.shares[row] for row in rows])).mean(-1).sum()
+
+    def _does_not_fit(self) -> Exception:
+        tokens = self.data.target(0).shape[1]
+        return torch.OutOfMemoryError(
+            f"recovery of {self.runner.name} needs more memory than {self.runner.device} has, with one "
+            f"sequence of {tokens} tokens at a time; the block is as it was pruned. Leave recovery out. "
+        )
+
+
+def _parts(count: int, recovery: Recovery) -> tuple[list[int], list[int]]:
+    """Sequences to train on and to choose by, the same for every block; of too few, all are both."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(recovery.seed)).tolist()
+    held_out = round(count * recovery.held_out)
+    if count < 4:
+        return order, order
+    held_out = max(held_out, 1)
+    return sorted(order[held_out:]), sorted(order[:held_out])
+
+
+def _order(rows: list[int], seed: int) -> Iterator[int]:
+    """Rows without end, each once in every round."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for place in torch.randperm(len(rows), generator=generator).tolist():
+            yield rows[place]
+
+
+def _schedule(share: float, done: int, steps: int) -> float:
+    """Of the rate: up over the first twentieth of the steps, then down by a cosine."""
+    warm = min(1.0, (done + 1) / max(1.0, steps / 20))
+    return warm * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def _share(target: Tensor) -> Tensor:
+    """One over the square of each token's target, (rows, tokens), float32."""
+    squares = target.float().square().sum(-1)
+    least = _FLOOR * squares.mean() + torch.finfo(torch.float32).tiny
+    return squares.clamp_min(least).reciprocal()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(
+        error
+    )
+
+
+class _Switch:
+    """Deterministic operators of torch, on for a while or until something has none."""
+
+    def __init__(self) -> None:
+        self.on = False
+
+    def turn_off(self) -> None:
+        torch.use_deterministic_algorithms(False)
+        self.on = False
+
+
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[_Switch]:
+    """Deterministic operators on CUDA, where attention's backward pass has them on demand only."""
+    switch = _Switch()
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        yield switch
+        return
+    filling: Any = torch.utils.deterministic  # untyped: the attribute is a property of the module
+    filled = filling.fill_uninitialized_memory
+    workspace = os.environ.get(_WORKSPACE)
+    if workspace is None:
+        os.environ[_WORKSPACE] = ":4096:8"  # torch refuses cuBLAS without it
+    torch.use_deterministic_algorithms(True)
+    filling.fill_uninitialized_memory = False  # it costs a write, and finds bugs only
+    switch.on = True
+    try:
+        yield switch
+    finally:
+        torch.use_deterministic_algorithms(False)
+        filling.fill_uninitialized_memory = filled
+        if workspace is None:
+            del os.environ[_WORKSPACE]

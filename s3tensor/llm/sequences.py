@@ -1,0 +1,187 @@
+"""Calibration sequences one by one: batches are taken apart, and others put together to train a block on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from s3tensor.linalg import full_precision
+from s3tensor.llm.calibrate import (
+    BlockRunner,
+    Chunk,
+    equal_arguments,
+    hidden_of,
+    map_tensors,
+    transfer_to_device,
+)
+
+_KINDS = (
+    8  # other arguments that are told apart and kept on the device; beyond, each is of its own kind
+)
+_RESIDENT = 0.25  # share of a GPU's free memory that the sequences may take
+
+
+@dataclass
+class _Row:
+    """One sequence, or one batch of them that cannot be taken apart."""
+
+    hidden: Tensor  # (1, tokens, hidden), input of the block
+    target: Tensor  # (1, tokens, hidden)
+    kind: int  # rows of one kind have one shape and equal other arguments
+
+
+class Sequences:
+    """What a block is trained on: inputs, targets, and the block's other arguments (masks, positions).
+
+    How these arguments depend on the batch is the model's own affair. So a batch is taken apart, and
+    sequences are put together, only where the block's outputs show that they stay the same.
+    """
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        chunks: Sequence[Chunk],
+        targets: Sequence[Tensor],  # (batch, tokens, hidden) for each chunk
+    ) -> None:
+        self.runner = runner
+        self._rows: list[_Row] = []
+        self._calls: list[Any] = []  # for each kind, its other arguments
+        self._shapes: list[torch.Size] = []
+        self._moved: dict[int, Any] = {}  # those on the device
+        self._joins: dict[int, bool] = {}  # for each kind, whether sequences may be put together
+        place = _place(runner, chunks, targets)
+        apart: dict[torch.Size, bool] = {}
+        for chunk, target in zip(chunks, targets, strict=True):
+            shape = chunk.hidden.shape
+            if shape not in apart:
+                apart[shape] = shape[0] > 1 and self._comes_apart(chunk)
+            call = chunk.extras[runner.index]
+            parts = range(shape[0]) if apart[shape] else (slice(None),)
+            for part in parts:
+                one = slice(part, part + 1) if isinstance(part, int) else part
+                self._add(
+                    chunk.hidden[one].to(place),
+                    target[one].to(place),
+                    _sliced(call, part, shape[0]) if isinstance(part, int) else call,
+                )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def target(self, row: int) -> Tensor:
+        """(1, tokens, hidden) on the block's device."""
+        return self._rows[row].target.to(self.runner.device)
+
+    def targets(self, rows: Sequence[int]) -> Tensor:
+        """(rows, tokens, hidden) on the block's device."""
+        return torch.cat([self.target(row) for row in rows])
+
+    def sequences(self, rows: Sequence[int]) -> int:
+        """How many sequences the rows hold."""
+        return sum(len(self._rows[row].hidden) for row in rows)
+
+    def by_kind(self, rows: Sequence[int]) -> list[int]:
+        """The rows so ordered that those of one kind stand together."""
+        return sorted(rows, key=lambda row: self._rows[row].kind)
+
+    def alike(self, rows: Sequence[int]) -> list[int]:
+        """The first of the rows and those after it that may be put together with it."""
+        kind = self._rows[rows[0]].kind
+        count = 1
+        while count < len(rows) and self._rows[rows[count]].kind == kind:
+            count += 1
+        if count > 1 and not self._may_join(kind, rows[:2]):
+            count = 1
+        return list(rows[:count])
+
+    def output(self, rows: Sequence[int], weights: Mapping[str, Tensor]) -> Tensor:
+        """The block's output with other weights by their names, (rows, tokens, hidden)."""
+        hidden = torch.cat([self._rows[row].hidden.to(self.runner.device) for row in rows])
+        return self._run(hidden, self._call(self._rows[rows[0]].kind), weights)
+
+    def _run(self, hidden: Tensor, call: Any, weights: Mapping[str, Tensor]) -> Tensor:
+        args, kwargs = call
+        return hidden_of(functional_call(self.runner.block, dict(weights), (hidden, *args), kwargs))
+
+    def _add(self, hidden: Tensor, target: Tensor, call: Any) -> None:
+        for kind in range(min(len(self._calls), _KINDS)):
+            if hidden.shape == self._shapes[kind] and equal_arguments(call, self._calls[kind]):
+                break
+        else:
+            kind = len(self._calls)
+            self._calls.append(call)
+            self._shapes.append(hidden.shape)
+        self._rows.append(_Row(hidden, target, kind))
+
+    def _call(self, kind: int) -> Any:
+        if kind in self._moved:
+            return self._moved[kind]
+        call = transfer_to_device(self._calls[kind], self.runner.device)
+        if kind < _KINDS:
+            self._moved[kind] = call
+        return call
+
+    def _may_join(self, kind: int, pair: Sequence[int]) -> bool:
+        if kind not in self._joins:
+
+            def joined() -> Tensor:
+                return self.output(pair, {})
+
+            with full_precision():
+                alone = torch.cat([self.output([row], {}) for row in pair])
+                self._joins[kind] = _gives(joined, alone)
+        return self._joins[kind]
+
+    def _comes_apart(self, chunk: Chunk) -> bool:
+        """Whether the first and the last sequence of a batch give alone what they give in it."""
+        whole, size = chunk.extras[self.runner.index], len(chunk.hidden)
+
+        def run(hidden: Tensor, call: Any) -> Tensor:
+            there = hidden.to(self.runner.device, copy=True)
+            return self._run(there, transfer_to_device(call, self.runner.device), {})
+
+        with full_precision():
+            out = run(chunk.hidden, whole)
+            for row in (0, size - 1):
+
+                def alone(row: int = row) -> Tensor:
+                    return run(chunk.hidden[row : row + 1], _sliced(whole, row, size))
+
+                if not _gives(alone, out[row : row + 1]):
+                    return False
+        return True
+
+
+def _gives(compute: Any, expected: Tensor) -> bool:
+    """Whether an output is what it should be but for rounding."""
+    try:
+        found = compute()
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return False  # arguments of another batch size were refused
+    if found.shape != expected.shape:
+        return False
+    lost = float((found.float() - expected.float()).norm())
+    return lost <= math.sqrt(torch.finfo(found.dtype).eps) * float(expected.float().norm())
+
+
+def _sliced(call: Any, row: int, size: int) -> Any:
+    """The arguments of one sequence of a batch: of tensors with a dim 0 of its size, that row."""
+    return map_tensors(call, lambda x: x[row : row + 1] if x.ndim and x.shape[0] == size else x)
+
+
+def _place(runner: BlockRunner, chunks: Sequence[Chunk], targets: Sequence[Tensor]) -> torch.device:
+    """The GPU where there is room enough: in every step sequences would be copied to it else."""
+    if runner.device.type != "cuda":
+        return runner.cache
+    wanted = sum(chunk.hidden.nbytes for chunk in chunks) + sum(x.nbytes for x in targets)
+    free = torch.cuda.mem_get_info(runner.device)[0]
+    unused = torch.cuda.memory_reserved(runner.device) - torch.cuda.memory_allocated(runner.device)
+    return runner.device if wanted <= _RESIDENT * (free + unused) else runner.cache
