@@ -160,7 +160,10 @@ def _write_numbers(
             before += tl.sum(kept, 0)
 
 
-@triton.jit(do_not_specialize=["N", "end"], do_not_specialize_on_alignment=["c_ptr", "b_ptr"])
+@triton.jit(
+    do_not_specialize=["M", "N", "keep", "blocks", "end"],
+    do_not_specialize_on_alignment=["c_ptr", "numbers_ptr", "b_ptr", "y_ptr"],
+)
 def blocks_kernel(
     x_ptr,  # (N, K), rows sx apart
     v_ptr,  # (M / R, keep, R, C)

@@ -104,7 +104,8 @@ def _values(pointers, run, p, live, P: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["N", "end", "steps"], do_not_specialize_on_alignment=["c_ptr", "b_ptr"]
+    do_not_specialize=["M", "N", "runs", "sx", "end", "steps"],
+    do_not_specialize_on_alignment=["x_ptr", "c_ptr", "b_ptr", "y_ptr"],
 )
 def gather_kernel(
     x_ptr,  # (N, K), rows sx apart
@@ -211,10 +212,9 @@ def launch(
     y: Tensor,  # (N, M), contiguous
     keep: int,
     group: int,
-    bits: int,
-    warmup: bool = False,
-) -> object:
-    """Launch, or with ``warmup`` compile only."""
+    bits: int,  # of an index, 0 for a bitmap
+) -> None:
+    """Launch; arguments are checked before."""
     n, m = y.shape
     scopes = x.shape[1] // group
     scope_bits = keep * bits if bits else group
@@ -240,9 +240,7 @@ def launch(
         m, n, runs, x.stride(0), words.numel(), -(-runs // step),
     )  # fmt: skip
     grid = (-(-m // config.rows) * -(-n // config.batch),)
-    if warmup:
-        return gather_kernel.warmup(*arguments, grid=grid, **constants)
-    return gather_kernel[grid](*arguments, **constants)
+    gather_kernel[grid](*arguments, **constants)
 
 
 def as_words(codes: Tensor, width: int, row_bits: int) -> tuple[Tensor, int]:

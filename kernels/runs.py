@@ -274,7 +274,8 @@ def _load_codes(
 
 
 @gluon.jit(
-    do_not_specialize=["N", "end", "steps"], do_not_specialize_on_alignment=["c_ptr", "b_ptr"]
+    do_not_specialize=["N", "runs", "sx4", "end", "steps"],
+    do_not_specialize_on_alignment=["c_ptr", "b_ptr"],
 )
 def runs_kernel(
     x_ptr,  # (N, K) as 32-bit words, rows sx4 * 16 bytes apart
@@ -400,10 +401,9 @@ def launch(
     y: Tensor,  # (N, M), contiguous
     keep: int,
     group: int,
-    bits: int,
-    warmup: bool = False,
-) -> object:
-    """Launch, or with ``warmup`` compile only."""
+    bits: int,  # of an index, 0 for a bitmap
+) -> None:
+    """Launch; arguments are checked before."""
     n, m = y.shape
     run = RUNS[keep, group]
     runs = x.shape[1] * 2 // run
@@ -432,6 +432,4 @@ def launch(
         m, n, runs, x.stride(0) // 4, words.numel(), -(-runs // step),
     )  # fmt: skip
     grid = (-(-m // config.rows), -(-n // config.batch))
-    if warmup:
-        return runs_kernel.warmup(*arguments, grid=grid, **constants)
-    return runs_kernel[grid](*arguments, **constants)
+    runs_kernel[grid](*arguments, **constants)

@@ -1,0 +1,335 @@
+"""Matmul by any N:M and by dense blocks beside cuBLAS: answers checked, then microseconds and GB/s.
+
+    python bench/general.py                                  # every pattern, batch and shape of the table
+    python bench/general.py --patterns 4:8/bfloat16 --batches 1,16 --shapes 4096x4096
+    python bench/general.py --tune                           # every way to cut the work, the best first
+
+Each time is the median of CUDA graph replays; a graph runs the product with enough copies of the weight
+(400 MB of them) that none is found in L2. The rival is ``F.linear`` on the dense weight in the same dtype,
+under the same conditions; float32 without TF32 on both sides. The floor is the bytes of the weight, x and y
+at the bandwidth of a device copy or of a reduction, whichever is higher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from s3tensor.kernels import blocks, columns
+from s3tensor.kernels.blocks import Blocks
+from s3tensor.kernels.gather import Gather
+
+from s3tensor.packing import unpack
+from s3tensor.pattern import BoundPattern, Pattern
+
+PATTERNS = (
+    "1:4/bfloat16,4:8/bfloat16,2:8/bfloat16,8:16/bfloat16,2:4/float32,4:8/float32,1:4/float32,"
+    "block:16x16@0.5/bfloat16,block:32x32@0.5/bfloat16,block:16x16@0.25/bfloat16"
+)
+SHAPES = "4096x4096,14336x4096,4096x14336"
+BATCHES = "1,2,4,8,16,32,64"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def random_packed(bound: BoundPattern, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and indices of a random packed weight, and the dense weight."""
+    values = torch.randn(bound.packed_shape, device="cuda", dtype=dtype)
+    n = bound.blocks_per_scope
+    order = torch.rand(bound.scopes, n, device="cuda").argsort(1)
+    numbers = order[:, : bound.keep].sort(1).values
+    if bound.index_code == "index":
+        codes, width = numbers.flatten(), bound.index_bits
+    else:
+        kept = torch.zeros(bound.scopes, n, dtype=torch.int64, device="cuda")
+        codes, width = kept.scatter_(1, numbers, 1).flatten(), 1
+    bits = (codes.unsqueeze(-1) >> torch.arange(width, device="cuda") & 1).flatten()
+    bits = F.pad(bits, (0, -len(bits) % 8)).reshape(-1, 8)
+    indices = (bits << torch.arange(8, device="cuda")).sum(1).to(torch.uint8)
+    return values, indices, unpack(values, indices, bound)
+
+
+def product(bound: BoundPattern, config: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """``linear`` on x, values and indices."""
+    rows, width = bound.shape
+    if bound.block == (1, 1):
+        return partial(
+            _columns, keep=bound.keep, group=bound.blocks_per_scope, rows=rows, columns=width,
+            config=config,
+        )  # fmt: skip
+    height, across = bound.block
+    return partial(
+        _blocks, block_rows=height, block_columns=across, keep=bound.keep, rows=rows, columns=width,
+        config=config,
+    )  # fmt: skip
+
+
+def _columns(x: Tensor, values: Tensor, indices: Tensor, **ints: Any) -> Tensor:
+    return columns.linear(x, values, indices, None, **ints)
+
+
+def _blocks(x: Tensor, values: Tensor, indices: Tensor, **ints: Any) -> Tensor:
+    return blocks.linear(x, values, indices, None, **ints)
+
+
+def microseconds(call: Callable[[int], Any], copies: int, repeats: int) -> float:
+    """Median time of ``call(i)`` over graph replays of all copies in turn."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(min(copies, 3)):
+            call(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(copies):
+            call(i)
+    times = []
+    for _ in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / copies)
+    return statistics.median(times[3:])
+
+
+def bandwidths() -> tuple[float, float]:
+    """Bytes a second of a device copy, read and write counted, and of a reduction, which only reads."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / microseconds(lambda _: torch.neg(source, out=target), 1, 9)
+    read = source.nbytes / microseconds(lambda _: source.sum(), 1, 9)
+    return copy * 1e6, read * 1e6
+
+
+def chosen(bound: BoundPattern, dtype: torch.dtype, n: int) -> Any:
+    count = columns.processors(torch.device("cuda", torch.cuda.current_device()))
+    rows, width = bound.shape
+    if bound.block != (1, 1):
+        return blocks.choose(dtype, n, rows, count)
+    return columns.choose(bound.keep, bound.blocks_per_scope, dtype, n, rows, width, count)
+
+
+def cut_choices(bound: BoundPattern, dtype: torch.dtype, n: int) -> list[Any]:
+    """Configurations that are worth a try for ``n`` rows of x, the chosen one first."""
+    found: list[Any] = [chosen(bound, dtype, n)]
+    if bound.block != (1, 1):
+        batch = min(64, max(8, 1 << (n - 1).bit_length()))
+        if dtype == torch.float32:
+            found += [Blocks(w, 16, 32, min(batch, 32), s) for w in (4, 8) for s in (3, 4)]
+        elif n <= 16:
+            found += [Blocks(w, r, 64, batch, s) for w in (4, 8) for r in (16, 32) for s in (5, 7)]
+            found += [Blocks(4, 16, 128, batch, 5), Blocks(16, 16, 64, batch, 5)]
+        else:
+            found += [Blocks(4, r, 64, batch, s) for r in (16, 32) for s in (4, 5)]
+            found += [Blocks(8, 32, 64, batch, 4), Blocks(8, 64, 64, min(batch, 32), 4)]
+        return list(dict.fromkeys(found))
+    group, width = bound.blocks_per_scope, bound.shape[1]
+    if columns.runs_take(bound.keep, group, dtype, width):
+        from s3tensor.kernels.runs import RUNS, Runs
+
+        full = 32 // RUNS[bound.keep, group]
+        if n <= 16:
+            batch = 8 if n <= 8 else 16
+            cuts = [(8, 1, full), (8, 1, 2 * full), (4, 1, full), (4, 1, 2 * full), (2, 1, full)]
+            cuts += [(4, 2, full)]
+            ahead = (False, True) if n <= 8 else (False,)
+            found += [Runs(*cut, batch, a) for cut in cuts for a in ahead]
+        else:
+            found += [Runs(w, t, 1, 32) for w in (2, 4, 8) for t in (1, 2)]
+            found += [Runs(4, 1, 1, 16), Runs(4, 2, 1, 16), Runs(4, 4, 1, 16)]
+    if n <= 2 or not columns.runs_take(bound.keep, group, dtype, width):
+        batch = min(8, 1 << (n - 1).bit_length())
+        found += [Gather(w, batch, lanes) for w in (2, 4, 8) for lanes in (4, 8)]
+        if n > 4:
+            found += [Gather(4, 4), Gather(8, 4)]
+    return list(dict.fromkeys(found))
+
+
+def compile_one(job: tuple[str, tuple[int, int], str, int, Any]) -> str | None:
+    """Compile what a product needs, into the cache on disk, by running it on memory of any content."""
+    pattern, shape, dtype, n, config = job
+    try:
+        bound = Pattern.parse(pattern).bind(shape)
+        x = torch.zeros(n, shape[1], device="cuda", dtype=DTYPES[dtype])
+        values = torch.zeros(bound.packed_shape, device="cuda", dtype=DTYPES[dtype])
+        indices = torch.full((bound.index_bytes,), 0x55, device="cuda", dtype=torch.uint8)
+        product(bound, config)(x, values, indices)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{pattern} {config} on {shape}: {type(error).__name__}: {str(error)[:160]}"
+    return None
+
+
+def compile_all(jobs: list[tuple[str, tuple[int, int], str, int, Any]], processes: int) -> None:
+    """Each kernel once, in parallel; what another number of columns needs is mostly the same."""
+    first: dict[Any, Any] = {}
+    for job in jobs:
+        pattern, shape, dtype, _, config = job
+        first.setdefault((pattern, shape[1], dtype, config), job)
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for width in sorted({shape[1] for _, shape, *_ in jobs}):
+            mine = [job for key, job in first.items() if key[1] == width]
+            for error in pool.imap_unordered(compile_one, mine):
+                if error:
+                    print("cannot run", error, flush=True)
+
+
+def measure(
+    bound: BoundPattern, dtype: str, batches: list[int], dense_us: dict[int, float], bandwidth: float,
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of the table for one weight; ``dense_us`` keeps the rival's times for this shape and dtype."""
+    kind = DTYPES[dtype]
+    rows, width = bound.shape
+    values, indices, weight = random_packed(bound, kind)
+    packed_bytes = values.nbytes + indices.nbytes
+    copies = max(2, math.ceil(options.megabytes * 1e6 / packed_bytes))
+    packed = [(values.clone(), indices.clone()) for _ in range(copies)]
+    inputs = {n: torch.randn(n, width, device="cuda", dtype=kind) for n in batches}
+    missing = [n for n in batches if n not in dense_us]
+    if missing:
+        count = max(2, math.ceil(options.megabytes * 1e6 / weight.nbytes))
+        dense = [weight.clone() for _ in range(count)]
+        for n in missing:
+            x = inputs[n]
+            call = partial(_dense, x=x, dense=dense)
+            dense_us[n] = microseconds(call, count, options.repeats)
+    found = []
+    for n in batches:
+        x = inputs[n]
+        exact = torch.cat([x.double() @ part.double().t() for part in weight.split(4096)], 1)
+        moved = packed_bytes + x.nbytes + n * rows * x.element_size()
+        mine = []
+        for config in cut_choices(bound, kind, n) if options.tune else [chosen(bound, kind, n)]:
+            run = product(bound, config)
+            try:
+                y = run(x, *packed[0])
+                error = ((y.double() - exact).norm() / exact.norm()).item()
+                us = microseconds(
+                    partial(_packed, run=run, x=x, packed=packed), copies, options.repeats
+                )
+            except Exception as failure:
+                if not options.tune:
+                    raise
+                print(f"  {config}: {str(failure)[:120]}")
+                continue
+            if not error < (1e-5 if dtype == "float32" else 5e-3):
+                raise SystemExit(f"wrong: {bound} {dtype} batch {n} {config}: error {error:.2e}")
+            mine.append(
+                {
+                    "pattern": str(bound.pattern), "dtype": dtype, "rows": rows, "columns": width,
+                    "batch": n, "config": str(config), "us": us, "gb_per_s": moved / us / 1e3,
+                    "floor_us": moved / bandwidth * 1e6, "dense_us": dense_us[n],
+                    "ratio": dense_us[n] / us, "error": error,
+                }
+            )  # fmt: skip
+        found += mine
+        for r in sorted(mine, key=lambda r: r["us"])[: options.best]:
+            is_chosen = r["config"] == str(chosen(bound, kind, n))
+            print(
+                f"{r['pattern']:15} {dtype:8} {rows}x{width} batch {n:2}: {r['us']:7.2f} us "
+                f"{r['gb_per_s']:5.0f} GB/s floor {r['floor_us']:6.2f} dense {r['dense_us']:7.2f} = "
+                f"{r['ratio']:.2f}x  {'*' if is_chosen else ' '} {r['config']}",
+                flush=True,
+            )
+    return found
+
+
+def _dense(i: int, x: Tensor, dense: list[Tensor]) -> Tensor:
+    return F.linear(x, dense[i])
+
+
+def _packed(
+    i: int, run: Callable[..., Tensor], x: Tensor, packed: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    return run(x, *packed[i])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--patterns", default=PATTERNS, help="PATTERN/DTYPE,...")
+    parser.add_argument("--shapes", default=SHAPES)
+    parser.add_argument("--batches", default=BATCHES)
+    parser.add_argument("--tune", action="store_true", help="time every cut of the work")
+    parser.add_argument("--best", type=int, default=2, help="rows to print of each, with --tune")
+    parser.add_argument("--megabytes", type=float, default=400, help="of weights to rotate over")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop at the next weight")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file; default bench/results/general-DEVICE.json"
+    )
+    options = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    began = time.time()
+    device = torch.cuda.get_device_name()
+    shapes = [tuple(int(n) for n in shape.split("x")) for shape in options.shapes.split(",")]
+    batches = [int(n) for n in options.batches.split(",")]
+    cases = [case.rsplit("/", 1) for case in options.patterns.split(",")]
+    jobs: list[Any] = []
+    for (pattern, dtype), shape, n in itertools.product(cases, shapes, batches):
+        bound = Pattern.parse(pattern).bind(shape)  # type: ignore[arg-type]
+        choices = cut_choices if options.tune else lambda *case: [chosen(*case)]
+        jobs += [(pattern, shape, dtype, n, c) for c in choices(bound, DTYPES[dtype], n)]
+    compile_all(jobs, max(1, min(15, (os.cpu_count() or 2) - 1)))
+    copy, read = bandwidths()
+    bandwidth = max(copy, read)
+    print(
+        f"{device}, copy {copy / 1e9:.0f} GB/s, read {read / 1e9:.0f} GB/s, compiled in "
+        f"{time.time() - began:.0f} s",
+        flush=True,
+    )
+    record: dict[str, Any] = {
+        "device": device, "torch": torch.__version__, "cuda": torch.version.cuda,
+        "triton": triton.__version__, "date": time.strftime("%Y-%m-%d"), "copy_gb_per_s": copy / 1e9,
+        "read_gb_per_s": read / 1e9, "tuned": options.tune, "rows": [],
+    }  # fmt: skip
+    name = f"general{'-tune' if options.tune else ''}-{device.replace(' ', '-')}.json"
+    out = options.out or Path(__file__).parent / "results" / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    dense_us: dict[Any, dict[int, float]] = {}
+    for shape, (pattern, dtype) in itertools.product(shapes, cases):
+        if time.time() - began > options.seconds:
+            print(f"stopped before {pattern} {shape}")
+            break
+        bound = Pattern.parse(pattern).bind(shape)  # type: ignore[arg-type]
+        rival = dense_us.setdefault((shape, dtype), {})
+        record["rows"] += measure(bound, dtype, batches, rival, bandwidth, options)
+        out.write_text(json.dumps(record, indent=1) + "\n")
+        torch.cuda.empty_cache()
+    print("\ngeometric mean over the shapes of the ratio to dense, of the fastest cut")
+    for pattern, dtype in cases:
+        means = []
+        for n in batches:
+            best: dict[Any, float] = {}
+            for r in record["rows"]:
+                if (r["pattern"], r["dtype"], r["batch"]) == (pattern, dtype, n):
+                    key = r["rows"], r["columns"]
+                    best[key] = max(best.get(key, 0.0), r["ratio"])
+            if best:
+                means.append(f"{n}: {statistics.geometric_mean(best.values()):.2f}")
+        print(f"{pattern:15} {dtype:8}  " + "  ".join(means))
+    print(f"{time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
