@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from s3tensor.evaluate import perplexity
     from s3tensor.hessian import Factors, Hessian, compute_hessian, output_error
     from s3tensor.hf import from_pretrained, save_pretrained, verify
+    from s3tensor.inductor import inductor_options
     from s3tensor.llm.calibrate import ModuleInputCatcher, transfer_to_device
     from s3tensor.llm.text import get_c4
     from s3tensor.mask import project, satisfies
@@ -64,6 +65,7 @@ _LAZY = {
     "transfer_to_device": "s3tensor.llm.calibrate",
     "project": "s3tensor.mask",
     "satisfies": "s3tensor.mask",
+    "inductor_options": "s3tensor.inductor",
     "set_memory_": "s3tensor.memory",
     "S3Sparse": "s3tensor.parametrize",
     "finalize": "s3tensor.parametrize",
