@@ -10,6 +10,7 @@ device's in the last bit, and with it a choice between two norms that agree to a
 In time: 2 to 5 instructions a weight for 2:4, where an H100 at full bandwidth has time for 27.
 """
 
+# ruff: noqa: RUF005 (Triton's compiler reads no starred expressions)
 from __future__ import annotations
 
 import math
@@ -39,7 +40,7 @@ _INFINITY = {
 class Stretches:
     """Where a scope's weights lie, in elements of contiguous memory.
 
-    Scope s begins at ``s // span * stride + s % span * length`` and is ``count`` stretches of ``length``
+    Scope s begins at ``s * length`` or, with a span, at ``s // span * stride + s % span * length``, and is ``count`` stretches of ``length``
     weights, ``apart`` from each other. A block is ``run`` neighbours of each stretch or, when ``rows`` is
     set, one whole stretch.
     """
@@ -60,6 +61,14 @@ class Stretches:
     @property
     def block_size(self) -> int:
         return self.length * self.count // self.blocks
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the work is cut: scopes and warps of a program."""
+
+    scopes: int  # a power of two
+    warps: int
 
 
 @triton.jit
@@ -144,7 +153,8 @@ def ranks_kernel(
                         total += value * value
             scores = scores + (tl.sqrt(total),)
 
-    wins = ()  # of the lower index over the higher, also of equals; pair (low, high) at high (high - 1) / 2 + low
+    # Of the lower index over the higher, also of equals; the pair is at high (high - 1) / 2 + low.
+    wins = ()
     for high in tl.static_range(BLOCKS):
         for low in tl.static_range(high):
             wins = wins + ((scores[low] >= scores[high]).to(tl.int32),)
@@ -168,10 +178,7 @@ def ranks_kernel(
                     low |= bit << (8 * lane)
                 else:
                     high |= bit << (8 * lane - 32)
-            if MASKS == 8:
-                word = (high.to(tl.int64) << 32) | low.to(tl.int64)
-            else:
-                word = low
+            word = (high.to(tl.int64) << 32) | low.to(tl.int64) if MASKS == 8 else low
             word = word.to(mask_ptr.dtype.element_ty)
             if EVEN:
                 tl.store(mask_ptr + mask_first + c * mask_apart + i, word)
@@ -192,7 +199,7 @@ def project(
     weight: Tensor,  # contiguous
     where: Stretches,
     keep: int,
-    scopes_a_program: int | None = None,
+    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(mask, flags)``: True at the blocks of the largest norm; flags are not 0 if any weight is NaN or Inf.
 
@@ -212,24 +219,26 @@ def project(
     ):
         raise ValueError(
             f"{keep} blocks of each scope of {where}, of a {weight.dtype} weight of shape "
-            f"{tuple(weight.shape)} and strides {weight.stride()}; the kernel takes contiguous floats in 1 to "
-            f"2**31 - 1 whole scopes of at most {MOST_BLOCKS} blocks and {MOST_WEIGHTS} weights"
+            f"{tuple(weight.shape)} and strides {weight.stride()}; the kernel takes contiguous floats in "
+            f"1 to 2**31 - 1 whole scopes of at most {MOST_BLOCKS} blocks and {MOST_WEIGHTS} weights"
         )
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-    per_program = scopes_a_program or _scopes_a_program(size)
-    flags = torch.empty(-(-scopes // per_program), dtype=torch.int8, device=weight.device)
+    cut = cut or choose(size)
+    flags = torch.empty(-(-scopes // cut.scopes), dtype=torch.int8, device=weight.device)
     with _device(weight):
-        _launch(weight, mask, flags, where, keep, per_program)
+        _launch(weight, mask, flags, where, keep, cut)
     return mask, flags
 
 
 def _device(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()  # the interpreter's are on the CPU
+    return (
+        torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    )  # the interpreter's are on the CPU
 
 
-def _scopes_a_program(size: int) -> int:
-    """About 32 weights a thread of 4 warps."""
-    return 128 * max(1, 1 << (32 // size).bit_length() >> 1)
+def choose(size: int) -> Cut:
+    """A cut for scopes of ``size`` weights: about 32 weights a thread."""
+    return Cut(128 * max(1, 1 << (32 // size).bit_length() >> 1), 4)
 
 
 def _launch(
@@ -238,35 +247,43 @@ def _launch(
     flags: Tensor,
     where: Stretches,
     keep: int,
-    per_program: int,
+    cut: Cut,
     warmup: bool = False,
 ) -> object:
     """Launch, or with ``warmup`` compile only."""
-    itemsize = weight.element_size()
-    steps = (where.length, where.apart, where.stride)
-    word = math.gcd(8, weight.data_ptr(), *(n * itemsize for n in steps))
-    per, masks = word // itemsize, math.gcd(8, *steps)
+    found, word, bytes_ = constants(where, weight.dtype, keep, weight.data_ptr(), cut)
+    per = word // weight.element_size()
     scopes = weight.numel() // (where.length * where.count)
     arguments = (
-        weight.view(-1).view(_BITS[word]), mask.view(-1).view(_BYTES[masks]), flags, scopes, where.span,
-        where.stride // per, where.apart // per, where.stride // masks, where.apart // masks,
+        weight.view(-1).view(_BITS[word]), mask.view(-1).view(_BYTES[bytes_]), flags, scopes, where.span,
+        where.stride // per, where.apart // per, where.stride // bytes_, where.apart // bytes_,
     )  # fmt: skip
-    constants = {
-        "FLOAT": DTYPES.index(weight.dtype),
-        "INFINITY": _INFINITY[weight.dtype],
+    found["EVEN"] = scopes % cut.scopes == 0
+    if warmup:
+        return ranks_kernel.warmup(*arguments, grid=flags.shape, **found)
+    return ranks_kernel[tuple(flags.shape)](*arguments, **found)
+
+
+def constants(
+    where: Stretches, dtype: torch.dtype, keep: int, address: int, cut: Cut
+) -> tuple[dict[str, Any], int, int]:
+    """What the kernel is compiled for, the bytes of a word of the weight, and of the mask."""
+    steps = (where.length, where.apart, where.stride)
+    word = math.gcd(8, address, *(n * dtype.itemsize for n in steps))
+    bytes_ = math.gcd(8, *steps)
+    found = {
+        "FLOAT": DTYPES.index(dtype),
+        "INFINITY": _INFINITY[dtype],
         "KEEP": keep,
         "BLOCKS": where.blocks,
         "LENGTH": where.length,
         "COUNT": where.count,
         "RUN": where.run,
         "ROWS": where.rows,
-        "PER": per,
-        "MASKS": masks,
+        "PER": word // dtype.itemsize,
+        "MASKS": bytes_,
         "SPAN": where.span if where.span <= 16 else 0,
-        "EVEN": scopes % per_program == 0,
-        "SCOPES": per_program,
-        "num_warps": 4,
+        "SCOPES": cut.scopes,
+        "num_warps": cut.warps,
     }
-    if warmup:
-        return ranks_kernel.warmup(*arguments, grid=flags.shape, **constants)
-    return ranks_kernel[tuple(flags.shape)](*arguments, **constants)
+    return found, word, bytes_

@@ -25,7 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LONGEST = 16384  # values of a row that registers hold; longer rows are read once for each byte of a value
+LONGEST = (
+    16384  # values of a row that registers hold; longer rows are read once for each byte of a value
+)
 
 # What a kernel writes.
 KTH, PAIR, MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -67,13 +69,13 @@ def _encode(value, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _decode(key, DTYPE: tl.constexpr, SHIFT: tl.constexpr):
+def _decode(key, kind: tl.constexpr, SHIFT: tl.constexpr):
     """The value of a key: the inverse of ``_encode``."""
-    if DTYPE == tl.float32:
+    if kind == tl.float32:
         sign = key >> 31
         bits = (key << SHIFT) | (sign & ((1 << SHIFT) - 1))
         return (bits ^ (sign & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    elif DTYPE == tl.float64:
+    elif kind == tl.float64:
         return (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
     else:
         return key
@@ -130,7 +132,7 @@ def _search(x, least, most, total, place, SHIFT: tl.constexpr):
     going = _any((lo < hi) & (below != place) & (upto != place + 1))
     while going:
         middle = (lo | hi) - ((lo ^ hi) >> 1)  # rounded up, without overflow
-        if FLOAT:
+        if FLOAT:  # noqa: SIM102 (one is decided while compiling, one by the GPU)
             if passes < _PATIENCE:
                 value = _decode(lo, x.dtype, SHIFT) * 0.5 + _decode(hi, x.dtype, SHIFT) * 0.5
                 middle = tl.minimum(tl.maximum(_encode(value, SHIFT), lo + 1), hi)
@@ -153,13 +155,15 @@ def _search(x, least, most, total, place, SHIFT: tl.constexpr):
     else:
         turn = tl.where(flip, -1, 0).to(x.dtype)
         y = x ^ _over(turn)
-        return turn ^ _min(tl.where(y >= _over(bound ^ turn), y, _decode(_last(x.dtype), x.dtype, 0)))
+        return turn ^ _min(
+            tl.where(y >= _over(bound ^ turn), y, _decode(_last(x.dtype), x.dtype, 0))
+        )
 
 
 @triton.jit
-def _last(DTYPE: tl.constexpr):
+def _last(kind: tl.constexpr):
     """The largest integer of a type."""
-    return 0x7FFFFFFF if DTYPE == tl.int32 else 0x7FFFFFFFFFFFFFFF
+    return 0x7FFFFFFF if kind == tl.int32 else 0x7FFFFFFFFFFFFFFF
 
 
 @triton.jit(do_not_specialize=["rows", "pieces", "k"])
@@ -297,9 +301,7 @@ def two_largest(x: Tensor, k: int, cut: Cut | None = None) -> tuple[Tensor, Tens
     return upper, lower
 
 
-def top_blocks(
-    scores: Tensor, keep: int, absolute: bool = False, cut: Cut | None = None
-) -> Tensor:
+def top_blocks(scores: Tensor, keep: int, absolute: bool = False, cut: Cut | None = None) -> Tensor:
     """True at the ``keep`` largest of each row, (rows, n) contiguous, n up to LONGEST; no NaN.
 
     Of equal scores the lowest indices are taken. With ``absolute`` the magnitudes of floats compete.
@@ -338,7 +340,9 @@ def _check(x: Tensor, k: int, most: int) -> None:
 
 
 def _device(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()  # the interpreter's are on the CPU
+    return (
+        torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    )  # the interpreter's are on the CPU
 
 
 def _launch(
@@ -411,9 +415,9 @@ def digit_kernel(
     bins = tl.arange(0, 256)
     counts = tl.zeros((256,), tl.int32)
     prefix = tl.load(prefix_ptr + row).to(KIND)
-    begin = tl.program_id(1) * STRETCH
-    for start in range(begin, begin + STRETCH, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+    begin = tl.program_id(1).to(tl.int64) * STRETCH
+    for start in range(0, STRETCH, BLOCK):
+        column = begin + start + tl.arange(0, BLOCK)
         live = column < n
         bits = tl.load(x_ptr + row * n + column, mask=live, other=0).to(KIND)
         key = _rising(bits, FLOAT, WIDTH, INFINITY)
@@ -461,7 +465,8 @@ def _streamed(x: Tensor, k: int) -> Tensor:
     counts = torch.zeros(width // 8, rows, 256, dtype=torch.int32, device=x.device)
     prefix = torch.zeros(rows, dtype=torch.int64, device=x.device)
     place = torch.full_like(prefix, n - k)
-    stretch = max(16384, 1 << (-(-n // 65535) - 1).bit_length())
+    # One program counts at least 2048 values, and there are at most 65535 programs a row.
+    stretch = max(2048, min(16384, _power(n)), _power(-(-n // 65535)))
     with _device(x):
         for byte in reversed(range(width // 8)):
             first = byte == width // 8 - 1

@@ -5,6 +5,10 @@ Everything here is pure and runs on any device; a mask is bool, True where a wei
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,9 +45,17 @@ def top_blocks(
     n = scores.shape[-1]
     if keep >= n:
         return torch.ones_like(scores, dtype=torch.bool)
+    kernels = select_kernels(scores)
+    if kernels is not None:
+        scores = scores.detach().contiguous()
+        if n <= kernels.LONGEST:
+            return kernels.top_blocks(scores, keep)
     if n > _RANK_LIMIT:
         # A selection, not a sort: 0.14 s against 0.48 s for the rows of a 4096x4096 weight.
-        least = scores.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        if kernels is not None:
+            least = kernels.kth_largest(scores, keep).unsqueeze(-1)
+        else:
+            least = scores.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
         above = scores > least
         tied = scores == least
         room = keep - above.sum(-1, keepdim=True, dtype=torch.int32)
@@ -104,6 +116,9 @@ def project(weight: Tensor, pattern: Pattern | str, scores: Tensor | None = None
         scores: importance of each element, in the weight's shape, summed per block; default the
             squared weight.
 
+    On CUDA, N:M and its relatives are one kernel, with one read of the weight; it can be captured in a
+    CUDA graph, which cannot raise: NaN and Inf then count as the largest.
+
     Returns:
         bool tensor of the weight's shape, True where kept: exactly ``keep`` blocks of every scope, ties
         broken by the lowest block index, the same on every run.
@@ -114,6 +129,9 @@ def project(weight: Tensor, pattern: Pattern | str, scores: Tensor | None = None
     """
     bound = _bind(pattern, weight)
     if scores is None:
+        mask = _project_by_kernel(weight, bound)
+        if mask is not None:
+            return mask
         return expand_blocks(top_blocks(_block_norms(weight, bound), bound.keep), bound)
     if not isinstance(scores, Tensor):
         raise TypeError(f"scores are a tensor of the weight's shape, got {type(scores).__name__}")
@@ -149,13 +167,17 @@ def _block_norms(weight: Tensor, bound: BoundPattern) -> Tensor:
     """
     magnitude = weight.detach().abs()
     largest = magnitude.amax()
-    if not torch.isfinite(largest):
-        raise NonFiniteError(
-            f"the weight of shape {bound.shape} holds NaN or Inf; repair it before it is pruned"
-        )
+    _check_finite(bool(torch.isfinite(largest)), bound)
     if bound.block_size == 1:
         return tile(magnitude, bound).squeeze(-1)
     return tile_norms(tile(magnitude, bound), largest)
+
+
+def _check_finite(finite: bool, bound: BoundPattern) -> None:
+    if not finite:
+        raise NonFiniteError(
+            f"the weight of shape {bound.shape} holds NaN or Inf; repair it before it is pruned"
+        )
 
 
 def tile_norms(
@@ -177,3 +199,112 @@ def satisfies(weight: Tensor, pattern: Pattern | str) -> bool:
     bound = _bind(pattern, weight)
     used = blocks_in(tile(weight.detach() != 0, bound))
     return int(count(used).max()) <= bound.keep
+
+
+# on a GPU ---------------------------------------------------------------------------------------------
+
+
+def select_kernels(x: Tensor) -> Any:
+    """The module of the selection kernels where it can take x, once made (rows, n) contiguous; else None."""
+    kernels = _load_kernels() if on_plain_gpu(x) else None
+    if kernels is None or x.dtype not in kernels[0].DTYPES or not 0 < x.numel() < 2**31:
+        return None
+    return kernels[0]
+
+
+def on_plain_gpu(x: Tensor) -> bool:
+    """Whether x is memory of a CUDA device that nothing traces or maps."""
+    return (
+        x.is_cuda
+        and not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and torch._C._functorch.maybe_current_level() is None
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _load_kernels() -> tuple[Any, Any] | None:
+    """The modules ``select`` and ``masks`` of the kernels, or None where there is no Triton for them."""
+    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        from s3tensor.kernels import masks, select  # type: ignore[import-not-found]
+    except ImportError:  # a Triton that lacks what they need
+        return None
+    return select, masks
+
+
+def _project_by_kernel(weight: Tensor, bound: BoundPattern) -> Tensor | None:
+    """The mask, or None where no kernel takes this weight and pattern."""
+    kernels = _load_kernels() if on_plain_gpu(weight) else None
+    layout = None if kernels is None else stretches(bound)
+    if kernels is None or layout is None or bound.keep == bound.blocks_per_scope:
+        return None
+    select, masks = kernels
+    dense = weight.detach().contiguous()
+    where = masks.Stretches(**layout)
+    if masks.covers(where, dense.dtype) and bound.scopes < 2**31:
+        mask, flags = masks.project(dense, where, bound.keep)
+        if not _is_captured(flags):
+            _check_finite(not bool(flags.any()), bound)
+        return mask
+    alone = bound.block_size == 1 and layout == {"length": bound.blocks_per_scope}
+    if not alone or bound.blocks_per_scope > select.LONGEST or not dense.is_floating_point():
+        return None
+    rows = dense.view(-1, bound.blocks_per_scope)
+    if select.refusal(rows) is not None:  # float8, or rows beyond 2**31
+        return None
+    if not _is_captured(dense):
+        _check_finite(bool(torch.isfinite(dense).all()), bound)
+    return select.top_blocks(rows, bound.keep, absolute=True).view(bound.shape)
+
+
+def _is_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph records, so that no result can be looked at."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@functools.lru_cache(maxsize=1024)
+def stretches(bound: BoundPattern) -> dict[str, Any] | None:
+    """Where the weights of a scope lie, as the arguments of ``kernels.masks.Stretches``; None where they
+    are not a few stretches of memory that one rule finds.
+    """
+    rank = len(bound.scope)
+    modes = list(zip(bound.tiles.shape, bound.tiles.stride, strict=True))
+    grid, inside = _joined(modes[:rank]), _joined(modes[2 * rank :])
+    competing = [mode for mode in modes[rank : 2 * rank] if mode[0] > 1]
+    if competing != sorted(competing, key=lambda mode: -mode[1]):
+        return None  # the first block of a tie is not the first in memory
+    scope = _joined(competing)
+    if len(scope) > 1 or len(inside) > 2 or len(grid) > 2:
+        return None
+    found: dict[str, Any] = {}
+    blocks, step = scope[0] if scope else (1, 1)
+    run = inside[0][0] if inside and inside[0][1] == 1 else 1
+    rest = inside[1:] if run > 1 else inside
+    if step == run:
+        found["length"] = run * blocks
+        if run > 1:
+            found["run"] = run
+        if rest:
+            found["count"], found["apart"] = rest[0]
+    elif not rest:
+        found = {"length": run, "count": blocks, "apart": step, "run": run, "rows": True}
+    if not found or len(rest) > 1 or (grid and grid[0][1] != found["length"]):
+        return None
+    if len(grid) == 2:
+        found["span"], found["stride"] = grid[0][0], grid[1][1]
+    return found
+
+
+def _joined(modes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(size, stride) of the fewest modes that walk the same memory, the fastest first."""
+    joined: list[tuple[int, int]] = []
+    for size, stride in sorted(modes, key=lambda mode: mode[1]):
+        if size == 1:
+            continue
+        if joined and stride == joined[-1][0] * joined[-1][1]:
+            joined[-1] = (joined[-1][0] * size, joined[-1][1])
+        else:
+            joined.append((size, stride))
+    return joined

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from s3tensor.errors import PatternError
 from s3tensor.layout import as_int
+from s3tensor.mask import select_kernels
 
 
 def kth_largest(
@@ -58,7 +61,7 @@ def mid_kth_largest(
         raise PatternError(f"k_weight={k_weight} must be a finite weight >= 0 of the next value")
     if not values.dtype.is_floating_point:
         values = values.to(torch.get_default_dtype())
-    upper, lower = _select(values, k, along), _select(values, k + 1, along)
+    upper, lower = _select_two(values, k, along)
     # From the upper value down, so that equal values give themselves and none overflows.
     found = torch.where(
         upper == lower, upper, upper + (lower / 2 - upper / 2) * (2 * k_weight / (1 + k_weight))
@@ -93,4 +96,31 @@ def _select(values: Tensor, k: int, dim: int) -> Tensor:
         return _select(values.to(torch.uint8), k, dim).bool()
     if values.ndim == 0:
         return values.clone()
+    kernels = _kernels(values)
+    if kernels is not None:
+        return kernels.kth_largest(_rows(values, dim), int(k)).view(_without(values, dim))
     return values.kthvalue(values.shape[dim] - k + 1, dim=dim).values
+
+
+def _select_two(values: Tensor, k: int, dim: int) -> tuple[Tensor, Tensor]:
+    """The k-th and the next, of floating values."""
+    kernels = _kernels(values)
+    if kernels is None:
+        return _select(values, k, dim), _select(values, k + 1, dim)
+    upper, lower = kernels.two_largest(_rows(values, dim), int(k))
+    return upper.view(_without(values, dim)), lower.view(_without(values, dim))
+
+
+def _kernels(values: Tensor) -> Any:
+    """What selects on a GPU, or None; ``kthvalue`` has a gradient, a kernel has none."""
+    differentiated = values.requires_grad and torch.is_grad_enabled()
+    return None if differentiated else select_kernels(values)
+
+
+def _rows(values: Tensor, dim: int) -> Tensor:
+    """The lines along ``dim``, (rows, n) contiguous."""
+    return values.detach().movedim(dim, -1).reshape(-1, values.shape[dim]).contiguous()
+
+
+def _without(values: Tensor, dim: int) -> torch.Size:
+    return values.shape[:dim] + values.shape[dim + 1 :]
