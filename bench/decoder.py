@@ -6,8 +6,10 @@
 
 The weights are random: speed does not depend on them. All linears of the layers are compressed, the output
 head stays dense; its vocabulary is cut in the proportion of the layers, so that it has the share of the
-time that it has in the whole model. One token a step, greedily, with a static cache, the step compiled
-whole (``fullgraph=True, mode="reduce-overhead"``). Rounds of dense and compressed take turns.
+time that it has in the whole model. One token a step, greedily, with a static cache; the step is compiled
+whole and recorded in a CUDA graph. Compressed models are compiled with ``s3.inductor_options()``; the
+dense one plainly and with the same options, its linears grouped too, and the faster of these is the rival.
+Rounds take turns.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 import s3tensor as s3
+from s3tensor.inductor import GroupLinears
 
 WHOLE_LAYERS, WHOLE_VOCABULARY = 36, 151936
 
@@ -57,9 +60,11 @@ def build(layers: int, tiny: bool, device: str) -> nn.Module:
 
 
 class Decoder:
-    """A model, its cache and its compiled step for one batch."""
+    """A model, its cache and its step for one batch: compiled whole, and recorded in a CUDA graph."""
 
-    def __init__(self, model: nn.Module, batch: int, prompt: int, length: int) -> None:
+    def __init__(
+        self, model: nn.Module, batch: int, prompt: int, length: int, options: dict[str, Any]
+    ) -> None:
         self.model, self.batch, self.prompt = model, batch, prompt
         self.device = next(model.parameters()).device
         self.cache = StaticCache(config=model.config, max_cache_len=length)  # type: ignore[arg-type]
@@ -67,10 +72,11 @@ class Decoder:
         # Both names changed in the course of transformers 5.
         self.name = "cache" if "cache" in known else "past_key_values"
         self.positioned = "cache_position" in known
-        on_gpu = self.device.type == "cuda"
-        self.compiled = torch.compile(
-            self._step, fullgraph=True, mode="reduce-overhead" if on_gpu else "default"
-        )
+        self.compiled = torch.compile(self._step, fullgraph=True, options=options)
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
+        self.position = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.found = torch.zeros(batch, length, dtype=torch.long, device=self.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         extra: dict[str, Any] = {self.name: self.cache, "use_cache": True}
@@ -83,28 +89,52 @@ class Decoder:
         return self._forward(tokens, positions)[:, -1].argmax(-1, keepdim=True)
 
     @torch.inference_mode()
-    def start(self) -> Tensor:
-        """Read a prompt; the first token."""
+    def start(self) -> None:
+        """Read a prompt, up to the first token."""
         self.cache.reset()
         tokens = torch.arange(self.batch * self.prompt, device=self.device) % 251
-        tokens = tokens.reshape(self.batch, self.prompt)
         positions = torch.arange(self.prompt, device=self.device)
-        return self._forward(tokens, positions)[:, -1].argmax(-1, keepdim=True)
+        logits = self._forward(tokens.reshape(self.batch, self.prompt), positions)
+        self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        self.position.fill_(self.prompt)
+
+    def advance(self, step: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """One token further, all on the device."""
+        self.found.index_copy_(1, self.position, self.token)
+        self.token.copy_(step(self.token, self.position))
+        self.position.add_(1)
 
     @torch.inference_mode()
-    def run(self, tokens: int, step: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, Tensor]:
-        """Seconds for so many steps, and the tokens."""
-        token = self.start()
-        position = torch.tensor([self.prompt], device=self.device)
-        found = [token.clone()]
+    def record(self) -> None:
+        """Compile, and record the compiled step in a CUDA graph where there is one."""
+        self.start()
+        for _ in range(3):
+            self.advance(self.compiled)
+        if self.device.type == "cuda":
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.advance(self.compiled)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.advance(self.compiled)
+
+    @torch.inference_mode()
+    def run(self, tokens: int, eager: bool = False) -> float:
+        """Seconds for so many steps; the tokens are in ``found``."""
+        self.start()
         self._wait()
         began = time.perf_counter()
         for _ in range(tokens):
-            token = step(token, position).clone()
-            position = position + 1
-            found.append(token)
+            if eager:
+                self.advance(self._step)
+            elif self.graph is not None:
+                self.graph.replay()
+            else:
+                self.advance(self.compiled)
         self._wait()
-        return time.perf_counter() - began, torch.cat(found, 1)
+        return time.perf_counter() - began
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -113,10 +143,11 @@ class Decoder:
 
 def agreement(decoder: Decoder, tokens: int) -> float:
     """Share of equal tokens of the compiled and the eager model up to the first that differs."""
-    _, eager = decoder.run(tokens, decoder._step)
-    _, quick = decoder.run(tokens, decoder.compiled)
-    same = (eager == quick).long().cumprod(1)
-    return float(same.double().mean())
+    found = []
+    for eager in (True, False):
+        decoder.run(tokens, eager)
+        found.append(decoder.found[:, decoder.prompt : decoder.prompt + tokens].clone())
+    return float((found[0] == found[1]).long().cumprod(1).double().mean())
 
 
 def main() -> None:
@@ -131,17 +162,24 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, help="[bench/results/decoder-DEVICE.json]")
     args = parser.parse_args()
+    torch._dynamo.config.cache_size_limit = 64  # each decoder compiles the one step for itself
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
 
     dense = build(args.layers, args.tiny, device)
-    models = {"dense": dense}
+    plain: dict[str, Any] = {"triton.cudagraphs": False}
+    grouped = s3.inductor_options(
+        triton__cudagraphs=False,
+        post_grad_custom_post_pass=GroupLinears((torch.ops.aten.mm.default,)),
+    )
+    models = {"dense": (dense, plain), "dense, same options": (dense, grouped)}
     sizes: dict[str, Any] = {}
     for pattern in args.patterns.split(","):
-        models[pattern] = copy.deepcopy(dense)
-        report = s3.sparsify_(models[pattern], pattern)
-        s3.set_memory_(models[pattern], args.memory, (1, max(map(int, args.batches.split(",")))))
+        model = copy.deepcopy(dense)
+        report = s3.sparsify_(model, pattern)
+        s3.set_memory_(model, args.memory, (1, max(map(int, args.batches.split(",")))))
         sizes[pattern] = {"dense": report.bytes_before, "compressed": report.bytes_after}
+        models[pattern] = model, s3.inductor_options(triton__cudagraphs=False)
     record: dict[str, Any] = {
         "device": name,
         "versions": {
@@ -154,29 +192,31 @@ def main() -> None:
         "tokens": args.tokens, "memory": args.memory, "bytes_of_linears": sizes, "rows": [],
     }  # fmt: skip
     for batch in map(int, args.batches.split(",")):
-        length = args.prompt + args.tokens + 2
+        length = args.prompt + args.tokens + 8
         decoders = {
-            which: Decoder(model, batch, args.prompt, length) for which, model in models.items()
+            which: Decoder(model, batch, args.prompt, length, options)
+            for which, (model, options) in models.items()
         }
         seconds: dict[str, list[float]] = {which: [] for which in decoders}
         agreements = {}
         for which, decoder in decoders.items():
+            decoder.record()
             agreements[which] = agreement(decoder, min(args.tokens, 32))
         for _ in range(args.rounds):
             for which, decoder in decoders.items():
-                seconds[which].append(decoder.run(args.tokens, decoder.compiled)[0])
+                seconds[which].append(decoder.run(args.tokens))
+        middle = {which: statistics.median(times) for which, times in seconds.items()}
+        rival = min(time for which, time in middle.items() if which.startswith("dense"))
         for which in decoders:
-            middle = statistics.median(seconds[which])
-            ratio = statistics.median(seconds["dense"]) / middle
             row = {
-                "batch": batch, "weights": which, "tokens_per_s": batch * args.tokens / middle,
-                "ms_per_step": 1e3 * middle / args.tokens, "ratio": ratio,
+                "batch": batch, "weights": which, "tokens_per_s": batch * args.tokens / middle[which],
+                "ms_per_step": 1e3 * middle[which] / args.tokens, "ratio": rival / middle[which],
                 "agreement": agreements[which],
             }  # fmt: skip
             record["rows"].append(row)
             print(
-                f"batch {batch:>3} {which:<10} {row['tokens_per_s']:9.1f} tokens/s  "
-                f"{row['ms_per_step']:7.3f} ms/step  {ratio:.2f}x  compiled tokens as eager "
+                f"batch {batch:>3} {which:<20} {row['tokens_per_s']:9.1f} tokens/s  "
+                f"{row['ms_per_step']:7.3f} ms/step  {row['ratio']:.2f}x  compiled tokens as eager "
                 f"{100 * agreements[which]:.0f} %",
                 flush=True,
             )

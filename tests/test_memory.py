@@ -216,13 +216,14 @@ gpu = pytest.mark.gpu
 
 
 def close(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None) -> None:
-    """Within one rounding of the sum to the dtype of y, and of float32 sums."""
-    exact = x.double() @ dense.double().t()
-    exact = exact if bias is None else exact + bias.double()
+    """Within a rounding to the dtype of y of the product and of its sum with the bias, and float32 sums."""
+    product = x.double() @ dense.double().t()
+    exact = product if bias is None else product + bias.double()
+    # A bias of one element is added by cuBLAS's caller, to a product that was rounded.
+    size = exact.abs() if bias is None else exact.abs() + product.abs()
     terms = x.double().abs() @ dense.double().abs().t()
-    rounding = torch.finfo(y.dtype).eps
     assert y.shape == exact.shape and y.is_contiguous()
-    assert ((y.double() - exact).abs() <= rounding * exact.abs() + 1e-5 * terms).all()
+    assert ((y.double() - exact).abs() <= torch.finfo(y.dtype).eps * size + 1e-5 * terms).all()
 
 
 def on_gpu(
