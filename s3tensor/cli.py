@@ -26,7 +26,7 @@ from s3tensor.pattern import Pattern, grammar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from s3tensor.llm import PruneReport
+    from s3tensor.llm import PruneReport, Recovery
 
     ParamType = click.ParamType[Any]  # generic in the stubs of click 8.2 and later only
 else:
@@ -154,6 +154,7 @@ def main() -> None:
   s3tensor prune HuggingFaceTB/SmolLM2-135M --pattern 2:4 --out sparse
   s3tensor prune ./model --pattern rowpair16 --pruner sparsegpt --calibration text.txt --out sparse
   s3tensor prune model.gguf --calibration wikitext2 --samples 64 --device cuda --out sparse
+  s3tensor prune ./model --recover 300 --recover-seconds 600 --out sparse
   s3tensor prune ./model --blocks 2 --samples 4 --eval-samples 0 --out trial --report trial.json
 
 A run that was broken off goes on when the same command is given again."""
@@ -197,6 +198,18 @@ A run that was broken off goes on when the same command is given again."""
     default=0.01,
     show_default=True,
     help="share of the mean diagonal added to a Hessian",
+)
+@click.option(
+    "--recover",
+    type=click.IntRange(min=0),
+    metavar="STEPS",
+    help="train what is kept of each block towards the dense block's output, so many steps [0; 300 is "
+    "a good number]",
+)
+@click.option(
+    "--recover-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    help="time for that in all blocks together [no limit]; alone: in at most 300 steps a block",
 )
 @click.option("--blocks", type=COUNT, help="only the first so many decoder blocks")
 @click.option(
@@ -251,6 +264,8 @@ def prune(
     seq_len: int,
     alpha: float | None,
     damp: float,
+    recover: int | None,
+    recover_seconds: float | None,
     blocks: int | None,
     misfit: Any,
     dtype: str,
@@ -270,6 +285,7 @@ def prune(
     # What is cheap to refuse is refused before anything is loaded.
     with _as_usage():
         llm.check_options(pruner, alpha, damp)
+        recovery = _recovery(recover, recover_seconds, seed)
     llm.check_out(directory)
     if report is not None:
         _check_writable(report)
@@ -287,6 +303,7 @@ def prune(
             pruner,
             alpha=alpha,
             damp=damp,
+            recover=recovery,
             device=where,
             blocks=blocks,
             on_misfit=misfit,
@@ -481,6 +498,16 @@ def bench(
     if path is not None:
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     click.echo(json.dumps(record) if as_json else benchmark.table(record))
+
+
+def _recovery(steps: int | None, seconds: float | None, seed: int) -> Recovery | None:
+    from s3tensor.llm import Recovery
+
+    if steps is None and seconds is None:
+        return None
+    if steps is None:
+        return Recovery(seconds=seconds, seed=seed)
+    return Recovery(steps, seconds=seconds, seed=seed)
 
 
 @contextlib.contextmanager

@@ -254,7 +254,7 @@ class _Tuning:
             return None, None, 0
         steps = self.recovery.steps
         values = [leaf.value for leaf in self.leaves]
-        if not values or before == 0.0:
+        if not steps or not values or before == 0.0:
             return before, before, 0
         adam = torch.optim.Adam(
             values, betas=(0.9, 0.95), eps=1e-10, fused=self.runner.device.type == "cuda"
@@ -352,7 +352,7 @@ class _Tuning:
         tokens = self.data.target(0).shape[1]
         return torch.OutOfMemoryError(
             f"recovery of {self.runner.name} needs more memory than {self.runner.device} has, with one "
-            f"sequence of {tokens} tokens at a time; the block is as it was pruned. Leave recovery out. "
+            f"sequence of {tokens} tokens at a time; leave recovery out, or calibrate on shorter sequences."
         )
 
 
