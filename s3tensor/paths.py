@@ -5,6 +5,7 @@ path       what it does                                                      wha
 =========  ================================================================  =============================
 packed     reads the packed weight, decompresses in registers, tensor cores  one of four forms, 16 bits, up
                                                                              to 128 rows of x
+general    the same for any N:M of columns and rows of blocks, float32 too   up to 64 rows of x
 dense      cuBLAS on a dense copy that is kept beside                        ``memory="fast"``
 vendor     cuSPARSELt on its own compressed copy that is kept beside         ``memory="fast"``, 2:4, 16 bits
 scratch    unpacks the weight to a scratch, then cuBLAS                      nothing
@@ -27,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3tensor import timings
-from s3tensor.packing import form_of, unpack
+from s3tensor.layout import Layout
+from s3tensor.packing import columns_of, form_of, unpack
 from s3tensor.pattern import BoundPattern, Pattern
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -106,19 +108,46 @@ def _matmul() -> Any:
 # the choice -------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a choice depends on: the weight without its tensors."""
+
+    bound: BoundPattern
+    dtype: torch.dtype
+    device: torch.device
+    tiled: bool
+    transposed: bool
+    dense: bool
+    vendor: bool
+
+    @staticmethod
+    def of(weight: Weight) -> Kept:
+        packed = weight.packed
+        copies = weight.dense is not None, weight.vendor is not None
+        where = packed.dtype, packed.device, weight.tiled, weight.transposed
+        return Kept(weight.bound, *where, *copies)
+
+
 def possible(weight: Weight, batch: int) -> list[str]:
     """The paths that can take ``batch`` rows of x."""
-    bound, dtype, device = weight.bound, weight.packed.dtype, weight.packed.device
+    return _possible(Kept.of(weight), batch)
+
+
+def _possible(kept: Kept, batch: int) -> list[str]:
+    bound, dtype, device = kept.bound, kept.dtype, kept.device
     found = ["scratch"]
-    if weight.dense is not None:
+    if kept.dense:
         found.append("dense")
-    if weight.vendor is not None and not weight.transposed and batch >= 1:
+    if kept.transposed or device.type != "cuda":
+        return found
+    if kept.vendor:
         found.append("vendor")
     form = form_of(bound)
-    if form is not None and not weight.transposed and batch <= 128 and device.type == "cuda":
-        kernels = _matmul() if dtype in _HALF else None
-        if kernels and kernels.refusal(form, dtype, *bound.shape, device) is None:
+    if form is not None and dtype in _HALF and batch <= 128 and _matmul():
+        if _matmul().refusal(form, dtype, *bound.shape, device) is None:
             found.append("packed")
+    elif batch <= 64 and not kept.tiled and general(bound, dtype, device) is not None:
+        found.append("general")
     return found
 
 
@@ -128,31 +157,18 @@ def choose(weight: Weight, batch: int, graph: bool) -> str:
     Outside a graph cuSPARSELt plans on each call, which takes the host longer than a small product takes
     the GPU.
     """
-    return _choose(
-        weight.bound,
-        weight.packed.dtype,
-        weight.packed.device,
-        batch,
-        tuple(possible(weight, batch)),
-        graph,
-    )
+    return _choose(Kept.of(weight), batch, graph)
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(
-    bound: BoundPattern,
-    dtype: torch.dtype,
-    device: torch.device,
-    batch: int,
-    paths: tuple[str, ...],
-    graph: bool,
-) -> str:
-    times = predicted(bound, dtype, device, batch)
-    table = _table(device)
+def _choose(kept: Kept, batch: int, graph: bool) -> str:
+    paths = _possible(kept, batch)
+    times = predicted(kept.bound, kept.dtype, kept.device, batch)
     if "vendor" in paths and not graph:
+        table = _table(kept.device)
         call = 2000.0 if table is None else table.vendor_call_us
         if times.get("vendor", 0) < call:
-            paths = tuple(path for path in paths if path != "vendor")
+            paths.remove("vendor")
     return min(paths, key=lambda path: (times.get(path, math.inf), path))
 
 
@@ -175,8 +191,9 @@ def kernel_key(
 ) -> Any:
     """What tells the kernel of one product from others, so that each is compiled once; None without one."""
     bound = Pattern.parse(pattern).bind(shape)
-    if "packed" not in possible(zero_weight(bound, dtype, device), batch):
-        return None
+    paths = possible(zero_weight(bound, dtype, device), batch)
+    if "packed" not in paths:
+        return (pattern, shape, dtype, batch) if "general" in paths else None
     form: Any = form_of(bound)
     cut = _matmul().default(form, batch, *shape, prefers_tiles(bound, dtype, device), device)
     return form, dtype, cut, shape[0] % cut.rows == 0, shape[1] % cut.columns == 0
@@ -200,16 +217,12 @@ def worth_keeping(
     if device.type != "cuda":
         return True, False
     vendor = can_vendor(bound, dtype, device)
-    lean = ["scratch"]
-    if prefers_tiles(bound, dtype, device):
-        lean.append("packed")
+    alone = Kept(bound, dtype, device, prefers_tiles(bound, dtype, device), *(False,) * 3)
     keep = {"dense": False, "vendor": False}
     first, last = batches
     for batch in sorted({first, last, *(n for n in _BATCHES if first <= n <= last)}):
         times = predicted(bound, dtype, device, batch)
-        least = min(
-            times[path] for path in lean if path in times and (path != "packed" or batch <= 128)
-        )
+        least = min(times[path] for path in _possible(alone, batch) if path in times)
         for path in ("dense", "vendor"):
             others = [least, times["dense"]] if path == "vendor" else [least]
             if (path == "dense" or vendor) and times.get(path, math.inf) < 0.97 * min(others):
@@ -271,6 +284,47 @@ def _warn_scratch(pattern: str, dtype: torch.dtype, few: bool) -> None:
         UserWarning,
         stacklevel=2,
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def general(bound: BoundPattern, dtype: torch.dtype, device: torch.device) -> Any:
+    """The kernel for any N:M of columns or for rows of blocks, its sizes given; or None."""
+    try:
+        from s3tensor.kernels import blocks, columns
+    except ImportError:  # no Triton
+        return None
+    if torch.version.hip is not None:
+        return None
+    rows, across = bound.shape if len(bound.shape) == 2 else (0, 0)
+    of = columns_of(bound)
+    if of is not None:
+        if columns.refusal(*of, dtype, rows, across, device) is not None:
+            return None
+        names = {"keep": of[0], "group": of[1]}
+        return functools.partial(columns.linear, **names, rows=rows, columns=across)
+    tile = blocks_of(bound)
+    if tile is None or blocks.refusal(*tile, bound.keep, dtype, rows, across, device) is not None:
+        return None
+    names = {"block_rows": tile[0], "block_columns": tile[1], "keep": bound.keep}
+    return functools.partial(blocks.linear, **names, rows=rows, columns=across)
+
+
+def blocks_of(bound: BoundPattern) -> tuple[int, int] | None:
+    """(rows, columns) of a block where a scope is a row of blocks of the matrix as it lies; or None."""
+    if len(bound.shape) != 2 or bound.view != Layout.row_major(bound.shape):
+        return None
+    if bound.scope != (1, bound.block_grid[1]):
+        return None
+    return bound.block[0], bound.block[1]
+
+
+def _general(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    rows, columns = weight.bound.shape
+    if bias is not None and bias.shape[0] != rows:
+        bias = bias.expand(rows)
+    kernel = general(weight.bound, weight.packed.dtype, weight.packed.device)
+    y: Tensor = kernel(x.reshape(-1, columns), weight.packed, weight.indices, bias)
+    return y.view(*x.shape[:-1], rows)
 
 
 def _packed(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -356,7 +410,13 @@ def _plan_of(bound: BoundPattern, device: torch.device, batch: int) -> tuple[int
     return table.vendor(form_of(bound) or "", "bfloat16", rows, columns, batch)
 
 
-_PATHS = {"packed": _packed, "dense": _dense, "vendor": _vendor, "scratch": _scratch}
+_PATHS = {
+    "packed": _packed,
+    "general": _general,
+    "dense": _dense,
+    "vendor": _vendor,
+    "scratch": _scratch,
+}
 PATHS = tuple(_PATHS)
 
 

@@ -206,28 +206,47 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Timings:
     paths.forget()
 
 
-def pick(batch: int, available: tuple[str, ...], graph: bool = True, pattern: str = "2:4") -> str:
+def pick(
+    batch: int,
+    available: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    graph: bool = True,
+    pattern: str = "2:4",
+) -> str:
+    monkeypatch.setattr(paths, "_possible", lambda kept, batch: list(available))
+    paths.forget()
     bound = Pattern.parse(pattern).bind((64, 64))
-    return paths._choose(bound, torch.bfloat16, CUDA, batch, available, graph)
+    kept = paths.Kept(bound, torch.bfloat16, CUDA, True, False, True, True)
+    return paths._choose(kept, batch, graph)
 
 
-def test_the_fastest_available_path_is_chosen(measured: Timings) -> None:
+def test_the_fastest_available_path_is_chosen(
+    measured: Timings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     every = ("packed", "dense", "scratch", "vendor")
-    assert [pick(n, every) for n in (1, 128, 4096)] == ["packed", "dense", "vendor"]
-    assert [pick(n, ("packed", "scratch")) for n in (1, 128)] == ["packed", "packed"]
-    assert pick(4096, ("scratch",)) == "scratch"
+    found = [pick(n, every, monkeypatch) for n in (1, 128, 4096)]
+    assert found == ["packed", "dense", "vendor"]
+    assert [pick(n, ("packed", "scratch"), monkeypatch) for n in (1, 128)] == ["packed", "packed"]
+    assert pick(4096, ("scratch",), monkeypatch) == "scratch"
     # outside a graph cuSPARSELt costs the host 15 us, which its 10 us on the GPU do not hide
-    assert pick(4096, every, graph=False) == "dense"
+    assert pick(4096, every, monkeypatch, graph=False) == "dense"
     assert paths._plan_of(Pattern.parse("2:4").bind((64, 64)), CUDA, 4096) == (7, 2, 1)
 
 
-def test_a_pattern_without_a_table_is_chosen_for_by_its_bytes(measured: Timings) -> None:
-    assert pick(4, ("scratch",), pattern="1:4") == "scratch"
-    assert pick(4, ("scratch", "dense"), pattern="1:4") == "dense"
+def test_a_pattern_without_a_table_is_chosen_for_by_its_bytes(
+    measured: Timings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pick(4, ("scratch",), monkeypatch, pattern="1:4") == "scratch"
+    assert pick(4, ("scratch", "dense"), monkeypatch, pattern="1:4") == "dense"
+    assert pick(4, ("scratch", "dense", "general"), monkeypatch, pattern="1:4") == "general"
+    assert pick(64, ("scratch", "dense", "general"), monkeypatch, pattern="1:4") == "dense"
 
 
 def test_only_copies_that_pay_are_kept(measured: Timings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paths, "prefers_tiles", lambda *_: True)
+    monkeypatch.setattr(
+        paths, "_possible", lambda kept, n: ["scratch", *(["packed"] if n <= 128 else [])]
+    )
     monkeypatch.setattr(paths, "can_vendor", lambda *_: True)
     bound = Pattern.parse("2:4").bind((64, 64))
 
@@ -254,3 +273,18 @@ def test_only_copies_that_pay_are_kept(measured: Timings, monkeypatch: pytest.Mo
 )
 def test_forms_are_found_by_meaning(text: str, form: str | None) -> None:
     assert paths.form_of(Pattern.parse(text).bind((64, 64))) == form
+
+
+@pytest.mark.parametrize(
+    ("text", "tile"),
+    [
+        ("block:16x16@0.5", (16, 16)),
+        ("block:4x8@0.25", (4, 8)),
+        ("block:16x16@0.5/tensor", None),
+        ("rowpair16", None),
+        ("2:4", None),
+        ("block=4,8; scope=2,8; keep=3", None),
+    ],
+)
+def test_rows_of_blocks_are_found(text: str, tile: tuple[int, int] | None) -> None:
+    assert paths.blocks_of(Pattern.parse(text).bind((64, 64))) == tile
