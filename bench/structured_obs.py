@@ -1,8 +1,8 @@
 """One layer, four patterns: the error and the seconds of every method (Table 1 of the S3 paper).
 
-    python bench/structured_obs.py                              # a real layer of SmolLM2-135M; minutes on a CPU
+    python bench/structured_obs.py                        # a real layer of SmolLM2-135M; minutes on a CPU
     python bench/structured_obs.py --pattern 24 --ng 64 --layer 29.down
-    python bench/structured_obs.py --synthetic                  # 2560 x 9728, 32,768 samples; wants a GPU
+    python bench/structured_obs.py --synthetic            # 2560 x 9728, 32,768 samples; wants a GPU
     python bench/structured_obs.py --W weight.pt --X inputs.safetensors --held-out 0.2
 
 Patterns: ``24`` is 2:4, ``48`` the paper's 4:8 on pairs of columns, ``coupled24`` 2:4 on columns 8 apart,
