@@ -40,7 +40,8 @@ _INFINITY = {
 class Stretches:
     """Where a scope's weights lie, in elements of contiguous memory.
 
-    Scope s begins at ``s * length`` or, with a span, at ``s // span * stride + s % span * length``, and is ``count`` stretches of ``length``
+    Scope s begins at ``s * length`` or, with a span, at ``s // span * stride + s % span * length``. It is
+    ``count`` stretches of ``length``
     weights, ``apart`` from each other. A block is ``run`` neighbours of each stretch or, when ``rows`` is
     set, one whole stretch.
     """

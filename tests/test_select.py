@@ -34,7 +34,7 @@ pytest.importorskip("triton", reason="needs Triton")
 from s3tensor.kernels import masks, select
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-FEW = settings(max_examples=15 if INTERPRETED else 60)
+FEW = settings(max_examples=8 if INTERPRETED else 60)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -108,7 +108,7 @@ def values(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> 
 rows_of = st.tuples(
     st.sampled_from(select.DTYPES),
     st.sampled_from(("smooth", "ties", "wild", "huge")),
-    st.integers(1, 5),
+    st.integers(1, 3),
     st.sampled_from((1, 2, 3, 7, 8, 16, 31, 33, 64, 100, 130)),
     st.integers(0, 2**31),
 )
@@ -137,7 +137,7 @@ def test_two_largest_are_neighbours_in_a_sort(
 ) -> None:
     dtype, kind, rows, n, seed = case
     x = values(kind, (rows, n + 1), dtype, seed).to(device)
-    for k in {1, n, 1 + int(share * (n - 1))}:
+    for k in {n, 1 + int(share * (n - 1))}:
         upper, lower = select.two_largest(x, k)
         assert same(upper, at_rank(x, k)) and same(lower, at_rank(x, k + 1))
 
@@ -166,15 +166,14 @@ def test_negative_zeros_are_below_the_positive(device: str, dtype: torch.dtype) 
 @pytest.mark.parametrize(
     "cut",
     [
-        select.Cut(1, 4), select.Cut(2, 4), select.Cut(4, 2, 2), select.Cut(8, 1), select.Cut(32, 4),
-        select.Cut(64, 2),
+        select.Cut(1, 4), select.Cut(4, 2, 2), select.Cut(8, 1), select.Cut(64, 2),
     ],
     ids=str,
 )  # fmt: skip
 def test_every_cut_selects_the_same(device: str, cut: select.Cut) -> None:
-    x = values("wild", (5, 128), torch.float32, 1).to(device)
+    x = values("wild", (2, 128), torch.float32, 1).to(device)
     assert same(select.kth_largest(x, 40, cut=cut), at_rank(x, 40))
-    clean = values("ties", (5, 128), torch.float32, 1).to(device)
+    clean = values("ties", (2, 128), torch.float32, 1).to(device)
     expected = select.top_blocks(clean, 50)
     assert torch.equal(select.top_blocks(clean, 50, cut=cut), expected)
     assert (expected.sum(-1) == 50).all()
@@ -412,12 +411,12 @@ def compiled(
     return built.asm["ttgir"], sass
 
 
-@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
-    ("dtype", "n", "mode"),
+    ("dtype", "n", "mode", "arch"),
     [
-        ("fp32", 64, 0), ("fp32", 256, 0), ("fp32", 1024, 0), ("fp32", 8192, 0), ("bf16", 1024, 1),
-        ("fp16", 96, 0), ("i32", 1000, 2), ("fp64", 512, 0), ("fp32", 4096, 2), ("fp32", 16384, 0),
+        ("fp32", 64, 0, 80), ("fp32", 64, 0, 90), ("fp32", 1024, 0, 90), ("fp32", 8192, 0, 90),
+        ("bf16", 1024, 1, 90), ("fp16", 96, 0, 80), ("i32", 1000, 2, 90), ("fp64", 512, 0, 90),
+        ("fp32", 4096, 2, 80), ("fp32", 16384, 0, 90),
     ],
 )  # fmt: skip
 def test_rows_compile_to_wide_loads_and_two_instructions_a_value(
@@ -448,19 +447,19 @@ def test_rows_compile_to_wide_loads_and_two_instructions_a_value(
         assert "BAR.SYNC" not in sass
 
 
-@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
-    ("pattern", "shape", "dtype", "loads"),
+    ("pattern", "shape", "dtype", "loads", "arch"),
     [
-        ("2:4", (64, 64), torch.bfloat16, "LDG.E.128"),
-        ("2:4", (64, 64), torch.float32, "LDG.E.128"),
-        ("4:8", (64, 64), torch.bfloat16, "LDG.E.128"),
-        ("1:2", (64, 64), torch.float64, "LDG.E.128"),
-        ("2:3", (64, 96), torch.bfloat16, "LDG.E.U16"),
-        ("pair4:8", (64, 64), torch.bfloat16, "LDG.E.128"),
-        ("coupled2:4", (64, 64), torch.float16, "LDG.E.64"),
-        ("rowpair16", (64, 1024), torch.bfloat16, "LDG.E.64"),
-        ("8:16", (64, 64), torch.bfloat16, "LDG.E.128"),
+        ("2:4", (64, 64), torch.bfloat16, "LDG.E.128", 80),
+        ("2:4", (64, 64), torch.bfloat16, "LDG.E.128", 90),
+        ("2:4", (64, 64), torch.float32, "LDG.E.128", 90),
+        ("4:8", (64, 64), torch.bfloat16, "LDG.E.128", 90),
+        ("1:2", (64, 64), torch.float64, "LDG.E.128", 80),
+        ("2:3", (64, 96), torch.bfloat16, "LDG.E.U16", 90),
+        ("pair4:8", (64, 64), torch.bfloat16, "LDG.E.128", 80),
+        ("coupled2:4", (64, 64), torch.float16, "LDG.E.64", 90),
+        ("rowpair16", (64, 1024), torch.bfloat16, "LDG.E.64", 90),
+        ("8:16", (64, 64), torch.bfloat16, "LDG.E.128", 90),
     ],
 )
 def test_masks_compile_to_wide_loads_without_spills(
@@ -484,8 +483,9 @@ def test_masks_compile_to_wide_loads_without_spills(
     assert ("DSETP" in sass) == (bound.block_size > 1)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize(
+    ("dtype", "arch"), [(torch.float32, 90), (torch.bfloat16, 80), (torch.int64, 90)]
+)
 def test_passes_over_long_rows_compile(dtype: torch.dtype, arch: int) -> None:
     width = 8 * dtype.itemsize
     for byte in (0, width // 8 - 1):
