@@ -12,8 +12,8 @@ Each starts from the dense model.
 Text: ``--calibration`` and ``--text`` are ``c4`` and ``wikitext2``, through ``datasets``; where these
 cannot be had, Python's documentation topics, calibration and held-out apart, and the record says so.
 
-Into OUT/MODEL/METHOD, or OUT/MODEL/METHOD-TAG, go ``linears.csv`` and ``blocks.csv`` (error, seconds, name, index, shapes),
-``perplexity.csv`` (by blocks pruned, with ``--eval_every``) and ``run.json``.
+Into OUT/MODEL/METHOD, or OUT/MODEL/METHOD-TAG, go ``linears.csv`` and ``blocks.csv`` (error, seconds, name,
+index, shapes), ``perplexity.csv`` (by blocks pruned, with ``--eval_every``) and ``run.json``.
 """
 
 from __future__ import annotations
