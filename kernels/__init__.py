@@ -10,7 +10,7 @@ imported by the file that needs it, when a CUDA kernel first runs. The callers, 
 ``wide``    its kernel for 17 rows and more, on sm_90
 ``expand``  what both share: packed words to tensor-core fragments, and sums in a fixed order
 ``select``  order statistics and top-k masks of rows, which stay in registers; longer rows a byte a pass
-``masks``   projections onto N:M and its relatives: one read of the weight, one write of the mask
+``masks``   projections onto N:M and its relatives: one read of the weight, one write of the mask; Triton 3.3
 
 The matmul kernels are Gluon: they need Triton 3.6 or later, and importing ``matmul`` without it raises
 ImportError. They were compiled with 3.6, 3.7 and 3.9 and run with 3.6.

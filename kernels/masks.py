@@ -23,6 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
+    raise ImportError(f"the mask kernels need Triton 3.3, for tuples; this is {triton.__version__}")
+
 MOST_BLOCKS = 16  # of a scope: n (n - 1) compares
 MOST_WEIGHTS = 64  # of a scope: what registers hold
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

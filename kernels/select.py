@@ -31,6 +31,10 @@ LONGEST = (
 
 # What a kernel writes.
 KTH, PAIR, MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Where the tile of a program has the vectors of a lane, and then, without that dim, the lanes of a row:
+# so that the lanes vary fastest, for which Triton takes the first dim, and from 3.7 on the last one.
+_LANES_LAST = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7)
+_J, _Q = (tl.constexpr(0), tl.constexpr(1)) if _LANES_LAST else (tl.constexpr(2), tl.constexpr(0))
 # Passes that bisect values before those that bisect keys.
 _PATIENCE = tl.constexpr(24)
 
@@ -83,24 +87,24 @@ def _decode(key, kind: tl.constexpr, SHIFT: tl.constexpr):
 
 @triton.jit
 def _over(value):
-    """A value of each row, (R,), against the tile (Q, R, J, E)."""
-    return value[None, :, None, None]
+    """A value of each row, (R,), against the tile (Q, R, J, E), or (J, R, Q, E)."""
+    return tl.expand_dims(tl.expand_dims(tl.expand_dims(value, _Q), _J), 3)
 
 
 @triton.jit
 def _sum(x):
     """Of each row: within a lane first, then between lanes."""
-    return tl.sum(tl.sum(tl.sum(x, 3), 2), 0)
+    return tl.sum(tl.sum(tl.sum(x, 3), _J), _Q)
 
 
 @triton.jit
 def _min(x):
-    return tl.min(tl.min(tl.min(x, 3), 2), 0)
+    return tl.min(tl.min(tl.min(x, 3), _J), _Q)
 
 
 @triton.jit
 def _max(x):
-    return tl.max(tl.max(tl.max(x, 3), 2), 0)
+    return tl.max(tl.max(tl.max(x, 3), _J), _Q)
 
 
 @triton.jit
@@ -174,6 +178,8 @@ def rows_kernel(
     rows,
     pieces,  # n / E
     k,
+    DTYPE: tl.constexpr,  # of the search: float32, float64, int32 or int64
+    FLOAT: tl.constexpr,  # whether it is a float
     MODE: tl.constexpr,
     ABSOLUTE: tl.constexpr,  # of magnitudes
     NANS: tl.constexpr,  # whether there may be NaN
@@ -186,20 +192,19 @@ def rows_kernel(
     STEPS: tl.constexpr,  # log2 of J * Q * E
 ):
     # The order of the dims makes the layout: E in a lane's vector, Q then R over lanes, J again in a lane.
-    q = tl.arange(0, Q)[:, None, None, None]
+    if _J == 0:
+        j = tl.arange(0, J)[:, None, None, None]
+        q = tl.arange(0, Q)[None, None, :, None]
+    else:
+        q = tl.arange(0, Q)[:, None, None, None]
+        j = tl.arange(0, J)[None, None, :, None]
     r = tl.arange(0, R)[None, :, None, None]
-    j = tl.arange(0, J)[None, None, :, None]
     e = tl.arange(0, E)[None, None, None, :]
     row0 = tl.program_id(0) * R
     column = (j * Q + q) * E + e
     n = pieces * E
     offset = ((row0 + r).to(tl.int64) * pieces + (j * Q + q)) * E + e
     live = (row0 + r < rows) & (column < n)
-    FLOAT: tl.constexpr = x_ptr.dtype.element_ty.is_floating()
-    WIDE: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 64
-    DTYPE: tl.constexpr = (
-        (tl.float64 if WIDE else tl.float32) if FLOAT else (tl.int64 if WIDE else tl.int32)
-    )
     x = tl.load(x_ptr + offset, mask=live).to(DTYPE)
     if ABSOLUTE:
         x = tl.abs(x)
@@ -345,6 +350,13 @@ def _device(x: Tensor) -> AbstractContextManager[Any]:
     )  # the interpreter's are on the CPU
 
 
+def _searched(dtype: torch.dtype) -> Any:
+    """The type in which values are searched: one that holds each of them."""
+    if dtype.is_floating_point:
+        return tl.float64 if dtype == torch.float64 else tl.float32
+    return tl.int64 if dtype == torch.int64 else tl.int32
+
+
 def _launch(
     x: Tensor,  # (rows, n), contiguous
     y: Tensor,
@@ -365,6 +377,8 @@ def _launch(
     padded = max(_power(n), cut.lanes * vector)
     arguments = (x, y, z, rows, n // vector, k)
     constants = {
+        "DTYPE": _searched(x.dtype),
+        "FLOAT": x.dtype.is_floating_point,
         "MODE": mode.value,
         "ABSOLUTE": absolute,
         "NANS": nans,

@@ -218,19 +218,21 @@ def on_plain_gpu(x: Tensor) -> bool:
         x.is_cuda
         and not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
-        and torch._C._functorch.maybe_current_level() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
 @functools.lru_cache(maxsize=1)
 def _load_kernels() -> tuple[Any, Any] | None:
-    """The modules ``select`` and ``masks`` of the kernels, or None where there is no Triton for them."""
+    """The modules ``select`` and ``masks`` of the kernels; None where there is no Triton for them."""
     if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
         return None
+    from s3tensor.kernels import select  # type: ignore[import-not-found]
+
     try:
-        from s3tensor.kernels import masks, select  # type: ignore[import-not-found]
-    except ImportError:  # a Triton that lacks what they need
-        return None
+        from s3tensor.kernels import masks
+    except ImportError:  # Triton 3.2
+        return select, None
     return select, masks
 
 
@@ -242,8 +244,8 @@ def _project_by_kernel(weight: Tensor, bound: BoundPattern) -> Tensor | None:
         return None
     select, masks = kernels
     dense = weight.detach().contiguous()
-    where = masks.Stretches(**layout)
-    if masks.covers(where, dense.dtype) and bound.scopes < 2**31:
+    where = None if masks is None else masks.Stretches(**layout)
+    if where is not None and masks.covers(where, dense.dtype) and bound.scopes < 2**31:
         mask, flags = masks.project(dense, where, bound.keep)
         if not _is_captured(flags):
             _check_finite(not bool(flags.any()), bound)

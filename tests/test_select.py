@@ -384,6 +384,12 @@ def test_a_mask_kernel_refuses_by_name() -> None:
 # Compilation ------------------------------------------------------------------------------------------
 
 
+_NAMES = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
+    "i32": torch.int32,
+}  # fmt: skip
+
+
 def compiled(
     kernel: Any, pointers: dict[str, str], constants: dict[str, Any], arch: int, stack: int = 0
 ) -> tuple[str, str]:
@@ -431,7 +437,8 @@ def test_rows_compile_to_wide_loads_and_two_instructions_a_value(
         select.rows_kernel,
         {"x_ptr": f"*{dtype}", "y_ptr": "*i8" if mode == 2 else f"*{dtype}", "z_ptr": f"*{dtype}"},
         {
-            "MODE": mode, "ABSOLUTE": False, "NANS": mode != 2, "EVEN": padded == n,
+            "DTYPE": select._searched(_NAMES[dtype]), "FLOAT": dtype != "i32", "MODE": mode,
+            "ABSOLUTE": False, "NANS": mode != 2, "EVEN": padded == n,
             "SHIFT": {"bf16": 16, "fp16": 13}.get(dtype, 0), "Q": cut.lanes, "R": 32 * warps // cut.lanes,
             "J": held // cut.vector, "E": cut.vector, "STEPS": padded.bit_length() - 1, "num_warps": warps,
         },
@@ -439,6 +446,8 @@ def test_rows_compile_to_wide_loads_and_two_instructions_a_value(
     )  # fmt: skip
     # A row lies in cut.lanes lanes; the rest of its values are in the registers of each.
     lanes = [min(cut.lanes, 32), max(1, 32 // cut.lanes), 1, 1]
+    if select._LANES_LAST:
+        lanes = [1, lanes[1], lanes[0], 1]
     assert f"threadsPerWarp = {lanes}" in layouts
     assert len(re.findall(r"LDG\.E\.128", sass)) == held * size // 16
     if dtype in ("fp32", "fp16", "bf16"):
