@@ -22,6 +22,7 @@ import argparse
 import copy
 import functools
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import re
@@ -407,6 +408,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--eval_every {args.eval_every} must be >= 0 blocks")
     if args.text is not None and args.text == args.calibration and not llm.has_parts(args.text):
         parser.error(f"--text {args.text} is the calibration text; its perplexity would flatter")
+    if args.lm_eval and importlib.util.find_spec("lm_eval") is None:
+        parser.error("--lm_eval needs the package lm_eval: pip install lm_eval")
     if args.original_h and args.alpha:
         parser.error("--original_h and --alpha > 0 exclude each other: both say whose inputs count")
     return args
