@@ -380,6 +380,38 @@ def test_the_mixed_target_is_the_mean_of_the_dense_blocks_outputs_on_both_stream
     assert driver._goals(runner, streams, Recovery()) == [chunk.hidden for chunk in dense]
 
 
+def test_deterministic_kernels_are_on_for_the_backward_pass_of_attention_alone() -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Seen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+            ctx.name = name
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+            seen.append((ctx.name, torch.get_deterministic_debug_mode()))
+            return grad, None
+
+    assert torch.get_deterministic_debug_mode() == 0
+    x = torch.randn(1, 2, 6, 8, requires_grad=True)
+    mode = recover._Repeatable()
+    with mode:
+        out = nn.functional.scaled_dot_product_attention(Seen.apply(x, "before"), x, x)
+        node = out.grad_fn
+        assert "ScaledDotProduct" in node.name()
+        loss = Seen.apply(out * 2, "after").sum()
+    node.register_prehook(
+        lambda grads: seen.append(("within", torch.get_deterministic_debug_mode()))
+    )
+    (grad,) = torch.autograd.grad(loss, x)
+    assert seen == [("after", 0), ("within", 2), ("before", 0)]
+    plain = nn.functional.scaled_dot_product_attention(x, x, x)
+    torch.testing.assert_close(grad, torch.autograd.grad((plain * 2).sum(), x)[0])
+    assert torch.get_deterministic_debug_mode() == 0
+
+
 # batches ---------------------------------------------------------------------------------------------
 
 
@@ -696,7 +728,7 @@ def test_the_command_passes_recovery_on(
 def test_recovery_on_a_gpu_repeats_bit_by_bit_and_loses_less(
     dtype: torch.dtype, cache: str
 ) -> None:
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.get_deterministic_debug_mode()
     models = [family().to(dtype), family().to(dtype)]
     for model in models:
         report = pruned(
@@ -712,7 +744,7 @@ def test_recovery_on_a_gpu_repeats_bit_by_bit_and_loses_less(
         for linear in linears(model).values():
             assert s3.satisfies(linear.weight, "2:4")
     assert same(*models)
-    assert torch.are_deterministic_algorithms_enabled() == before
+    assert torch.get_deterministic_debug_mode() == before
 
 
 @pytest.mark.gpu

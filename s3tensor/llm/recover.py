@@ -7,7 +7,6 @@ masks fixed, before the next block is reached, so that later blocks are pruned o
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from s3tensor.errors import PrunerError
 from s3tensor.linalg import full_precision
@@ -146,8 +148,9 @@ def recover_block(
     is better than the pruned block, that stays as it is, bit for bit. Weights that other parts of the
     model hold too, and linears that were not pruned, are left alone.
 
-    Runs of the same settings on the same machine give the same bits, without a time budget and on CUDA
-    where torch has deterministic operators for what the block computes.
+    Without a time budget, runs of the same settings on the same machine give the same bits; on CUDA
+    where the block's attention is torch's own and its other operators are deterministic, as those of
+    plain transformers are.
 
     Args:
         seconds: time for this block.
@@ -160,8 +163,7 @@ def recover_block(
     start = time.perf_counter()
     leaves = _leaves(runner.block, masks, fixed, recovery.norms)
     tuning = _Tuning(runner, leaves, Sequences(runner, chunks, targets), recovery)
-    with _repeatable(runner.device) as repeatable:
-        before, after, steps = tuning.run(start, seconds, repeatable, told)
+    before, after, steps = tuning.run(start, seconds, told)
     if before is None:
         warnings.warn(
             f"recovery of {runner.name} met NaN or Inf after {steps} steps; the block stays as it was "
@@ -246,7 +248,7 @@ class _Tuning:
         self.shares = [_share(data.target(index)) for index in range(len(data))]
 
     def run(
-        self, start: float, seconds: float | None, repeatable: _Switch, told: Told | None
+        self, start: float, seconds: float | None, told: Told | None
     ) -> tuple[float | None, float | None, int]:
         """Loss before, loss after and steps taken; the losses are None when they were not finite."""
         before = self.loss()
@@ -278,7 +280,7 @@ class _Tuning:
             if share >= 1.0:
                 break
             adam.param_groups[0]["lr"] = self.recovery.rate * _schedule(share, done, steps)
-            self._step(adam, values, repeatable)
+            self._step(adam, values)
             done += 1
         if kept is not None:
             with torch.no_grad():
@@ -293,9 +295,7 @@ class _Tuning:
             total = self._sum(self.held_out, self._lost)
         return total / self.data.sequences(self.held_out)
 
-    def _step(self, adam: torch.optim.Optimizer, values: list[Tensor], repeatable: _Switch) -> None:
-        rows = [next(self.order) for _ in range(min(self.recovery.batch, len(self.train)))]
-
+    def _step(self, adam: torch.optim.Optimizer, values: list[Tensor]) -> None:
         def backward(part: list[int]) -> float:
             with torch.autocast(
                 self.runner.device.type, torch.bfloat16, enabled=self.low, cache_enabled=False
@@ -307,13 +307,8 @@ class _Tuning:
             return 0.0
 
         adam.zero_grad()
-        try:
-            self._sum(rows, backward)
-        except RuntimeError as error:
-            if not repeatable.on or "deterministic" not in str(error):
-                raise
-            repeatable.turn_off()
-            adam.zero_grad()
+        rows = [next(self.order) for _ in range(min(self.recovery.batch, len(self.train)))]
+        with _repeatable(self.runner.device):
             self._sum(rows, backward)
         adam.step()
 
@@ -393,39 +388,49 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-class _Switch:
-    """Deterministic operators of torch, on for a while or until something has none."""
+class _Repeatable(TorchFunctionMode):
+    """Attention whose backward pass on CUDA gives the same bits every time.
+
+    By default it adds up in whatever order thread blocks end. The other way is turned on by torch's flag
+    of deterministic algorithms alone, under which cuBLAS is refused unless the environment was set
+    before the first product of the process. So the flag is up just while that pass is launched.
+    """
 
     def __init__(self) -> None:
-        self.on = False
+        super().__init__()
+        self.mode = torch.get_deterministic_debug_mode()
 
-    def turn_off(self) -> None:
-        torch.use_deterministic_algorithms(False)
-        self.on = False
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is functional.scaled_dot_product_attention:
+            node = out.grad_fn
+            for _ in range(3):  # the output may be a slice of what the kernel gave
+                if node and "ScaledDotProduct" in node.name():
+                    node.register_prehook(self._raise)
+                    node.register_hook(self._lower)
+                    break
+                node = node.next_functions[0][0] if node and node.next_functions else None
+        return out
 
+    def _raise(self, grads: Any) -> None:
+        torch.set_deterministic_debug_mode("error")
 
-_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+    def _lower(self, *grads: Any) -> None:
+        torch.set_deterministic_debug_mode(self.mode)
 
 
 @contextmanager
-def _repeatable(device: torch.device) -> Iterator[_Switch]:
-    """Deterministic operators on CUDA, where attention's backward pass has them on demand only."""
-    switch = _Switch()
-    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
-        yield switch
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """Training passes on CUDA that repeat bit by bit where attention is torch's own."""
+    if device.type != "cuda":
+        yield
         return
-    filling: Any = torch.utils.deterministic  # untyped: the attribute is a property of the module
-    filled = filling.fill_uninitialized_memory
-    workspace = os.environ.get(_WORKSPACE)
-    if workspace is None:
-        os.environ[_WORKSPACE] = ":4096:8"  # torch refuses cuBLAS without it
-    torch.use_deterministic_algorithms(True)
-    filling.fill_uninitialized_memory = False  # it costs a write, and finds bugs only
-    switch.on = True
+    fixed = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    mode = _Repeatable()
     try:
-        yield switch
+        with sdpa_kernel(fixed), mode:  # cuDNN's has no such way
+            yield
     finally:
-        torch.use_deterministic_algorithms(False)
-        filling.fill_uninitialized_memory = filled
-        if workspace is None:
-            del os.environ[_WORKSPACE]
+        mode._lower()  # after an error in the backward pass
