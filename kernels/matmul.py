@@ -198,8 +198,6 @@ def choose(
 
 
 def _eight_plain(waves: float) -> Skinny:
-    if waves <= 1:
-        return Skinny(1, 8, 1, 4, 8)
     if waves <= 2:
         return Skinny(1, 8, 1, 2, 8, ahead=True)
     if waves <= 3:

@@ -145,7 +145,12 @@ def _search(x, least, most, total, place, SHIFT: tl.constexpr):
         under = count <= place
         lo = tl.where(under, middle, lo)
         below = tl.where(under, count, below)
-        hi = tl.where(under, hi, middle - 1)
+        above = middle - 1
+        if FLOAT:
+            above = tl.where(
+                middle == 0, -2, above
+            )  # what is below 0.0 is below -0.0, whose key is -1
+        hi = tl.where(under, hi, above)
         upto = tl.where(under, upto, count)
         going = _any((lo < hi) & (below != place) & (upto != place + 1))
     # The smallest from lo on or, where hi is the tight side, the largest up to hi: of the negatives, the

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ SHAPES = (
     *((4096, 4096), (2560, 9728), (14336, 4096), (4096, 14336), (28672, 8192)),
 )
 FORMS = ("2:4", "coupled2:4", "pair4:8", "rowpair16")
+# Patterns that a table is measured for; of the last ones only with few rows is anything to be chosen.
+CALIBRATED = (*FORMS, "1:4", "4:8", "2:8", "8:16", "block:16x16@0.5", "block:32x32@0.5")
 ROTATE = 400e6  # bytes of weights that a measurement goes through in turn
 
 
@@ -118,7 +121,7 @@ def run(plan: Plan, say: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def calibrate(plan: Plan, say: Callable[[str], Any]) -> Path:
-    """Measure every path of a plan and store the table for this GPU; the file it is in."""
+    """Measure every path of a plan and store it in the table for this GPU; the file it is in."""
     device = plan.torch_device
     plan.compile()
     found: list[timings.Cell] = []
@@ -128,6 +131,11 @@ def calibrate(plan: Plan, say: Callable[[str], Any]) -> Path:
     facts = _machine(device)
     name = str(facts.pop("device"))
     capability = torch.cuda.get_device_capability(device)
+    measured = {(cell.pattern, cell.dtype, cell.rows, cell.columns) for cell in found}
+    before = timings.load(name, capability)
+    if before is not None and before.device == name:  # what was not measured anew stays
+        key = attrgetter("pattern", "dtype", "rows", "columns")
+        found = [*(cell for cell in before.cells if key(cell) not in measured), *found]
     table = timings.Timings(name, capability, tuple(found), vendor_call_us(device))
     saved = timings.save(table, **facts)
     paths.forget()

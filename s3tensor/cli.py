@@ -443,7 +443,11 @@ def show(pattern: Pattern, shape: tuple[int, ...] | None, path: Path | None) -> 
   s3tensor bench --calibrate    # measure this GPU: what runs is chosen by its times from then on"""
 )
 @click.option(
-    "--pattern", "patterns", type=PATTERN, multiple=True, help="[2:4; with --calibrate all forms]"
+    "--pattern",
+    "patterns",
+    type=PATTERN,
+    multiple=True,
+    help="[2:4; with --calibrate all that have kernels]",
 )
 @click.option("--shape", "shapes", type=SHAPE, multiple=True, help="ROWSxCOLUMNS of a weight")
 @click.option("--batch", "batches", type=COUNT, multiple=True, help="rows of x")
@@ -478,7 +482,8 @@ def bench(
     if calibrate and not place.startswith("cuda"):
         raise _Refused("--calibrate is for a CUDA device; on a CPU there is nothing to choose")
     plan = benchmark.Plan(
-        tuple(str(pattern) for pattern in patterns) or benchmark.FORMS[: None if calibrate else 1],
+        tuple(str(pattern) for pattern in patterns)
+        or (benchmark.CALIBRATED if calibrate else benchmark.FORMS[:1]),
         tuple((shape[0], shape[1]) for shape in shapes)
         or (benchmark.SHAPES if calibrate else benchmark.SHAPES[5:7]),
         tuple(sorted(set(batches))) or benchmark.BATCHES[: None if place != "cpu" else 5],

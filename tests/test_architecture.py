@@ -25,7 +25,17 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("mask", "packing", "hessian", "linalg", "proximal", "selection", "timings"),
     ("paths", "ops"),
-    ("tensor", "tensor_rules", "memory", "specs", "parametrize", "prune", "checkpoint", "testing"),
+    (
+        "tensor",
+        "tensor_rules",
+        "memory",
+        "inductor",
+        "specs",
+        "parametrize",
+        "prune",
+        "checkpoint",
+        "testing",
+    ),
     ("llm", "hf", "evaluate", "viz", "compaction", "benchmark", "cli"),
 )
 

@@ -130,6 +130,19 @@ def test_kth_largest_is_the_kth_of_a_sort(
         assert same(select.kth_largest(x, k), at_rank(x, k))
 
 
+def test_a_bracket_that_ends_at_zero_leaves_out_the_negative_zero(device: str) -> None:
+    """What is below 0.0 is below -0.0 too, though the order of keys has -0.0 between them."""
+    inf, nan = math.inf, math.nan
+    row = torch.tensor([[2.0, -0.0, nan, 1.0, -0.0, -2.0, 1.0, -inf, inf]], device=device)
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        x = row.to(dtype)
+        for k in range(1, 10):
+            assert same(select.kth_largest(x, k), at_rank(x, k))
+            if k < 9:
+                lower = select.two_largest(x, k)[1]
+                assert same(lower, at_rank(x, k + 1))
+
+
 @FEW
 @given(rows_of, st.floats(0, 1))
 def test_two_largest_are_neighbours_in_a_sort(
