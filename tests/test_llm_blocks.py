@@ -384,7 +384,7 @@ class TestChunks:
         chunks = calibrate.catch_chunks(model, blocks, token_batches(*[(2, 24)] * 5, (2, 7)), "cpu")
         seen: dict[int, Tensor] = {}
         for chunk in chunks:
-            calibrate._map_tensors(chunk.extras, lambda x: seen.setdefault(x.data_ptr(), x))
+            calibrate.map_tensors(chunk.extras, lambda x: seen.setdefault(x.data_ptr(), x))
         kinds = [tuple(x.shape) for x in seen.values()]
         # Of two lengths: cosines, sines, at most one full and one sliding mask, and position numbers.
         assert len(kinds) <= 2 * 5
@@ -399,7 +399,7 @@ class TestChunks:
         ):
             assert chunk.hidden.shape[:2] == ids.shape
             alone = calibrate.catch_chunks(model, blocks, [ids], "cpu")[0]
-            assert calibrate._equal(chunk.extras, alone.extras)
+            assert calibrate.equal_arguments(chunk.extras, alone.extras)
 
     def test_a_cache_of_generation_is_left_out(self) -> None:
         cache = transformers.DynamicCache()
