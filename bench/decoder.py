@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", default="lean", choices=("lean", "fast"))
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--out", type=Path, help="[bench/results/decoder-DEVICE.json]")
+    parser.add_argument("--out", type=Path, help="[bench/results/decoder.json]")
     args = parser.parse_args()
     torch._dynamo.config.cache_size_limit = 64  # each decoder compiles the one step for itself
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -220,10 +220,10 @@ def main() -> None:
                 f"{100 * agreements[which]:.0f} %",
                 flush=True,
             )
-    if not args.tiny or args.out:
-        out = args.out or Path("bench/results") / f"decoder-{name.replace(' ', '-')}.json"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if not args.tiny or args.out:  # after each batch: a run that is broken off keeps it
+            out = args.out or Path("bench/results/decoder.json")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

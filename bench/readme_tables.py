@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,63 @@ def layer_errors(stored: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def inference(stored: dict[str, Any]) -> str:
+    """Products by compressed weights beside dense ones (s3tensor bench)."""
+    rows = stored["rows"]
+    patterns = dict.fromkeys(row["pattern"] for row in rows)
+    batches = sorted({row["batch"] for row in rows})
+    shapes = list(dict.fromkeys(f"{row['rows']}x{row['columns']}" for row in rows))
+    lines = [
+        f"How often faster than the dense product (cuBLAS, {rows[0]['dtype']}), geometric mean over weights "
+        f"of {', '.join(shapes[:-1])} and {shapes[-1]}, in CUDA graphs, no weight in a cache; "
+        f"{_where(stored)}; a copy moves {stored['copy_gb_per_s']} GB/s (`s3tensor bench`, "
+        "`bench/results/inference.json`):",
+        "",
+        f"| rows of x | {' | '.join(map(str, batches))} |",
+        "|---|" + "---|" * len(batches),
+    ]
+    for pattern in patterns:
+        for kind in ("lean", "fast"):
+            cells = [_ratio(rows, pattern, batch, f"{kind}_us") for batch in batches]
+            share = _bytes(rows, pattern, f"{kind}_bytes")
+            lines.append(f"| {pattern}, {kind} ({share} of the bytes) | {' | '.join(cells)} |")
+    rival = [_ratio(rows, "2:4", batch, "torch_us") for batch in batches]
+    lines.append(f"| 2:4, torch's own tensor | {' | '.join(rival)} |")
+    worst = min(row["dense_us"] / row["fast_us"] for row in rows)
+    lines += ["", f"The worst of the {len(rows)} products under `fast` is {worst:.2f} of dense."]
+    return "\n".join(lines)
+
+
+def _ratio(rows: list[dict[str, Any]], pattern: str, batch: int, time: str) -> str:
+    of = [row for row in rows if row["pattern"] == pattern and row["batch"] == batch]
+    if not all(row[time] for row in of):
+        return ""
+    return f"{statistics.geometric_mean(row['dense_us'] / row[time] for row in of):.2f}"
+
+
+def _bytes(rows: list[dict[str, Any]], pattern: str, held: str) -> str:
+    shares = [row[held] / row["dense_bytes"] for row in rows if row["pattern"] == pattern]
+    low, high = f"{min(shares):.2f}", f"{max(shares):.2f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def decoder(stored: dict[str, Any]) -> str:
+    """A compiled decoder, dense and compressed (bench/decoder.py)."""
+    lines = [
+        f"{stored['model']}, {stored['layers']} layers, a static cache, one token a step, compiled and in a "
+        f"CUDA graph, bfloat16; {_where(stored)} (`bench/decoder.py`):",
+        "",
+        "| sequences | weights | tokens/s | ms a step | times dense |",
+        "|---|---|---|---|---|",
+    ]
+    for row in stored["rows"]:
+        lines.append(
+            f"| {row['batch']} | {row['weights']} | {row['tokens_per_s']:.0f} | {row['ms_per_step']:.3f} | "
+            f"{row['ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
@@ -70,12 +128,16 @@ def _where(stored: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "pruners": pruners,
     "layer_errors": layer_errors,
+    "inference": inference,
+    "decoder": decoder,
 }
 
 
 def rendered(text: str) -> str:
     """``text`` with the table of each stored result between its markers."""
     for name, table in TABLES.items():
+        if not (RESULTS / f"{name}.json").exists() and f"<!-- {name} -->" not in text:
+            continue  # not measured yet, and not promised
         stored = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         block = f"<!-- {name} -->\n{table(stored)}\n<!-- /{name} -->"
         marked = re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)

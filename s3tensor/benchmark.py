@@ -16,10 +16,9 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -121,23 +120,26 @@ def run(plan: Plan, say: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def calibrate(plan: Plan, say: Callable[[str], Any]) -> Path:
-    """Measure every path of a plan and store it in the table for this GPU; the file it is in."""
+    """Measure every path of a plan and store it in the table for this GPU; the file it is in.
+
+    The table is written after each weight: a run that is broken off keeps what it measured. Cells of other
+    weights stay in it.
+    """
     device = plan.torch_device
     plan.compile()
-    found: list[timings.Cell] = []
+    facts = _machine(device)
+    name, capability = str(facts.pop("device")), torch.cuda.get_device_capability(device)
+    before = timings.load(name, capability)
+    kept = before.cells if before is not None and before.device == name else ()
+    call_us = vendor_call_us(device)
+    dtype = getattr(torch, plan.dtype)
     for pattern, shape in plan:
         say(f"{pattern} on {shape[0]}x{shape[1]} {plan.dtype}")
-        found += cells(pattern, shape, plan.batches, getattr(torch, plan.dtype), device)
-    facts = _machine(device)
-    name = str(facts.pop("device"))
-    capability = torch.cuda.get_device_capability(device)
-    measured = {(cell.pattern, cell.dtype, cell.rows, cell.columns) for cell in found}
-    before = timings.load(name, capability)
-    if before is not None and before.device == name:  # what was not measured anew stays
-        key = attrgetter("pattern", "dtype", "rows", "columns")
-        found = [*(cell for cell in before.cells if key(cell) not in measured), *found]
-    table = timings.Timings(name, capability, tuple(found), vendor_call_us(device))
-    saved = timings.save(table, **facts)
+        found = tuple(cells(pattern, shape, plan.batches, dtype, device))
+        weight = pattern, plan.dtype, *shape
+        others = (c for c in kept if (c.pattern, c.dtype, c.rows, c.columns) != weight)
+        kept = *others, *found
+        saved = timings.save(timings.Timings(name, capability, kept, call_us), **facts)
     paths.forget()
     return saved
 
@@ -221,25 +223,22 @@ def rows(
     sets: dict[str, list[Any]] = {
         "dense": _copies(whole, whole.nbytes, device),
         "lean": _copies(lean, lean.nbytes_held, device),
-        "fast": _copies(fast, lean.nbytes_compressed, device),
     }
+    if fast.memory == "fast":
+        sets["fast"] = _copies(fast, lean.nbytes_compressed, device)
+    if rival is not None:
+        sets["torch"] = _copies(rival, whole.nbytes * 9 // 16, device)
     for batch in batches:
         x = torch.randn(batch, shape[1], device=device).to(dtype)
-        times: dict[str, float] = {}
+        groups: dict[str, Calls] = {}
         for name, weights in sets.items():
-            if name == "fast" and fast.memory == "lean":
-                times[name] = times["lean"]
-                continue
             check(F.linear(x, weights[0]), x, whole, f"{pattern} {shape} batch {batch}, {name}")
-            times[name] = microseconds([partial(F.linear, x, w) for w in weights], device, repeats)
-        torch_us = None
-        if rival is not None:
-            copies = _copies(rival, whole.nbytes * 9 // 16, device)
-            torch_us = microseconds([partial(F.linear, x, w) for w in copies], device, repeats)
+            groups[name] = [partial(F.linear, x, weight) for weight in weights]
+        us = times(groups, device, repeats)
         yield Row(
             pattern, str(dtype).removeprefix("torch."), *shape, batch,
-            times["dense"], times["lean"], _path(lean, batch), times["fast"], _path(fast, batch),
-            torch_us, whole.nbytes, lean.nbytes_held, fast.nbytes_held,
+            us["dense"], us["lean"], _path(lean, batch), us.get("fast", us["lean"]),
+            _path(fast, batch), us.get("torch"), whole.nbytes, lean.nbytes_held, fast.nbytes_held,
         )  # fmt: skip
 
 
@@ -265,41 +264,36 @@ def cells(
     sizes |= {"dense": whole.nbytes, "vendor": whole.nbytes * 9 // 16}
     for batch in batches:
         x = torch.randn(batch, shape[1], device=device).to(dtype)
-        us: dict[str, float] = {}
-        plan = (0, 1, -1)
+        groups: dict[str, Calls] = {}
+        plans: dict[str, tuple[int, int, int]] = {}
         for path in paths.possible(parts, batch):
             weights = [parts] * _count(sizes[path], device)
-            weights = [_twin(weight) if i else weight for i, weight in enumerate(weights)]
+            weights = [_twin(weight, path) if i else weight for i, weight in enumerate(weights)]
             name = f"{pattern} {shape} batch {batch}, {path}"
             if path == "vendor":
-                plan, us[path] = _best_plan(x, weights, name, whole, device, repeats)
+                padded = F.pad(x, (0, 0, 0, -batch % 16))
+                for number, plan in enumerate({(0, 1, -1), *_proposed(padded, parts)}):
+                    plans[f"{path} {number}"] = plan
+                    y = paths.vendor_product(padded, parts, None, plan)[:batch]
+                    check(y, x, whole, f"{name}, plan {plan}")
+                    groups[f"{path} {number}"] = [
+                        partial(paths.vendor_product, padded, weight, None, plan)
+                        for weight in weights
+                    ]
                 continue
             check(paths.linear(x, parts, None, path), x, whole, name)
-            calls = [partial(paths.linear, x, weight, None, path) for weight in weights]
-            us[path] = microseconds(calls, device, repeats)
+            groups[path] = [partial(paths.linear, x, weight, None, path) for weight in weights]
+        us = times(groups, device, repeats)
+        best = min(
+            plans, key=us.__getitem__, default=None
+        )  # cuSPARSELt's default or what it proposes
+        if best is not None:
+            us["vendor"] = us[best]
+        us = {name: time for name, time in us.items() if name not in plans}
         yield timings.Cell(
-            pattern, str(dtype).removeprefix("torch."), *shape, batch, us, plan
+            pattern, str(dtype).removeprefix("torch."), *shape, batch, us,
+            plans[best] if best is not None else (0, 1, -1),
         )  # fmt: skip
-
-
-def _best_plan(
-    x: Tensor,
-    weights: list[paths.Weight],
-    name: str,
-    whole: Tensor,
-    device: torch.device,
-    repeats: int,
-) -> tuple[tuple[int, int, int], float]:
-    """cuSPARSELt's fastest plan, of its default and the one its own search proposes."""
-    padded = F.pad(x, (0, 0, 0, -x.shape[0] % 16))
-    plans = {(0, 1, -1), *_proposed(padded, weights[0])}
-    found = {}
-    for plan in plans:
-        check(paths.vendor_product(padded, weights[0], None, plan)[: len(x)], x, whole, name)
-        calls = [partial(paths.vendor_product, padded, weight, None, plan) for weight in weights]
-        found[plan] = microseconds(calls, device, repeats)
-    best = min(found, key=found.__getitem__)
-    return best, found[best]
 
 
 def _proposed(flat: Tensor, weight: paths.Weight) -> list[tuple[int, int, int]]:
@@ -365,18 +359,12 @@ def _count(nbytes: int, device: torch.device) -> int:
     return max(2, math.ceil(ROTATE / nbytes)) if device.type == "cuda" else 1
 
 
-def _twin(weight: paths.Weight) -> paths.Weight:
-    def copy(part: Tensor | None) -> Tensor | None:
-        return None if part is None else part.clone()
-
-    packed, indices = weight.packed.clone(), weight.indices.clone()
-    return replace(
-        weight,
-        packed=packed,
-        indices=indices,
-        dense=copy(weight.dense),
-        vendor=copy(weight.vendor),
-    )
+def _twin(weight: paths.Weight, path: str) -> paths.Weight:
+    """The weight with a copy of its own of what a path reads."""
+    if path in ("dense", "vendor"):
+        part = getattr(weight, path)
+        return replace(weight, **{path: part.clone()})
+    return replace(weight, packed=weight.packed.clone(), indices=weight.indices.clone())
 
 
 def _path(weight: StructuredSparseTensor, batch: int) -> str:
@@ -397,10 +385,29 @@ def check(y: Tensor, x: Tensor, whole: Tensor, name: str) -> None:
         raise ModelError(f"{name}: the product is wrong, relative error {error:.1e}")
 
 
-def microseconds(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int) -> float:
+Calls = Sequence[Callable[[], Any]]
+
+
+def microseconds(calls: Calls, device: torch.device, repeats: int) -> float:
     """Median time of one of the calls, made in turn."""
-    if device.type != "cuda":
-        return statistics.median([_on_host(calls) for _ in range(repeats + 1)][1:])
+    return times({"": calls}, device, repeats)[""]
+
+
+def times(groups: Mapping[str, Calls], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median time of a call of each group; the groups take turns, so that a GPU that slows down slows all."""
+    if device.type == "cuda":
+        rounds = {name: _recorded(calls, device) for name, calls in groups.items()}
+    else:
+        rounds = {name: partial(_on_host, calls) for name, calls in groups.items()}
+    found: dict[str, list[float]] = {name: [] for name in groups}
+    for _ in range(repeats + 2):
+        for name, one_round in rounds.items():
+            found[name].append(one_round())
+    return {name: statistics.median(taken[2:]) for name, taken in found.items()}
+
+
+def _recorded(calls: Calls, device: torch.device) -> Callable[[], float]:
+    """The calls in a CUDA graph, as a function that replays it and gives microseconds for each call."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -411,18 +418,19 @@ def microseconds(calls: Sequence[Callable[[], Any]], device: torch.device, repea
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
-    for _ in range(repeats + 3):
+
+    def replay() -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize(device)
-        times.append(start.elapsed_time(end) * 1000 / len(calls))
-    return statistics.median(times[3:])
+        return start.elapsed_time(end) * 1000 / len(calls)
+
+    return replay
 
 
-def _on_host(calls: Sequence[Callable[[], Any]]) -> float:
+def _on_host(calls: Calls) -> float:
     start = time.perf_counter()
     for call in calls:
         call()

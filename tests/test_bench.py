@@ -78,7 +78,14 @@ def test_times_are_medians_of_one_call_in_turn() -> None:
     made: list[int] = []
     calls = [lambda i=i: made.append(i) for i in range(3)]
     assert benchmark.microseconds(calls, CPU, 4) > 0
-    assert made == [0, 1, 2] * 5  # a first round to warm up
+    assert made == [0, 1, 2] * 6  # two rounds to warm up
+
+
+def test_groups_take_turns() -> None:
+    made: list[str] = []
+    groups = {name: [lambda name=name: made.append(name)] * 2 for name in "ab"}
+    found = benchmark.times(groups, CPU, 1)
+    assert set(found) == {"a", "b"} and made == ["a", "a", "b", "b"] * 3
 
 
 @pytest.mark.gpu
