@@ -255,7 +255,7 @@ def cells(
     whole = lean.to_dense()
     vendor = None
     if paths.can_vendor(lean.bound, dtype, device):
-        vendor = paths.vendor_copy(whole)
+        vendor = paths.vendor_copy(whole, lean.bound)
     parts = paths.Weight(
         lean.packed, lean.indices, lean.bound, lean.tiled, dense=whole, vendor=vendor
     )
@@ -309,9 +309,8 @@ def vendor_call_us(device: torch.device) -> float:
     weight = random_weight("2:4", (512, 512), torch.bfloat16, device)
     if not paths.can_vendor(weight.bound, weight.dtype, device):
         return 2000.0
-    parts = paths.Weight(
-        weight.packed, weight.indices, weight.bound, vendor=paths.vendor_copy(weight.to_dense())
-    )
+    copy = paths.vendor_copy(weight.to_dense(), weight.bound)
+    parts = paths.Weight(weight.packed, weight.indices, weight.bound, vendor=copy)
     x = torch.zeros(512, 512, device=device, dtype=torch.bfloat16)
     times = []
     for _ in range(20):

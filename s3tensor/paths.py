@@ -33,8 +33,9 @@ from s3tensor.packing import columns_of, form_of, unpack
 from s3tensor.pattern import BoundPattern, Pattern
 
 _HALF = (torch.bfloat16, torch.float16)
-# Forms whose dense weight is 2:4 along each row, which is what cuSPARSELt takes.
-_ALONG_ROWS = ("2:4", "coupled2:4")
+# Forms whose dense weight is 2:4 along each row, which is what cuSPARSELt takes, or is so once the even
+# and the odd columns of every 8 are parted.
+_FOR_VENDOR = ("2:4", "coupled2:4", "pair4:8")
 _BATCHES = tuple(2**n for n in range(13))  # 1 to 4096
 
 
@@ -344,9 +345,9 @@ def _packed(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 def can_vendor(bound: BoundPattern, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether cuSPARSELt takes the weight: 2:4 along rows, 16 bits, whole tiles of 32, a GPU it knows."""
+    """Whether cuSPARSELt takes the weight: one of three forms, 16 bits, whole tiles of 32, a GPU it knows."""
     return (
-        form_of(bound) in _ALONG_ROWS
+        form_of(bound) in _FOR_VENDOR
         and dtype in _HALF
         and all(n % 32 == 0 for n in bound.shape)
         and device.type == "cuda"
@@ -356,10 +357,25 @@ def can_vendor(bound: BoundPattern, dtype: torch.dtype, device: torch.device) ->
     )
 
 
-def vendor_copy(dense: Tensor) -> Tensor:
-    """cuSPARSELt's compressed copy of a dense weight that is 2:4."""
+def vendor_order(
+    t: Tensor,  # (..., columns)
+    bound: BoundPattern,
+) -> Tensor:
+    """``t`` with its columns in the order in which the weight is 2:4: a copy for pair4:8, else itself.
+
+    A pair of neighbours is kept or pruned together, so that of every 8 columns 0, 2, 4, 6 are 2:4 and so are
+    1, 3, 5, 7. The weight's columns are put so once, those of x on each call: a read and a write of x.
+    """
+    if form_of(bound) != "pair4:8":
+        return t
+    return t.reshape(*t.shape[:-1], -1, 4, 2).transpose(-1, -2).reshape(t.shape)
+
+
+def vendor_copy(dense: Tensor, bound: BoundPattern) -> Tensor:
+    """cuSPARSELt's compressed copy of a dense weight of the bound shape that satisfies the pattern."""
+    whole = vendor_order(dense, bound).contiguous() + 0.0  # it takes -0.0 for a value
     with torch.cuda.device(dense.device):
-        copy: Tensor = torch._cslt_compress(dense.contiguous() + 0.0)  # it takes -0.0 for a value
+        copy: Tensor = torch._cslt_compress(whole)
     return copy
 
 
@@ -380,21 +396,21 @@ def vendor_product(
     weight: Weight,
     bias: Tensor | None,
     plan: tuple[int, int, int],
-) -> Tensor:  # (batch, rows)
+) -> Tensor:  # (batch, rows), contiguous
     """The product by cuSPARSELt under a plan: algorithm, split of K, mode of the split."""
     assert weight.vendor is not None
     algorithm, split, mode = plan
     with torch.cuda.device(flat.device):
         y: Tensor = torch._cslt_sparse_mm(
             weight.vendor,
-            flat.contiguous().t(),
+            vendor_order(flat, weight.bound).contiguous().t(),
             bias=None if bias is None else bias.contiguous(),
             transpose_result=True,
             alg_id=algorithm,
             split_k=split,
             split_k_mode=mode,
         )
-    return y if y.shape[0] == flat.shape[0] else y.t()
+    return y
 
 
 def _vendor_plan(weight: Weight, batch: int) -> tuple[int, int, int]:

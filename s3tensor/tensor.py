@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch._subclasses.fake_tensor import FakeTensor
 
 from s3tensor import ops, paths
-from s3tensor.errors import PatternError, UnsupportedOpError
-from s3tensor.packing import unpack_mask
+from s3tensor.errors import CheckpointError, PatternError, UnsupportedOpError
+from s3tensor.packing import check_packed, unpack_mask
 from s3tensor.pattern import BoundPattern, Pattern
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# Limits on what a stored weight may claim; what is beyond them is an attack or damage. A few bytes can
+# describe a weight of any size, which ``to_dense`` would then allocate.
+_MAX_NDIM, _MAX_DIM = 8, 2**40
+_MAX_ELEMENTS = 2**28  # a weight may have these, or
+_MAX_EXPANSION = 1024  # these for each stored value, if that is more
 
 # One small rule for each operator, filled by ``s3tensor.tensor_rules``. An operator without a rule is
 # refused by name: nothing densifies in silence.
@@ -228,7 +236,7 @@ class StructuredSparseTensor(Tensor):
             keep = paths.worth_keeping(self.bound, self.dtype, self.device, (first, last))
             whole = self._unpacked() if any(keep) else None
             dense = whole if keep[0] else None
-            vendor = paths.vendor_copy(whole) if keep[1] and whole is not None else None
+            vendor = paths.vendor_copy(whole, self.bound) if whole is not None and keep[1] else None
         rest = (self.pattern, self.bound_shape, self.transposed, self.tiled, dense, vendor)
         return type(self)(self.packed, self.indices, *rest)
 
@@ -244,7 +252,7 @@ class StructuredSparseTensor(Tensor):
             if self.dense is not None:
                 self.dense.copy_(whole)
             if self.vendor is not None:
-                self.vendor.copy_(paths.vendor_copy(whole))
+                self.vendor.copy_(paths.vendor_copy(whole, self.bound))
         return self
 
     def _unpacked(self) -> Tensor:
@@ -267,6 +275,70 @@ class StructuredSparseTensor(Tensor):
         """Bool tensor of the tensor's shape, True at the positions that are stored."""
         kept = unpack_mask(self.parts()[1], self.bound)
         return kept.t() if self.transposed else kept
+
+    # how it is stored ---------------------------------------------------------------------------------
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint holds beside :meth:`parts`, as JSON can: pattern, label, shape, transposed."""
+        return {
+            "pattern": self.pattern.parts,
+            "label": str(self.pattern),
+            "shape": list(self.bound.shape),
+            "transposed": self.transposed,
+        }
+
+    @classmethod
+    def from_stored(
+        cls, packed: Tensor, indices: Tensor, description: Any, where: str = "a stored weight"
+    ) -> StructuredSparseTensor:
+        """The weight of :meth:`parts` and :meth:`description`, of which nothing is trusted.
+
+        Sizes, dtypes and every index are checked; of tensors on ``meta``, which have no indices to
+        check, sizes and dtypes.
+
+        Args:
+            where: what to call the weight in errors.
+
+        Raises:
+            CheckpointError: what no weight could have given, or a shape that is out of all proportion.
+        """
+        try:
+            shape, transposed = tuple(description["shape"]), description["transposed"]
+            sound = len(shape) <= _MAX_NDIM and all(
+                type(n) is int and 0 < n < _MAX_DIM for n in shape
+            )
+            if not sound or type(transposed) is not bool or (transposed and len(shape) != 2):
+                raise CheckpointError(
+                    f"{where}: shape {shape!r:.80} or orientation {transposed!r:.20} is damaged"
+                )
+            if math.prod(shape) > max(_MAX_ELEMENTS, _MAX_EXPANSION * packed.numel()):
+                raise CheckpointError(
+                    f"{where}: shape {shape} for {packed.numel()} stored values is damaged"
+                )
+            pattern = _labelled(Pattern.parse(description["pattern"]), description.get("label"))
+            made = cls.from_packed(packed, indices, pattern, shape)
+            if not (indices.is_meta or isinstance(indices, FakeTensor)):
+                check_packed(packed, indices, pattern.bind(shape), where)
+        except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"{where}: damaged description of a sparse tensor ({reason})"
+            ) from None
+        return made.map_parts(lambda part: part, flip=True) if transposed else made
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """As a checkpoint stores it: canonical order, no second forms, checked when it is loaded."""
+        packed, indices = self.parts()
+        more = {name: value for name, value in vars(self).items() if name not in _OWN}
+        stored = (packed.detach(), indices.detach(), self.description(), self.requires_grad, more)
+        return rebuild, stored
+
+    def __copy__(self) -> StructuredSparseTensor:
+        twin = self.map_parts(lambda part: part).requires_grad_(self.requires_grad)
+        vars(twin).update(vars(self))
+        return twin
+
+    # facts --------------------------------------------------------------------------------------------
 
     @property
     def bound(self) -> BoundPattern:
@@ -405,6 +477,41 @@ class StructuredSparseTensor(Tensor):
         return rule(func, args, kwargs or {})
 
 
+# What __init__ sets; anything else on a tensor is its user's, or says that it is a parameter.
+_OWN = frozenset(
+    ("packed", "indices", "pattern", "bound_shape", "transposed", "tiled", "dense", "vendor", "_flat")
+)
+
+
+def rebuild(
+    packed: Tensor,
+    indices: Tensor,
+    description: dict[str, Any],
+    requires_grad: bool,
+    more: dict[str, Any],  # attributes of a user's, and what makes it a parameter
+) -> StructuredSparseTensor:
+    """The weight that ``torch.save`` or ``pickle`` stored; a file names this function.
+
+    Raises:
+        CheckpointError: contents that no weight could have given.
+    """
+    made = StructuredSparseTensor.from_stored(packed, indices, description, "a pickled weight")
+    foreign = [name for name in more if name in _OWN or hasattr(StructuredSparseTensor, name)]
+    if foreign:
+        raise CheckpointError(f"a pickled weight sets {foreign[0]!r:.40}, which is not its to set")
+    vars(made).update(more)
+    return made.requires_grad_(bool(requires_grad))
+
+
+def _labelled(pattern: Pattern, label: object) -> Pattern:
+    """The pattern under its short name, where that name still means the same here."""
+    try:
+        named = Pattern.parse(label) if isinstance(label, str) else pattern
+    except PatternError:
+        return pattern
+    return named if named == pattern else pattern
+
+
 @functools.lru_cache(maxsize=1024)
 def _bound(pattern: Pattern, name: str, shape: tuple[int, ...]) -> BoundPattern:
     del name  # a key: equal patterns keep their own spelling
@@ -442,5 +549,6 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 # The rules need the class above, and the class needs its rules from the first tensor on.
 import s3tensor.tensor_rules  # noqa: E402, F401
 
-# Both parts of a pickled weight are harmless values, so that torch.load(weights_only=True) may read them.
-torch.serialization.add_safe_globals([StructuredSparseTensor, Pattern])
+# So that torch.load(weights_only=True) may call it. The class itself is not on the list: a file that could
+# make one of its own would get around the checks.
+torch.serialization.add_safe_globals([rebuild, Pattern])

@@ -111,6 +111,21 @@ def test_a_checkpoint_has_canonical_order(
         assert copy.deepcopy(weight).same_layout(weight)
 
 
+@given(tiled_and_canonical())
+def test_a_weight_for_the_vendor_is_2_of_4_along_rows_and_gives_the_same_product(
+    pair: tuple[StructuredSparseTensor, StructuredSparseTensor],
+) -> None:
+    weight = pair[1].to(torch.float64)
+    if str(weight.pattern) == "rowpair16":
+        return
+    dense, bound = weight.to_dense(), weight.bound
+    ordered = paths.vendor_order(dense, bound)
+    assert s3.satisfies(ordered, "2:4")
+    x = torch.linspace(-1, 1, 3 * dense.shape[1], dtype=torch.float64).reshape(3, -1)
+    y = paths.vendor_order(x, bound) @ ordered.t()
+    torch.testing.assert_close(y, x @ dense.t())
+
+
 def test_a_graph_takes_either_order_and_compiles_for_each() -> None:
     torch._dynamo.reset()
     canonical = StructuredSparseTensor.from_dense(torch.randn(16, 64, dtype=torch.bfloat16), "2:4")
@@ -281,7 +296,9 @@ def test_every_possible_path_gives_the_product(pattern: str) -> None:
     dense = weight.to_dense()
     device = weight.device
     copy_ = (
-        paths.vendor_copy(dense) if paths.can_vendor(weight.bound, weight.dtype, device) else None
+        paths.vendor_copy(dense, weight.bound)
+        if paths.can_vendor(weight.bound, weight.dtype, device)
+        else None
     )
     parts = paths.Weight(
         weight.packed, weight.indices, weight.bound, weight.tiled, dense=dense, vendor=copy_
