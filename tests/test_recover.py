@@ -302,6 +302,24 @@ def test_units_round_nothing(exponent: int, seed: int) -> None:
     assert 0.7 <= float(size) <= 1.42
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients_gets_the_same_recovery(mode: Any) -> None:
+    plain, other = family(), family()
+    pruned(plain, recover=Recovery(5, rate=0.01))
+    with mode():
+        pruned(other, recover=Recovery(5, rate=0.01))
+    assert same(plain, other)
+    assert not same(plain, family())
+
+
+def test_weights_that_are_not_used_stay() -> None:
+    block = Toy()
+    block.idle = nn.LayerNorm(4)
+    case = Case(block=block)
+    case.recover()
+    assert case.changed() == {"norm.weight", "norm.bias", "up.weight", "up.bias", "down.weight"}
+
+
 # the same result -------------------------------------------------------------------------------------
 
 
@@ -469,6 +487,7 @@ def test_sequences_of_several_lengths_recover() -> None:
         ({"rate": 0.0}, r"rate=0\.0"),
         ({"rate": float("nan")}, r"rate=nan"),
         ({"batch": 0}, r"batch=0"),
+        ({"batch": 1.5}, r"batch=1\.5"),
         ({"seconds": 0.0}, r"seconds=0\.0"),
         ({"seconds": float("inf")}, r"seconds=inf"),
         ({"target": "sparse"}, r"target='sparse'.*'dense' or 'mixed'"),
@@ -625,6 +644,7 @@ def test_the_time_of_a_run_is_shared_out_over_its_blocks() -> None:
         Recovery(seconds=40.0),
         {},
     )
+    assert Case().recover(seconds=0.0).steps == 0
     done = [llm.BlockRow(0, 1, 0.0, 0.0, 0.0, 0, recovery_seconds=16.0)]
     assert driver._seconds_left(limited_run, [], 4) == 10.0
     assert driver._seconds_left(limited_run, done, 3) == 8.0
@@ -634,7 +654,8 @@ def test_the_time_of_a_run_is_shared_out_over_its_blocks() -> None:
 def test_progress_tells_steps_loss_and_time_left() -> None:
     told: list[tuple[int, int, float, float]] = []
     result = Case().recover(Recovery(steps=16, rate=0.01), told=lambda *news: told.append(news))
-    assert [(done, of) for done, of, _, _ in told] == [(n, 16) for n in range(2, 17, 2)]
+    assert [(done, of) for done, of, _, _ in told] == [(n, 16) for n in range(1, 17)]
+    assert told[0][2] == result.loss_before
     assert min(loss for _, _, loss, _ in told) == result.loss_after
     assert told[-1][3] == 0.0 and all(left > 0 for *_, left in told[:-1])
 

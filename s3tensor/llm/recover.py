@@ -57,7 +57,7 @@ class Recovery:
     """
 
     steps: int = 300
-    rate: float = 1e-3
+    rate: float = 3e-3
     batch: int = 8
     seconds: float | None = None
     target: Target = "dense"
@@ -67,13 +67,12 @@ class Recovery:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
-        if not whole or self.steps < 0:
+        if not _whole(self.steps) or self.steps < 0:
             raise PrunerError(f"recovery steps={self.steps!r} must be an integer >= 0, such as 300")
         if not 0.0 < self.rate <= 1.0:
             raise PrunerError(f"recovery rate={self.rate} must be a share > 0 and <= 1 of a weight")
-        if self.batch < 1:
-            raise PrunerError(f"recovery batch={self.batch} must be >= 1 sequences")
+        if not _whole(self.batch) or self.batch < 1:
+            raise PrunerError(f"recovery batch={self.batch!r} must be an integer >= 1 of sequences")
         if self.seconds is not None and not 0.0 < self.seconds < math.inf:
             raise PrunerError(f"recovery seconds={self.seconds} must be finite and > 0, or None")
         if self.target not in get_args(Target):
@@ -84,8 +83,8 @@ class Recovery:
             raise PrunerError(
                 f"recovery precision={self.precision!r} must be 'auto', 'float32' or 'bfloat16'"
             )
-        if not 0 <= self.seed < 2**63:
-            raise PrunerError(f"recovery seed={self.seed} must be from 0 to 2**63 - 1")
+        if not _whole(self.seed) or not 0 <= self.seed < 2**63:
+            raise PrunerError(f"recovery seed={self.seed!r} must be an integer from 0 to 2**63 - 1")
 
     @classmethod
     def of(cls, value: Recovery | int | None) -> Recovery | None:
@@ -97,6 +96,10 @@ class Recovery:
         if value is not None and not isinstance(value, Recovery):
             value = cls(steps=value)
         return value if value is not None and value.steps else None
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -155,15 +158,24 @@ def recover_block(
     Args:
         seconds: time for this block.
         fixed: ids of parameters to leave alone, see :func:`shared_parameters`.
-        told: called a few times.
+        told: called after each step.
 
     Raises:
         torch.OutOfMemoryError: not even one sequence at a time fits on the device.
     """
     start = time.perf_counter()
-    leaves = _leaves(runner.block, masks, fixed, recovery.norms)
-    tuning = _Tuning(runner, leaves, Sequences(runner, chunks, targets), recovery)
-    before, after, steps = tuning.run(start, seconds, told)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = _leaves(runner.block, masks, fixed, recovery.norms)
+            tuning = _Tuning(runner, leaves, Sequences(runner, chunks, targets), recovery)
+            before, after, steps = tuning.run(start, seconds, told)
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        raise torch.OutOfMemoryError(
+            f"recovery of {runner.name} needs more memory than {runner.device} has, with one sequence of "
+            f"{targets[0].shape[1]} tokens at a time; leave recovery out, or calibrate on shorter sequences."
+        ) from None
     if before is None:
         warnings.warn(
             f"recovery of {runner.name} met NaN or Inf after {steps} steps; the block stays as it was "
@@ -261,22 +273,22 @@ class _Tuning:
         adam = torch.optim.Adam(
             values, betas=(0.9, 0.95), eps=1e-10, fused=self.runner.device.type == "cuda"
         )
-        best, kept = before, None
+        best, kept, loss = before, None, before
         every = max(1, math.ceil(steps / _CHECKS))
         done = 0
         while True:
             spent = time.perf_counter() - start
             share = done / steps
             if seconds is not None:
-                share = max(share, spent / seconds)
+                share = max(share, spent / seconds if seconds > 0 else 1.0)
             if done and (share >= 1.0 or done % every == 0):
                 loss = self.loss()
                 if not math.isfinite(loss):
                     return None, None, done
                 if loss < best:
                     best, kept = loss, [value.detach().clone() for value in values]
-                if told is not None:
-                    told(done, steps, loss, spent / share - spent if share else 0.0)
+            if done and told is not None:
+                told(done, steps, loss, max(spent / share - spent, 0.0))
             if share >= 1.0:
                 break
             adam.param_groups[0]["lr"] = self.recovery.rate * _schedule(share, done, steps)
@@ -302,8 +314,10 @@ class _Tuning:
             ):
                 loss = self._loss(part)
             # All gradients at once, so that a pass that memory runs out in adds to none of them.
-            for value, grad in zip(values, torch.autograd.grad(loss, values), strict=True):
-                value.grad = grad if value.grad is None else value.grad.add_(grad)
+            grads = torch.autograd.grad(loss, values, allow_unused=True)
+            for value, grad in zip(values, grads, strict=True):
+                if grad is not None:
+                    value.grad = grad if value.grad is None else value.grad.add_(grad)
             return 0.0
 
         adam.zero_grad()
@@ -324,7 +338,7 @@ class _Tuning:
                 if not _out_of_memory(error):
                     raise
                 if len(alike) == 1:
-                    raise self._does_not_fit() from None
+                    raise
                 self.micro = (len(alike) + 1) // 2
                 alike = []
             if not alike and self.runner.device.type == "cuda":
@@ -342,13 +356,6 @@ class _Tuning:
         target = self.data.targets(rows)
         lost = (out.float() - target.float()).square().sum(-1)
         return (lost * torch.cat([self.shares[row] for row in rows])).mean(-1).sum()
-
-    def _does_not_fit(self) -> Exception:
-        tokens = self.data.target(0).shape[1]
-        return torch.OutOfMemoryError(
-            f"recovery of {self.runner.name} needs more memory than {self.runner.device} has, with one "
-            f"sequence of {tokens} tokens at a time; leave recovery out, or calibrate on shorter sequences."
-        )
 
 
 def _parts(count: int, recovery: Recovery) -> tuple[list[int], list[int]]:

@@ -123,6 +123,8 @@ class Sequences:
         if kind in self._moved:
             return self._moved[kind]
         call = transfer_to_device(self._calls[kind], self.runner.device)
+        # Of a caller in inference mode, autograd takes copies alone.
+        call = map_tensors(call, lambda x: x.clone() if x.is_inference() else x)
         if kind < _KINDS:
             self._moved[kind] = call
         return call
