@@ -31,6 +31,7 @@ from s3tensor.llm.structure import (
     prunable_layers,
 )
 from s3tensor.pattern import Pattern
+from s3tensor.prune.problem import row_stacks
 from s3tensor.tensor import StructuredSparseTensor
 
 DEFAULT_ALPHA = 0.5  # best of five on development text with SmolLM2-135M (docs/pruners.md)
@@ -488,35 +489,53 @@ def _prune_group(
     if run.dense_target:
         extra = {"target": hessian.cross(), "alpha": run.alpha}
     rows = []
-    for layer in group:
-        bar.doing(index, layer.name.rpartition(".")[2])
-        weight = layer.weight
-        size = weight.numel()
+    for stack in _stacks(group, run):
+        bar.doing(index, _short(stack))
+        weights = [layer.weight for layer in stack]
+        size = sum(weight.numel() for weight in weights)
         if "progress" in inspect.signature(pruner).parameters:
             extra["progress"] = lambda done, of, size=size: bar.within(size, done / of)
         memory.part()
         start = time.perf_counter()
-        pruned = pruner(weight, factors, run.pattern, **{**extra, **run.options})
+        pruned = pruner(
+            weights[0] if len(stack) == 1 else torch.cat(weights),
+            factors,
+            run.pattern,
+            **{**extra, **run.options},
+        )
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
         seconds = time.perf_counter() - start
-        error = output_error(pruned.weight, weight, value)
-        layer.copy_weight(pruned.weight)
-        masks.append((layer, pruned.mask))
-        row = LinearRow(
-            block=index,
-            name=layer.name,
-            out_features=layer.shape[0],
-            in_features=layer.shape[1],
-            error=error,
-            seconds=seconds,
-            samples=hessian.samples,
-            density=int(pruned.mask.count_nonzero()) / size,
-            peak_memory_bytes=memory.part(),
-        )
-        rows.append(row)
-        bar.linear(row)
+        peak = memory.part()
+        heights = [len(weight) for weight in weights]
+        parts = zip(pruned.weight.split(heights), pruned.mask.split(heights), strict=True)
+        for layer, weight, (found, mask) in zip(stack, weights, parts, strict=True):
+            error = output_error(found, weight, value)
+            layer.copy_weight(found)
+            masks.append((layer, mask))
+            row = LinearRow(
+                block=index,
+                name=layer.name,
+                out_features=layer.shape[0],
+                in_features=layer.shape[1],
+                error=error,
+                seconds=seconds * weight.numel() / size,
+                samples=hessian.samples,
+                density=int(mask.count_nonzero()) / weight.numel(),
+                peak_memory_bytes=peak,
+            )
+            rows.append(row)
+            bar.linear(row)
     return rows
+
+
+def _stacks(group: list[LinearLayer], run: _Run) -> list[list[LinearLayer]]:
+    """Linears of one input that are pruned as one weight: their Hessian is factored once."""
+    dtypes = {layer.weight.dtype for layer in group}
+    if run.pruner not in prune.ROW_WISE or len(dtypes) > 1:
+        return [[layer] for layer in group]
+    stacks = row_stacks([layer.shape for layer in group], run.pattern)
+    return [[group[i] for i in stack] for stack in stacks]
 
 
 def _advance(runner: BlockRunner, streams: _Streams) -> float:

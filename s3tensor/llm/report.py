@@ -30,7 +30,7 @@ class LinearRow:
     in_features: int
     # Relative output error on the calibration inputs, sqrt(tr(dW H dW') / tr(W H W')), before recovery.
     error: float
-    seconds: float  # in the pruner; the first of those that share an input bears the factorisation
+    seconds: float  # in the pruner; linears that were pruned as one weight share them by size
     samples: int  # calibration tokens that its Hessian has seen
     density: float
     peak_memory_bytes: int  # while it was pruned, see PeakMemory

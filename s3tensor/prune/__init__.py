@@ -28,6 +28,12 @@ PRUNERS: dict[str, Callable[..., Pruned]] = {
 NEEDS_HESSIAN = frozenset(PRUNERS) - {"magnitude"}
 """Names of the pruners for which ``hessian=None`` is an error."""
 
+ROW_WISE = frozenset(PRUNERS)
+"""Names of the pruners for which rows that share no scope do not matter to each other, but by rounding.
+
+Weights of the same inputs may then be pruned one above the other, as one.
+"""
+
 
 def get(name: str) -> Callable[..., Pruned]:
     """The pruner of a name in ``PRUNERS``.
@@ -44,6 +50,7 @@ __all__ = [
     "MEMORY_BUDGET",
     "NEEDS_HESSIAN",
     "PRUNERS",
+    "ROW_WISE",
     "Pruned",
     "admm",
     "get",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -117,6 +117,37 @@ def row_group(bound: BoundPattern) -> int:
     except PatternError:
         return rows
     return bound.row_period
+
+
+def row_stacks(shapes: Sequence[tuple[int, int]], pattern: Pattern) -> list[list[int]]:
+    """Weights, by number, that can be pruned as one: one above the other they are the same problem.
+
+    They have the same columns, and no scope of the stack crosses from one to the next. Weights that stand
+    alone come as lists of one.
+    """
+    stacks: list[list[int]] = []
+    for number, shape in enumerate(shapes):
+        for stack in stacks:
+            if _stackable([shapes[i] for i in stack] + [shape], pattern):
+                stack.append(number)
+                break
+        else:
+            stacks.append([number])
+    return stacks
+
+
+def _stackable(shapes: Sequence[tuple[int, int]], pattern: Pattern) -> bool:
+    columns = {shape[1] for shape in shapes}
+    if len(columns) != 1:
+        return False
+    try:
+        whole = pattern.bind((sum(shape[0] for shape in shapes), *columns))
+    except PatternError:
+        return False
+    group = row_group(whole)
+    return all(
+        shape[0] % group == 0 and row_group(pattern.bind(shape)) == group for shape in shapes
+    )
 
 
 def target_term(
