@@ -11,10 +11,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +22,94 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from s3tensor.errors import CheckpointError, PatternError
-from s3tensor.packing import check_packed
-from s3tensor.pattern import Pattern
+from s3tensor.errors import CheckpointError
 from s3tensor.tensor import StructuredSparseTensor
 
 FORMAT = 1
 METADATA_KEY = "s3tensor"
 TEMPORARY = ".tmp"  # end of the name of a file that is being written
 
-# Limits on what a file may claim; what is beyond them is an attack or damage. A few bytes can describe
-# a weight of any size, which ``to_dense`` would then allocate.
-_MAX_NDIM, _MAX_DIM = 8, 2**40
-_MAX_ELEMENTS = (
-    2**28
-)  # a weight may have these, or _MAX_EXPANSION for each stored value if that is more
-_MAX_EXPANSION = 1024
+
+def flatten_state(
+    state: Mapping[str, Tensor],
+    device: torch.device | str | None = None,
+    checksums: bool = False,
+) -> tuple[dict[str, Tensor], str]:
+    """A state dict as plain contiguous tensors and one string that describes its sparse ones.
+
+    For stores that know plain tensors only: ``torch.distributed.checkpoint``, safetensors, another
+    framework. :func:`unflatten_state` is the inverse.
+
+    Args:
+        device: move what is stored there; ``None`` leaves it, and what was contiguous shares its memory.
+        checksums: put a SHA-256 of every tensor in the string.
+
+    Returns:
+        tensors by name, a sparse ``name`` as ``name.packed`` and ``name.indices`` in canonical order,
+        and the description: a SHA-256, a space and JSON.
+
+    Raises:
+        CheckpointError: when a name is also that of a part of a sparse tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    sparse: dict[str, dict[str, Any]] = {}
+    for name, tensor in state.items():
+        parts = {name: tensor}
+        if isinstance(tensor, StructuredSparseTensor):
+            parts = dict(zip((f"{name}.packed", f"{name}.indices"), tensor.parts(), strict=True))
+            sparse[name] = tensor.description()
+        for key, part in parts.items():
+            if key in tensors:
+                raise CheckpointError(f"two tensors would be stored as {key!r}; rename one of them")
+            part = part.detach() if device is None else part.detach().to(device)
+            tensors[key] = part.contiguous()
+    document: dict[str, Any] = {"format": FORMAT, "sparse": sparse}
+    if checksums:
+        document["sha256"] = {name: checksum(tensor) for name, tensor in tensors.items()}
+    text = json.dumps(document)
+    return tensors, f"{_digest(text)} {text}"
+
+
+def unflatten_state(
+    tensors: Mapping[str, Tensor],
+    description: str,
+    device: torch.device | str | None = None,
+    where: str | Path = "the state",
+) -> dict[str, Tensor]:
+    """The state dict that :func:`flatten_state` took apart; indices, and checksums if any, are verified.
+
+    Args:
+        device: where the tensors go; ``None`` leaves them where they are, and they share their memory.
+        where: what to call the state in errors, such as its path.
+
+    Raises:
+        CheckpointError: a description that is damaged, of another format or of other tensors, a checksum
+            that fails, parts that no sparse tensor could have given.
+    """
+    document = _document(description, where)
+    sums = document.get("sha256")
+    if sums is not None:
+        _same_names(tensors, sums, where)
+        for name, tensor in tensors.items():
+            if checksum(tensor) != sums[name]:
+                raise CheckpointError(
+                    f"{where}: the checksum of {name!r} fails; the file was altered"
+                )
+    rest = dict(tensors)
+    state: dict[str, Tensor] = {}
+    for name, fields in document["sparse"].items():
+        packed, indices = (rest.pop(f"{name}.{part}", None) for part in ("packed", "indices"))
+        if packed is None or indices is None:
+            raise CheckpointError(
+                f"{where}: {name}: damaged description of a sparse tensor; a part of it is missing"
+            )
+        made = StructuredSparseTensor.from_stored(packed, indices, fields, f"{where}: {name}")
+        state[name] = made
+    for name, tensor in rest.items():
+        if name in state:
+            raise CheckpointError(f"{where}: {name!r} is there twice, dense and sparse")
+        state[name] = tensor
+    return state if device is None else {name: part.to(device) for name, part in state.items()}
 
 
 def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -51,34 +122,14 @@ def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
         CheckpointError: when the file cannot be written, with the system's reason, or when a name is
             also that of a part of a sparse tensor.
     """
-    tensors: dict[str, Tensor] = {}
-    sparse: dict[str, dict[str, Any]] = {}
+    tensors, description = flatten_state(state, "cpu", checksums=True)
     stored: set[int] = set()  # addresses: safetensors refuses tensors that share storage
-    for name, tensor in state.items():
-        parts = {name: tensor}
-        if isinstance(tensor, StructuredSparseTensor):
-            parts = dict(zip((f"{name}.packed", f"{name}.indices"), tensor.parts(), strict=True))
-            sparse[name] = {
-                "pattern": tensor.pattern.parts,
-                "label": str(tensor.pattern),
-                "shape": list(tensor.bound.shape),
-                "transposed": tensor.transposed,
-            }
-        for key, part in parts.items():
-            if key in tensors:
-                raise CheckpointError(f"two tensors would be stored as {key!r}; rename one of them")
-            whole = part.detach().cpu().contiguous()
-            address = whole.untyped_storage().data_ptr()
-            tensors[key] = whole.clone() if address in stored else whole
-            stored.add(address)
-    document = {
-        "format": FORMAT,
-        "sparse": sparse,
-        "sha256": {name: checksum(tensor) for name, tensor in tensors.items()},
-    }
-    text = json.dumps(document)
+    for name, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if address in stored else tensor
+        stored.add(address)
     # One entry of metadata: safetensors writes several in an order that changes from run to run.
-    metadata = {METADATA_KEY: f"{_digest(text)} {text}"}
+    metadata = {METADATA_KEY: description}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -90,20 +141,17 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Tens
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            document = _document(file.metadata(), path)
-            names = set(file.keys())
-            if names != set(document["sha256"]):
-                odd = sorted(names ^ set(document["sha256"]))
+            description = (file.metadata() or {}).get(METADATA_KEY)
+            if description is None:
                 raise CheckpointError(
-                    f"{path}: tensor {odd[0]!r} is missing, or not in the checksums"
+                    f"{path} is no s3tensor file: its metadata lacks {METADATA_KEY!r}"
                 )
-            tensors: dict[str, Tensor] = {}
-            for name in file.keys():  # noqa: SIM118 - a safetensors handle is no dict
-                tensors[name] = file.get_tensor(name)
-                if checksum(tensors[name]) != document["sha256"][name]:
-                    raise CheckpointError(
-                        f"{path}: the checksum of {name!r} fails; the file was altered"
-                    )
+            sums = _document(description, path).get("sha256")
+            if sums is None:
+                raise CheckpointError(f"{path}: metadata lacks 'sha256'")
+            _same_names(file.keys(), sums, path)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+        return unflatten_state(tensors, description, device, path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except OSError as error:
@@ -113,71 +161,36 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Tens
         raise CheckpointError(
             f"{path} is truncated or altered ({first_line(error)}); get it anew"
         ) from error
-    state: dict[str, Tensor] = {}
-    for name, fields in document["sparse"].items():
-        state[name] = _sparse(f"{path}: {name}", name, fields, tensors).to(device)
-    for name, tensor in tensors.items():
-        if name in state:
-            raise CheckpointError(f"{path}: {name!r} is there twice, dense and sparse")
-        state[name] = tensor.to(device)
-    return state
 
 
-def _document(metadata: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
-    entry = (metadata or {}).get(METADATA_KEY)
-    if entry is None:
-        raise CheckpointError(f"{path} is no s3tensor file: its metadata lacks {METADATA_KEY!r}")
-    digest, _, text = entry.partition(" ")
+def _same_names(found: Iterable[str], sums: dict[str, Any], where: str | Path) -> None:
+    odd = sorted(set(found) ^ set(sums))
+    if odd:
+        raise CheckpointError(f"{where}: tensor {odd[0]!r} is missing, or not in the checksums")
+
+
+def _document(description: object, where: str | Path) -> dict[str, Any]:
+    if not isinstance(description, str):
+        raise CheckpointError(
+            f"{where}: its description is a {type(description).__name__}, not the string of flatten_state"
+        )
+    digest, _, text = description.partition(" ")
     if digest != _digest(text):
-        raise CheckpointError(f"{path}: the checksum of its metadata fails; the file was altered")
+        raise CheckpointError(f"{where}: the checksum of its metadata fails; the file was altered")
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged metadata ({error})") from None
+        raise CheckpointError(f"{where}: damaged metadata ({error})") from None
     known = document.get("format") if isinstance(document, dict) else None
     if type(known) is not int or known != FORMAT:
         raise CheckpointError(
-            f"{path} has format {known!r:.40}, this version of s3tensor reads {FORMAT}; update s3tensor"
+            f"{where} has format {known!r:.40}, this version of s3tensor reads {FORMAT}; update s3tensor"
         )
-    if not all(isinstance(document.get(key), dict) for key in ("sparse", "sha256")):
-        raise CheckpointError(f"{path}: metadata lacks 'sparse' or 'sha256'")
+    if not isinstance(document.get("sparse"), dict):
+        raise CheckpointError(f"{where}: metadata lacks 'sparse'")
+    if not isinstance(document.get("sha256", {}), dict):
+        raise CheckpointError(f"{where}: metadata has damaged 'sha256'")
     return document
-
-
-def _sparse(
-    where: str, name: str, fields: Any, tensors: dict[str, Tensor]
-) -> StructuredSparseTensor:
-    """One sparse tensor, its two parts taken out of ``tensors``; nothing in ``fields`` is trusted."""
-    try:
-        shape, transposed = tuple(fields["shape"]), fields["transposed"]
-        sound = len(shape) <= _MAX_NDIM and all(type(n) is int and 0 < n < _MAX_DIM for n in shape)
-        if not sound or type(transposed) is not bool or (transposed and len(shape) != 2):
-            raise CheckpointError(
-                f"{where}: shape {shape!r:.80} or orientation {transposed!r:.20} is damaged"
-            )
-        packed, indices = tensors.pop(f"{name}.packed"), tensors.pop(f"{name}.indices")
-        if math.prod(shape) > max(_MAX_ELEMENTS, _MAX_EXPANSION * packed.numel()):
-            raise CheckpointError(
-                f"{where}: shape {shape} for {packed.numel()} stored values is damaged"
-            )
-        pattern = _labelled(Pattern.parse(fields["pattern"]), fields.get("label"))
-        bound = pattern.bind(shape)
-        check_packed(packed, indices, bound, where)
-        tensor = StructuredSparseTensor.from_packed(packed, indices, pattern, shape)
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(
-            f"{where}: damaged description of a sparse tensor ({first_line(error)})"
-        ) from None
-    return tensor.map_parts(lambda part: part, flip=True) if transposed else tensor
-
-
-def _labelled(pattern: Pattern, label: object) -> Pattern:
-    """The pattern under its short name, where that name still means the same here."""
-    try:
-        named = Pattern.parse(label) if isinstance(label, str) else pattern
-    except PatternError:
-        return pattern
-    return named if named == pattern else pattern
 
 
 def checksum(tensor: Tensor) -> str:

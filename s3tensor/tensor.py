@@ -316,9 +316,15 @@ class StructuredSparseTensor(Tensor):
                     f"{where}: shape {shape} for {packed.numel()} stored values is damaged"
                 )
             pattern = _labelled(Pattern.parse(description["pattern"]), description.get("label"))
-            made = cls.from_packed(packed, indices, pattern, shape)
+            parts = packed, indices
+            if not all(p.layout == torch.strided and p.is_contiguous() for p in parts):
+                # Zero strides would describe any number of values by one that is stored.
+                raise CheckpointError(
+                    f"{where}: its parts are not contiguous, as all that is stored is"
+                )
             if not (indices.is_meta or isinstance(indices, FakeTensor)):
                 check_packed(packed, indices, pattern.bind(shape), where)
+            made = cls.from_packed(packed, indices, pattern, shape)
         except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
@@ -328,14 +334,14 @@ class StructuredSparseTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """As a checkpoint stores it: canonical order, no second forms, checked when it is loaded."""
-        packed, indices = self.parts()
+        packed, indices = (part.detach().contiguous() for part in self.parts())
         more = {name: value for name, value in vars(self).items() if name not in _OWN}
-        stored = (packed.detach(), indices.detach(), self.description(), self.requires_grad, more)
-        return rebuild, stored
+        return rebuild, (packed, indices, self.description(), self.requires_grad, more)
 
     def __copy__(self) -> StructuredSparseTensor:
-        twin = self.map_parts(lambda part: part).requires_grad_(self.requires_grad)
+        twin = self.map_parts(lambda part: part)
         vars(twin).update(vars(self))
+        twin.requires_grad_(self.requires_grad)
         return twin
 
     # facts --------------------------------------------------------------------------------------------
@@ -479,7 +485,17 @@ class StructuredSparseTensor(Tensor):
 
 # What __init__ sets; anything else on a tensor is its user's, or says that it is a parameter.
 _OWN = frozenset(
-    ("packed", "indices", "pattern", "bound_shape", "transposed", "tiled", "dense", "vendor", "_flat")
+    (
+        "packed",
+        "indices",
+        "pattern",
+        "bound_shape",
+        "transposed",
+        "tiled",
+        "dense",
+        "vendor",
+        "_flat",
+    )
 )
 
 
@@ -495,12 +511,16 @@ def rebuild(
     Raises:
         CheckpointError: contents that no weight could have given.
     """
-    made = StructuredSparseTensor.from_stored(packed, indices, description, "a pickled weight")
-    foreign = [name for name in more if name in _OWN or hasattr(StructuredSparseTensor, name)]
-    if foreign:
-        raise CheckpointError(f"a pickled weight sets {foreign[0]!r:.40}, which is not its to set")
+    where = "a pickled weight"
+    made = StructuredSparseTensor.from_stored(packed, indices, description, where)
+    if type(requires_grad) is not bool or type(more) is not dict:
+        raise CheckpointError(f"{where}: its requires_grad or its attributes are damaged")
+    for name in more:
+        if type(name) is not str or name in _OWN or hasattr(StructuredSparseTensor, name):
+            raise CheckpointError(f"{where} sets {name!r:.40}, which is not an attribute to set")
     vars(made).update(more)
-    return made.requires_grad_(bool(requires_grad))
+    made.requires_grad_(requires_grad)
+    return made
 
 
 def _labelled(pattern: Pattern, label: object) -> Pattern:
