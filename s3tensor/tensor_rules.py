@@ -150,6 +150,15 @@ def _like(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
     return made
 
 
+@dispatch(aten.new_empty.default)
+def _new_empty(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    """A weight to copy this one into, as an asynchronous checkpoint makes one."""
+    t, size = args[0], tuple(args[1])
+    if size != tuple(t.shape):
+        raise refusal(func, f"of {size}; an empty weight keeps the shape {tuple(t.shape)}")
+    return _like(aten.empty_like.default, (t,), kwargs)
+
+
 @dispatch(aten._pin_memory.default)
 def _pin_memory(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
     return args[0].map_parts(lambda part: func(part, *args[1:], **kwargs))
