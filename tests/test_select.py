@@ -33,7 +33,7 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
     pytest.skip("the mask kernels need Triton 3.3", allow_module_level=True)
 
-from s3tensor.kernels import masks, select
+from s3tensor.kernels import masks, select  # noqa: E402 (what they need is asked for first)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FEW = settings(max_examples=8 if INTERPRETED else 60)
