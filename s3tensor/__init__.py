@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from s3tensor.llm.text import get_c4
     from s3tensor.mask import project, satisfies
     from s3tensor.memory import set_memory_
-    from s3tensor.parametrize import S3Sparse, finalize, sparsify_
+    from s3tensor.parametrize import S3Sparse, finalize
     from s3tensor.prune.structured import StructuredOBS
+    from s3tensor.schedule import Density
     from s3tensor.selection import kth_largest, mid_kth_largest
+    from s3tensor.sparsify import sparsify_
     from s3tensor.specs import (
         BlockCoupling,
         BlockSpec,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
         View,
     )
     from s3tensor.tensor import StructuredSparseTensor
+    from s3tensor.training import freeze, sparsify_training_, step
     from s3tensor.viz import draw_layout
 
 # Loaded when first used, so that patterns and layouts cost no import of torch, and nothing but the
@@ -69,7 +72,11 @@ _LAZY = {
     "set_memory_": "s3tensor.memory",
     "S3Sparse": "s3tensor.parametrize",
     "finalize": "s3tensor.parametrize",
-    "sparsify_": "s3tensor.parametrize",
+    "sparsify_": "s3tensor.sparsify",
+    "Density": "s3tensor.schedule",
+    "freeze": "s3tensor.training",
+    "sparsify_training_": "s3tensor.training",
+    "step": "s3tensor.training",
     "StructuredOBS": "s3tensor.prune.structured",
     "kth_largest": "s3tensor.selection",
     "mid_kth_largest": "s3tensor.selection",

@@ -1,7 +1,11 @@
-"""Training under a pattern, and leaving it: ``S3Sparse``, ``finalize`` and ``sparsify_``."""
+"""Training under a pattern, and leaving it: ``S3Sparse`` and ``finalize``."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,28 +15,81 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from s3tensor import ops
-from s3tensor.errors import ModelError, NonFiniteError, PatternError
-from s3tensor.mask import satisfies
-from s3tensor.pattern import Pattern
+from s3tensor.errors import ModelError, PatternError
+from s3tensor.mask import project, satisfies, tile, tile_norms, untile
+from s3tensor.pattern import BoundPattern, Pattern
+from s3tensor.schedule import Density
 from s3tensor.tensor import StructuredSparseTensor
 
-MODES = ("ste", "fixed")
+MODES = ("fixed", "ste", "srste", "soft")
+
+Score = Callable[[Tensor, "S3Sparse"], Tensor]
+
+
+# the soft threshold of blocks -------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "s3tensor::shrink",
+    mutates_args=(),
+    schema="(Tensor weight, Tensor mask, str pattern) -> Tensor",
+)
+def shrink(weight: Tensor, mask: Tensor, pattern: str) -> Tensor:
+    """Kept blocks, shortened by the norm of the largest dropped block of their scope; the rest zero.
+
+    A kept block v becomes ``v max(0, 1 - t / ||v||)``, t the largest ``||u||`` of a dropped block u. For 2:4
+    it is the soft threshold of S-STE (Y. Hu et al., arXiv 2409.09099, equation 8): continuous in the weight,
+    also where a block changes places with another.
+
+    Args:
+        weight: any floating dtype; mask: bool, the same shape, whole blocks.
+    """
+    bound = Pattern.parse(pattern).bind(weight.shape)
+    tiles = tile(weight, bound)
+    norms = tile_norms(tiles, weight.abs().amax())  # (scopes, blocks_per_scope) float64
+    kept = tile(mask, bound)[..., 0]
+    dropped = norms.masked_fill(kept, 0).amax(-1, keepdim=True)
+    factor = torch.where(norms > dropped, 1 - dropped / norms, 0).unsqueeze(-1)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    shrunk = torch.where(kept.unsqueeze(-1), tiles.to(wide) * factor.to(wide), 0)
+    return untile(shrunk.to(weight.dtype), bound)
+
+
+@shrink.register_fake
+def _(weight: Tensor, mask: Tensor, pattern: str) -> Tensor:
+    Pattern.parse(pattern).bind(weight.shape)
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
 class _StraightThrough(torch.autograd.Function):
-    """``weight * mask`` whose gradient passes to every weight, pruned ones too."""
+    """The masked weight, whose gradient passes to every weight, pruned ones too, with decay for those."""
 
     @staticmethod
-    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        weight: Tensor, mask: Tensor, beta: Tensor | None, decay: float, text: str, transposed: bool
+    ) -> Tensor:
+        if beta is not None:
+            return _shrunk(weight, mask, text, transposed) * beta
         return torch.where(mask, weight, 0)  # not weight * mask: its pruned zeros carry a sign
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, mask, _, ctx.decay, *_ = inputs
+        if ctx.decay:
+            ctx.save_for_backward(weight, mask)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if ctx.decay:
+            weight, mask = ctx.saved_tensors
+            grad = grad + ctx.decay * torch.where(mask, 0, weight)
+        return grad, *(None,) * 5
+
+
+def _shrunk(weight: Tensor, mask: Tensor, text: str, transposed: bool) -> Tensor:
+    if transposed:
+        return shrink(weight.t(), mask.t(), text).t()
+    return shrink(weight, mask, text)
 
 
 class S3Sparse(nn.Module):
@@ -40,10 +97,35 @@ class S3Sparse(nn.Module):
 
     Args:
         pattern: a pattern or its string.
-        mode: ``"ste"`` keeps, at every forward, the blocks of the largest magnitude at that time, and
-            passes the gradient straight through to all weights, so that a pruned weight can come back
-            (Bengio et al., arXiv 1308.3432). ``"fixed"`` keeps the blocks that were largest at
-            registration; pruned weights get no gradient. Its mask is a buffer and is in the state dict.
+        mode: what happens to weights that are pruned.
+
+            ``"ste"`` keeps the blocks of the largest magnitude and passes the gradient straight through to
+            all weights, so that a pruned weight can come back (Bengio et al., arXiv 1308.3432).
+
+            ``"srste"`` adds ``decay`` times the weight to the gradient of each pruned weight, which stops
+            masks from flipping back and forth (SR-STE; A. Zhou et al., arXiv 2102.04010). It is added once
+            for each use of the weight in a backward pass, before clipping and the optimizer: with k
+            accumulated passes give ``decay / k``, under a ``GradScaler`` multiply it by the scale.
+
+            ``"soft"`` also shortens kept blocks by the norm of the largest dropped one in their scope and
+            multiplies all by ``beta``, which makes the forward weight continuous (S-STE; Y. Hu et al., arXiv
+            2409.09099, there for 2:4). ``beta`` minimises the error at registration and is then frozen. The
+            gradient passes straight through.
+
+            ``"fixed"`` keeps the blocks that were largest at registration, or ``mask``; pruned weights get
+            no gradient.
+        mask: of ``"fixed"`` alone: bool, True where kept, of the weight's shape, under the pattern.
+        refresh: the mask is taken anew every so many steps. At 1 each forward takes it from the weight at
+            that time. From 2 on it is a buffer that changes in ``s3tensor.step(model)`` alone, which counts.
+        score: ``"magnitude"``, or a function of the weight and this module that returns the importance of
+            each element, in the weight's shape, summed per block. A function is called at registration and
+            by ``s3tensor.step``; the ``.grad`` of the weight is there if it was not cleared.
+        schedule: a falling :class:`Density`, counted by ``s3tensor.step``.
+        decay: of ``"srste"``, default 2e-4.
+        transposed: the weight is stored as (in_features, out_features), and the pattern is of its transpose.
+
+    A mask that is held (``"fixed"``, refresh above 1, a function as score, a schedule, frozen) is a buffer in
+    the state dict; counts are in its extra state. Forwards change nothing.
 
     Example:
         >>> linear = nn.Linear(64, 32)
@@ -52,38 +134,93 @@ class S3Sparse(nn.Module):
         >>> _ = finalize(linear)  # after training: a compressed weight, no parametrization
 
     Raises:
-        PatternError: a pattern that does not parse; at registration, one that does not fit the weight,
-            or a weight that is not floating point.
-        NonFiniteError: at registration and at each forward, NaN or Inf in the weight.
-        ValueError: an unknown mode.
+        PatternError: a pattern that does not parse; at registration, one that does not fit the weight, a
+            weight that is not floating point, a mask that does not satisfy the pattern, or a schedule that
+            ends at another density.
+        NonFiniteError: NaN or Inf in the weight, wherever a mask is taken.
+        ValueError: an unknown mode, or an option that is out of range or of another mode.
     """
 
     mask: Tensor | None
+    beta: Tensor | None
 
-    def __init__(self, pattern: Pattern | str, mode: str = "ste") -> None:
+    def __init__(
+        self,
+        pattern: Pattern | str,
+        mode: str = "ste",
+        *,
+        mask: Tensor | None = None,
+        refresh: int = 1,
+        score: str | Score = "magnitude",
+        schedule: Density | None = None,
+        decay: float | None = None,
+        transposed: bool = False,
+    ) -> None:
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"S3Sparse mode {mode!r} must be one of {', '.join(MODES)}")
+        if type(refresh) is not int or refresh < 1:
+            raise ValueError(f"S3Sparse refresh={refresh!r} must be an int >= 1, in steps")
+        if score != "magnitude" and not callable(score):
+            raise ValueError(
+                f"S3Sparse score={score!r} must be 'magnitude' or a function of weight and S3Sparse"
+            )
+        if mode == "fixed" and (refresh != 1 or schedule is not None):
+            raise ValueError("S3Sparse('fixed') takes no refresh and no schedule: its mask stays")
+        if mask is not None and mode != "fixed":
+            raise ValueError(f"S3Sparse takes mask= in mode 'fixed' only, got mode {mode!r}")
+        if decay is not None and (mode != "srste" or not 0 <= decay < math.inf):
+            raise ValueError(
+                f"S3Sparse decay={decay!r} must be a number >= 0, and is of mode 'srste' only"
+            )
+        if mask is not None and mask.dtype != torch.bool:
+            raise PatternError(f"mask has dtype {mask.dtype}; give a bool tensor, True where kept")
         self.pattern = Pattern.parse(pattern)
         self.mode = mode
-        self._text = str(self.pattern)  # what the op takes: a constant for torch.compile
-        self.register_buffer("mask", None)
+        self.refresh = refresh
+        self.score = score
+        self.schedule = schedule
+        self.decay = (2e-4 if decay is None else float(decay)) if mode == "srste" else 0.0
+        self.transposed = transposed
+        self.steps = 0  # counted by advance()
+        self.frozen = False
+        self._text = str(self.pattern)  # what the ops take: a constant for torch.compile
+        self._shape: tuple[int, ...] | None = None  # of the weight, as stored
+        self._last: Tensor | None = None  # the mask of the last step, where none is held
+        self._flips: Tensor | None = None
+        self.register_buffer("mask", None if mask is None else mask.detach().clone())
+        self.register_buffer("beta", None)
+
+    @property
+    def holds_mask(self) -> bool:
+        """Whether the mask is a buffer, and not taken from the weight at each forward."""
+        chosen = self.mode == "fixed" or self.refresh > 1 or self.score != "magnitude"
+        return chosen or self.schedule is not None or self.frozen
+
+    # the forward pass ---------------------------------------------------------------------------------
 
     def current_mask(self, weight: Tensor) -> Tensor:
-        """The mask that :meth:`forward` applies to ``weight``."""
-        if self.mode == "ste":
-            return ops.project(weight.detach(), self._text)
-        if self.mask is None:
-            raise PatternError("S3Sparse('fixed') has no mask before register_parametrization")
-        return self.mask
+        """The mask that :meth:`forward` applies to ``weight``: bool, its shape, True where kept."""
+        if self._shape is None:  # used without register_parametrization, or behind another one
+            self.right_inverse(weight)
+        if self.mask is not None:
+            if self.mask.device != weight.device:  # loaded before it was known
+                self.mask = self.mask.to(weight.device)
+            return self.mask
+        mask = self._upright(ops.project(self._upright(weight.detach()), self._text))
+        if self.frozen:  # by freeze() without the weight
+            self.mask = mask.contiguous()
+        return mask
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` with pruned blocks zero; same shape, dtype and device."""
         mask = self.current_mask(weight)
-        if self.mode == "ste":
-            masked: Tensor = _StraightThrough.apply(weight, mask)
-            return masked
-        return torch.where(mask, weight, 0)
+        if self.mode == "fixed":
+            return torch.where(mask, weight, 0)
+        masked: Tensor = _StraightThrough.apply(
+            weight, mask, self.beta, self.decay, self._text, self.transposed
+        )
+        return masked
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The dense original of a weight that is registered, or assigned later: the weight itself."""
@@ -91,37 +228,240 @@ class S3Sparse(nn.Module):
             raise PatternError("the weight is compressed already; parametrize weight.to_dense()")
         if not weight.is_floating_point():
             raise PatternError(f"S3Sparse needs a floating-point weight, got {weight.dtype}")
-        self.pattern.bind(weight.shape)
-        if self.mode == "fixed" and self.mask is None:
-            self.mask = ops.project(weight.detach(), self._text)
-        elif self.mode == "fixed" and self.mask is not None and self.mask.shape != weight.shape:
+        bound = self.pattern.bind(self._upright(weight).shape)
+        held = next((x for x in (self.mask, self._last) if x is not None), None)
+        shape = (
+            self._shape if held is None and self.beta is not None else getattr(held, "shape", None)
+        )
+        if shape is not None and shape != weight.shape:
             raise PatternError(
-                f"this S3Sparse holds the mask of a weight of shape {tuple(self.mask.shape)}, not "
+                f"this S3Sparse holds the mask of a weight of shape {tuple(shape)}, not "
                 f"{tuple(weight.shape)}; make one S3Sparse for each weight"
             )
+        if self.schedule is not None:
+            self.schedule.check(bound)
+        if self.mask is not None and self._shape is None:
+            if not satisfies(self._upright(self.mask), self.pattern):
+                raise PatternError(
+                    f"the mask keeps more than {bound.keep} blocks in a scope of {bound}; make it with "
+                    "s3tensor.project"
+                )
+            self.mask = self.mask.to(weight.device)
+        self._shape = tuple(weight.shape)
+        if self.holds_mask and self.mask is None and not self.frozen:
+            self.mask = self._select(weight)
+        if self.mode == "soft" and self.beta is None:
+            mask = self.mask if self.mask is not None else self._select(weight)
+            self.beta = self._scale(weight.detach(), mask)
         return weight
 
+    def _upright(self, x: Tensor) -> Tensor:
+        return x.t() if self.transposed else x
+
+    def _scale(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """The factor of the shrunk weight that is nearest to the weight: 0-dim."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        shrunk = _shrunk(weight, mask, self._text, self.transposed).to(wide)
+        square = shrunk.square().sum()
+        scale = (weight.to(wide) * shrunk).sum() / square
+        return torch.where(square > 0, scale, 1.0)
+
+    # steps --------------------------------------------------------------------------------------------
+
+    def _bound(self) -> BoundPattern:
+        if self._shape is None:
+            raise PatternError("this S3Sparse is not registered on a weight yet")
+        shape = self._shape[::-1] if self.transposed else self._shape
+        return self.pattern.bind(shape)
+
+    def _keep(self, steps: int) -> int:
+        """Blocks kept in each scope after so many steps."""
+        bound = self._bound()
+        return bound.keep if self.schedule is None else self.schedule.keep(steps, bound)
+
+    def _select(self, weight: Tensor) -> Tensor:
+        """A new mask, by the score and the schedule."""
+        scores = None
+        if self.score != "magnitude":
+            assert callable(self.score)
+            with torch.no_grad():
+                scores = self.score(weight, self)
+            if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+                got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+                raise PatternError(
+                    f"the score function returned {got} for a weight of shape {tuple(weight.shape)}; "
+                    "return one score for each element"
+                )
+            scores = self._upright(scores.detach())
+        pattern = dataclasses.replace(self.pattern, keep=self._keep(self.steps))
+        mask = project(self._upright(weight.detach()), pattern, scores)
+        return self._upright(mask).contiguous()
+
+    def advance(self, weight: Tensor) -> None:
+        """Count one optimizer step, and refresh a held mask when it is due; ``s3tensor.step`` calls it.
+
+        Args:
+            weight: the dense weight that :meth:`forward` is given.
+        """
+        self.steps += 1
+        if self.mode == "fixed" or self.frozen:
+            return
+        if not self.holds_mask:  # each forward takes its own: this one is to count flips
+            mask = self._select(weight)
+            if self._last is not None:
+                self._flips = (mask != self._last.to(mask.device)).float().mean()
+            self._last = mask
+            return
+        moved = self._keep(self.steps) != self._keep(self.steps - 1)
+        if moved or self.steps % self.refresh == 0:
+            mask = self._select(weight)
+            held = self.current_mask(weight)
+            self._flips = (mask != held).float().mean()
+            held.copy_(mask)  # in place: a compiled graph goes on reading it
+            if moved and self.beta is not None:
+                self.beta.copy_(self._scale(weight.detach(), mask))
+
+    def freeze(self, weight: Tensor | None = None) -> None:
+        """Keep the mask as it is from now on; gradients stay those of the mode.
+
+        Args:
+            weight: the dense weight, needed where no mask is held. Without it the next forward takes the
+                mask that stays. ``s3tensor.freeze(model)`` knows the weights.
+
+        Raises:
+            PatternError: a schedule that has not ended, so that the mask would never satisfy the pattern.
+        """
+        if self._shape is not None and self._keep(self.steps) != self._bound().keep:
+            raise PatternError(
+                f"the schedule is at density {self.density:g} after {self.steps} steps, above the "
+                f"{self._bound().density:g} of {self._bound()}; freeze once it has ended"
+            )
+        if self.mask is None and weight is not None:
+            self.mask = self._select(weight)
+        self.frozen = True
+        self._last = None
+
+    @property
+    def density(self) -> float:
+        """Kept fraction of the weight now; a mask given to ``"fixed"`` may keep less than the budget."""
+        if self.mask is not None:
+            return float(self.mask.float().mean())
+        return self._keep(self.steps) / self._bound().blocks_per_scope
+
+    @property
+    def flip_rate(self) -> float | None:
+        """Fraction of mask elements that the last refresh changed; None before there is one to compare."""
+        return None if self._flips is None else float(self._flips)
+
+    # the state dict -----------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """Pattern, shape and counts, as bytes of JSON: a tensor, so that safetensors can hold it."""
+        facts = {
+            "pattern": self.pattern.parts,
+            "transposed": self.transposed,
+            "shape": self._shape,
+            "steps": self.steps,
+            "frozen": self.frozen,
+        }
+        return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what :meth:`get_extra_state` gave; :meth:`_load_from_state_dict` has checked it."""
+        facts = _facts(state)
+        self.steps, self.frozen = facts["steps"], facts["frozen"]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any
+    ) -> None:  # rest: local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        saved = state_dict.get(f"{prefix}_extra_state")
+        if isinstance(saved, Tensor):
+            problem = self._mismatch(saved, prefix)
+            if problem:
+                rest[-1].append(problem)
+                return
+            self.frozen = _facts(saved)["frozen"]
+            if not self.holds_mask:
+                self.mask = None
+                state_dict.pop(f"{prefix}mask", None)  # of a fixed one: each forward takes its own
+            elif self.mask is None and f"{prefix}mask" in state_dict:
+                self.mask = torch.empty_like(state_dict[f"{prefix}mask"])
+            self._last = self._flips = None
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _mismatch(self, saved: Tensor, prefix: str) -> str:
+        """Why a saved state is not of this pattern and weight, or an empty string."""
+        owner, _, rest = prefix.rpartition("parametrizations.")
+        where = f"{owner}{rest.split('.')[0]}"
+        try:
+            facts = _facts(saved)
+        except (TypeError, ValueError):
+            return f"{where}: the extra state of S3Sparse is damaged; it must be bytes of JSON"
+        theirs = facts["pattern"], facts["transposed"]
+        if theirs != (self.pattern.parts, self.transposed):
+            return (
+                f"{where}: the state dict is of S3Sparse({_name(facts)}), this module of "
+                f"S3Sparse({_name({'pattern': self.pattern.parts, 'transposed': self.transposed})}); "
+                "register the pattern that it was saved with"
+            )
+        if None not in (facts["shape"], self._shape) and tuple(facts["shape"]) != self._shape:
+            return (
+                f"{where}: the state dict is of a weight of shape {tuple(facts['shape'])}, this "
+                f"module's is {self._shape}"
+            )
+        return ""
+
     def extra_repr(self) -> str:
-        return f"{self.pattern}, mode={self.mode!r}"
+        parts = [str(self.pattern), f"mode={self.mode!r}"]
+        if self.refresh != 1:
+            parts.append(f"refresh={self.refresh}")
+        if self.score != "magnitude":
+            parts.append(f"score={getattr(self.score, '__name__', self.score)}")
+        if self.schedule is not None:
+            parts.append(f"schedule={self.schedule}")
+        if self.decay:
+            parts.append(f"decay={self.decay:g}")
+        return ", ".join(parts + ["transposed"] * self.transposed + ["frozen"] * self.frozen)
 
 
-def finalize(module: nn.Module) -> nn.Module:
+def _facts(state: Tensor) -> dict[str, Any]:
+    facts = json.loads(bytes(state.tolist()))
+    names = {"pattern", "transposed", "shape", "steps", "frozen"}
+    if not isinstance(facts, dict) or not names <= facts.keys():
+        raise ValueError("not the extra state of an S3Sparse")
+    return facts
+
+
+def _name(facts: dict[str, Any]) -> str:
+    return facts["pattern"] + (", transposed" if facts["transposed"] else "")
+
+
+# leaving ----------------------------------------------------------------------------------------------
+
+
+def finalize(module: nn.Module, compress: bool = True) -> nn.Module:
     """Replace every weight under :class:`S3Sparse` by a compressed parameter, in place.
 
     Each parametrization is removed, and what the last forward used is left, value for value, as a
     ``StructuredSparseTensor`` parameter without gradient. Weights that shared a dense original share the
     compressed one. Optimizers still hold the dense originals: drop them.
 
+    Args:
+        module: a module; those below it count too.
+        compress: False leaves plain dense parameters with zeros in them, which still train, for modules
+            that have no compressed product, such as ``nn.Conv2d``.
+
     Returns:
         ``module``.
 
     Raises:
         ModelError: nothing to finalize: no ``S3Sparse`` and no compressed weight. (With compressed
-            weights only, as after an earlier call, nothing is done.)
+            weights only, as after an earlier call, nothing is done.) Or a density schedule that has not
+            ended. Nothing is changed then.
         PatternError: an ``S3Sparse`` under another parametrization, so that the weight that the module
             uses need not satisfy the pattern. Nothing is changed then.
     """
-    found = list(_parametrized(module))
+    found = list(parametrized(module))
     if not found:
         if any(isinstance(p, StructuredSparseTensor) for p in module.parameters()):
             return module
@@ -129,27 +469,35 @@ def finalize(module: nn.Module) -> nn.Module:
             f"{type(module).__name__} has no S3Sparse parametrization to finalize; register one with "
             "torch.nn.utils.parametrize.register_parametrization, or compress with s3tensor.sparsify_"
         )
+    for site in found:
+        _check_done(site)
     made: dict[int, list[nn.Parameter]] = {}  # by the identity of the dense original
     with torch.no_grad():
-        for owner, name, chain in found:
-            original = chain.original
-            weight = original
-            for step in list(chain)[:-1]:
-                weight = step(weight)
-            last = chain[-1]
-            assert isinstance(last, S3Sparse)
-            compressed = StructuredSparseTensor.from_dense(
-                weight, last.pattern, last.current_mask(weight)
-            )
+        for site in found:
+            original, sparse = site.chain.original, site.sparse
+            weight = site.weight()
+            value = sparse(weight).detach()
+            if compress:
+                upright = (sparse._upright(x) for x in (value, sparse.current_mask(weight)))
+                value, mask = upright
+                value = StructuredSparseTensor.from_dense(value, sparse.pattern, mask)
+                value = sparse._upright(value)
             shared = made.setdefault(id(original), [])
-            same = [p for p in shared if compressed.same_layout(p) and torch.equal(compressed, p)]
+            same = [p for p in shared if _equal(value, p)]
             if not same:
-                same = [nn.Parameter(compressed, requires_grad=False)]
+                gradient = not compress and original.requires_grad
+                same = [nn.Parameter(value, requires_grad=gradient)]
                 shared.extend(same)
-            _own_class(owner)
-            parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
-            setattr(owner, name, same[0])
+            _own_class(site.owner)
+            parametrize.remove_parametrizations(site.owner, site.name, leave_parametrized=False)
+            setattr(site.owner, site.name, same[0])
     return module
+
+
+def _equal(value: Tensor, other: nn.Parameter) -> bool:
+    if isinstance(value, StructuredSparseTensor) and not value.same_layout(other):
+        return False
+    return value.shape == other.shape and torch.equal(value, other)
 
 
 def _own_class(owner: nn.Module) -> None:
@@ -163,12 +511,55 @@ def _own_class(owner: nn.Module) -> None:
     owner.__class__ = type(cls.__name__, cls.__bases__, body)
 
 
-def _parametrized(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Each (owner, tensor name, parametrization list) whose last step is an S3Sparse."""
-    for owner in list(module.modules()):
+@dataclass(frozen=True)
+class Site:
+    """One weight under S3Sparse."""
+
+    path: str  # of the weight in the model, such as "blocks.0.up.weight"
+    owner: nn.Module
+    name: str
+    chain: Any  # ParametrizationList
+
+    @property
+    def sparse(self) -> S3Sparse:
+        last = self.chain[-1]
+        assert isinstance(last, S3Sparse)
+        return last
+
+    def weight(self) -> Tensor:
+        """The dense weight that S3Sparse is given: the original, or what comes of it before."""
+        weight: Tensor = self.chain.original
+        for step in list(self.chain)[:-1]:
+            weight = step(weight)
+        return weight
+
+
+def _check_done(site: Site) -> None:
+    sparse = site.sparse
+    if sparse.schedule is not None and sparse._keep(sparse.steps) != sparse._bound().keep:
+        raise ModelError(
+            f"{site.path}: its density schedule is at {sparse.density:g} after {sparse.steps} of "
+            f"{sparse.schedule.steps} steps; call s3tensor.step(model) after each optimizer step, until "
+            "it ends"
+        )
+    if sparse.refresh > 1 and sparse.steps == 0 and not sparse.frozen:
+        warnings.warn(
+            f"{site.path}: refresh={sparse.refresh}, but s3tensor.step(model) was never called, so its "
+            "mask is the one of registration",
+            stacklevel=3,
+        )
+
+
+def parametrized(module: nn.Module) -> Iterator[Site]:
+    """Each weight whose last parametrization is an S3Sparse.
+
+    Raises:
+        PatternError: an S3Sparse that is not the last one.
+    """
+    for path, owner in list(module.named_modules()):
         if not parametrize.is_parametrized(owner):
             continue
-        for name, chain in list(owner.parametrizations.items()):  # type: ignore[union-attr,operator]
+        for name, chain in list(owner.parametrizations.items()):
             at = [isinstance(step, S3Sparse) for step in chain]
             if not any(at):
                 continue
@@ -177,203 +568,4 @@ def _parametrized(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
                     f"{type(owner).__name__}.{name} has parametrizations after S3Sparse; register "
                     "S3Sparse last, so that the weight in use satisfies its pattern"
                 )
-            yield owner, name, chain
-
-
-# whole models -----------------------------------------------------------------------------------------
-
-# Output embeddings, by the names that Hugging Face models give them. Their rows are tokens, most of them
-# rare, and pruning them costs far more accuracy than their share of the bytes saves.
-_HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier")
-
-
-@dataclass(frozen=True)
-class SparsifyRow:
-    """What :func:`sparsify_` did to one linear layer."""
-
-    name: str
-    pattern: str
-    action: str  # "compressed" (it satisfied the pattern), "projected" or "skipped"
-    bytes_before: int
-    bytes_after: int
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class SparsifyReport:
-    """Rows of :func:`sparsify_`, one for each linear layer, in the model's order."""
-
-    rows: tuple[SparsifyRow, ...]
-
-    @property
-    def bytes_before(self) -> int:
-        """Bytes of all weights in the report, dense."""
-        return sum(row.bytes_before for row in self.rows)
-
-    @property
-    def bytes_after(self) -> int:
-        """Bytes of all weights in the report, as they are now."""
-        return sum(row.bytes_after for row in self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[SparsifyRow]:
-        return iter(self.rows)
-
-    def __str__(self) -> str:
-        width = max((len(row.name) for row in self.rows), default=4)
-        lines = [f"{'name':<{width}}  {'action':<10}  {'before':>12}  {'after':>12}  note"]
-        for row in self.rows:
-            note = row.reason or row.pattern
-            lines.append(
-                f"{row.name:<{width}}  {row.action:<10}  {row.bytes_before:>12,}  "
-                f"{row.bytes_after:>12,}  {note}"
-            )
-        lines.append(
-            f"{'total':<{width}}  {'':<10}  {self.bytes_before:>12,}  {self.bytes_after:>12,}  bytes"
-        )
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A linear layer and its weight as the pattern sees it: (out_features, in_features)."""
-
-    name: str
-    module: nn.Module
-    parameter: Tensor
-    transposed: bool  # stored as (in_features, out_features), like the Conv1D of transformers
-
-    @property
-    def upright(self) -> Tensor:
-        weight = self.parameter.detach()
-        return weight.t() if self.transposed else weight
-
-    @property
-    def nbytes(self) -> int:
-        if isinstance(self.parameter, StructuredSparseTensor):
-            return self.parameter.nbytes_compressed
-        return self.parameter.numel() * self.parameter.element_size()
-
-
-def sparsify_(
-    model: nn.Module,
-    pattern: Pattern | str,
-    filter_fn: Callable[[nn.Module, str], bool] | None = None,
-) -> SparsifyReport:
-    """Compress the weights of linear layers in place; those that do not satisfy ``pattern`` are projected.
-
-    Linear layers are ``nn.Linear`` and the ``Conv1D`` of transformers, whose weight is stored transposed.
-    Projection keeps the blocks of the largest magnitude; prune with data first for better accuracy
-    (:mod:`s3tensor.prune`). Compressed parameters have no gradient. All weights are checked before the
-    first one is changed.
-
-    Args:
-        model: a module; its own weight counts too when it is a linear layer.
-        pattern: a pattern or its string.
-        filter_fn: ``filter_fn(module, name)`` is True for the layers to compress. By default all but
-            output heads (``lm_head`` and the like) and weights that several modules share. With a filter,
-            a shared weight is compressed once if every module that holds it is chosen, else skipped.
-
-    Returns:
-        One row for each linear layer: what was done, bytes before and after, and why it was skipped.
-        Layers that the pattern does not fit are skipped.
-
-    Raises:
-        PatternError: a pattern that does not parse.
-        ModelError: a model without linear layers.
-        NonFiniteError: NaN or Inf in a weight that is to be compressed.
-    """
-    pattern = Pattern.parse(pattern)
-    layers = list(_linear_layers(model))
-    if not layers:
-        raise ModelError(f"{type(model).__name__} has no linear layers to compress")
-    names = {layer.name for layer in layers if filter_fn and filter_fn(layer.module, layer.name)}
-    owners = _owners(model)
-    reasons: dict[str, str] = {}
-    for layer in layers:
-        holders = owners.get(id(layer.parameter), {layer.name})
-        reason = _reason_to_skip(layer, pattern, holders, names if filter_fn else None)
-        if reason:
-            reasons[layer.name] = reason
-        elif not bool(torch.isfinite(layer.parameter).all()):
-            raise NonFiniteError(
-                f"{layer.name}: the weight holds NaN or Inf; nothing was compressed"
-            )
-    rows = []
-    made: dict[tuple[int, bool], tuple[nn.Parameter, str]] = {}
-    for layer in layers:
-        before = layer.nbytes
-        if layer.name in reasons:
-            row = SparsifyRow(
-                layer.name, str(pattern), "skipped", before, before, reasons[layer.name]
-            )
-            rows.append(row)
-            continue
-        key = (id(layer.parameter), layer.transposed)
-        if key not in made:
-            made[key] = _compress(layer, pattern)
-        parameter, action = made[key]
-        layer.module.weight = parameter
-        after = parameter.nbytes_compressed  # type: ignore[attr-defined]
-        rows.append(SparsifyRow(layer.name, str(pattern), action, before, after))
-    return SparsifyReport(tuple(rows))
-
-
-def _compress(layer: _Layer, pattern: Pattern) -> tuple[nn.Parameter, str]:
-    action = "compressed" if satisfies(layer.upright, pattern) else "projected"
-    # Projection keeps every non-zero block of a weight that satisfies the pattern already.
-    weight: Tensor = StructuredSparseTensor.from_dense(layer.upright, pattern)
-    weight = weight.t() if layer.transposed else weight
-    return nn.Parameter(weight, requires_grad=False), action
-
-
-def _reason_to_skip(
-    layer: _Layer, pattern: Pattern, holders: set[str], chosen: set[str] | None
-) -> str:
-    """Why a layer stays as it is, or an empty string."""
-    if parametrize.is_parametrized(layer.module, "weight"):
-        return "parametrized; call s3tensor.finalize"
-    if isinstance(layer.parameter, StructuredSparseTensor):
-        return "compressed already"
-    if chosen is not None and layer.name not in chosen:
-        return "left out by the filter"
-    if chosen is None and layer.name.rpartition(".")[2] in _HEADS:
-        return "output head"
-    if len(holders) > 1 and (chosen is None or not holders <= chosen):
-        return f"shared with {', '.join(sorted(holders - {layer.name}))}"
-    try:
-        pattern.bind(layer.upright.shape)
-    except PatternError as error:
-        return str(error)
-    if not layer.parameter.is_floating_point():
-        return f"dtype {layer.parameter.dtype}"
-    return ""
-
-
-def _linear_layers(model: nn.Module) -> Iterator[_Layer]:
-    for name, module in model.named_modules():
-        transposed = is_conv1d(module)
-        weight = getattr(module, "weight", None)
-        if (transposed or isinstance(module, nn.Linear)) and isinstance(weight, Tensor):
-            yield _Layer(name or type(module).__name__, module, weight, transposed)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """True for the ``Conv1D`` of transformers, a linear that stores its weight transposed."""
-    # By class name and shape, so that transformers need not be imported, nor installed.
-    return (
-        type(module).__name__ == "Conv1D"
-        and isinstance(getattr(module, "nf", None), int)
-        and getattr(getattr(module, "weight", None), "ndim", 0) == 2
-    )
-
-
-def _owners(model: nn.Module) -> dict[int, set[str]]:
-    """For each parameter, by identity, the modules that hold it."""
-    owners: dict[int, set[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(name or type(module).__name__)
-    return owners
+            yield Site(f"{path}.{name}" if path else name, owner, name, chain)

@@ -32,6 +32,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "inductor",
         "specs",
         "parametrize",
+        "schedule",
+        "sparsify",
+        "training",
         "prune",
         "checkpoint",
         "testing",
@@ -41,7 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 
 # What only these modules may import, and only inside functions where they are optional.
 GUESTS = {
-    "transformers": {"llm", "hf", "cli", "evaluate"},
+    "transformers": {"llm", "hf", "cli", "evaluate", "training"},
     "accelerate": {"hf"},
     "datasets": {"llm"},
     "matplotlib": {"viz"},
@@ -198,7 +201,7 @@ API = (
     "Hessian output_error StructuredSparseTensor S3Sparse finalize sparsify_ llm save_pretrained "
     "from_pretrained perplexity View BlockSpec BlockCoupling ScopeSpec ScopeCoupling SparsityBuilder "
     "StructuredOBS kth_largest mid_kth_largest draw_layout compute_hessian ModuleInputCatcher "
-    "transfer_to_device get_c4"
+    "transfer_to_device get_c4 Density sparsify_training_ step freeze"
 )
 
 

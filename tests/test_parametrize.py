@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import s3tensor as s3
-from s3tensor.parametrize import S3Sparse, finalize, sparsify_
+from s3tensor.parametrize import S3Sparse, finalize
+from s3tensor.sparsify import sparsify_
 
 PATTERNS = ("2:4", "pair4:8", "coupled2:4", "rowpair16")
 

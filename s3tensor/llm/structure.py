@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from s3tensor.errors import ModelError, PatternError
-from s3tensor.parametrize import is_conv1d
 from s3tensor.pattern import Pattern
+from s3tensor.sparsify import is_conv1d
 
 LayerFilter = Callable[[nn.Module, str], bool]
 
