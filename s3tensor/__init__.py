@@ -19,6 +19,7 @@ from s3tensor.errors import (
 )
 from s3tensor.layout import Layout, coalesce, complement, composition, right_inverse
 from s3tensor.pattern import BoundPattern, Pattern
+from s3tensor.registration import watch as _watch
 from s3tensor.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -102,3 +103,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})
+
+
+_watch()  # AutoModelForCausalLM.from_pretrained loads compressed models

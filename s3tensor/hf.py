@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,22 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from s3tensor.checkpoint import first_line, load_state, save_state
+from s3tensor.card import write_card
+from s3tensor.checkpoint import first_line, load_state
 from s3tensor.errors import CheckpointError, ModelError
+from s3tensor.folder import (
+    INDEX,
+    OLD_WEIGHTS,
+    WEIGHTS,
+    compressed_files,
+    delete,
+    quantization,
+    read_files,
+    write_files,
+)
+from s3tensor.folder import unshared_state as unshared_state
 from s3tensor.mask import satisfies
 from s3tensor.tensor import StructuredSparseTensor
-
-WEIGHTS = "s3tensor.safetensors"
 
 
 def load_model(
@@ -38,7 +48,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = Path(source)
-    if (path / WEIGHTS).is_file():
+    if compressed_files(path):
         model = from_pretrained(path, device)
         return model, _tokenizer(path)
     names: dict[str, Any] = {}
@@ -72,12 +82,15 @@ def save_pretrained(
     *,
     dense: bool = False,
     overwrite: bool = False,
+    max_shard_size: int | str = "50GB",
+    card: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a pruned model.
 
-    Compressed (the default), ``s3tensor.safetensors`` holds packed values and packed indices, and
-    :func:`from_pretrained` reads it. With ``dense=True`` the files are plain safetensors with zeros
-    that any Hugging Face user can load without s3tensor.
+    Compressed (the default), ``model.safetensors`` holds packed values and packed indices, and
+    ``config.json`` the patterns: :func:`from_pretrained` reads it, and so does transformers in a program
+    that imports s3tensor. With ``dense=True`` the files are plain safetensors with zeros that any Hugging
+    Face user can load without s3tensor.
 
     Args:
         model: a Hugging Face model, its sparse weights ``StructuredSparseTensor`` or dense with zeros.
@@ -85,9 +98,12 @@ def save_pretrained(
         tokenizer: written beside the model when given.
         dense: write plain dense safetensors.
         overwrite: replace a model that is there.
+        max_shard_size: bytes, or a string such as ``"5GB"``, above which the weights are split.
+        card: what is known of the model, for a section of ``README.md``
+            (:func:`s3tensor.card.write_card`); without, no such file is written.
 
     Returns:
-        The file, or for ``dense=True`` the folder, that holds the weights.
+        The file of the weights, the index of several, or for ``dense=True`` the folder.
 
     Raises:
         CheckpointError: a model is there already, or the folder cannot be written.
@@ -110,14 +126,22 @@ def save_pretrained(
         folder.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if card is not None:
+            write_card(folder, card, state)
         if dense:
             plain = {name: densified(tensor).contiguous() for name, tensor in state.items()}
-            with _quiet():
-                model.save_pretrained(folder, state_dict=plain)  # type: ignore[operator]
-            _delete(folder, WEIGHTS)  # of a model that is replaced
+            with _quiet(), _configured(model, None):
+                model.save_pretrained(  # type: ignore[operator]
+                    folder, state_dict=plain, max_shard_size=max_shard_size
+                )
+            if (folder / OLD_WEIGHTS).is_file():  # of a model that is replaced
+                delete(folder / OLD_WEIGHTS)
+            if (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+                delete(folder / INDEX)
             return folder
         # The weights last: a folder with this file is complete.
-        config.save_pretrained(folder)
+        with _configured(model, quantization(state)):
+            config.save_pretrained(folder)
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(folder)
@@ -125,18 +149,29 @@ def save_pretrained(
         raise CheckpointError(
             f"cannot write to {folder} ({first_line(error)}); choose another folder"
         ) from error
-    save_state(folder / WEIGHTS, state)
-    _delete(folder, "model*.safetensors", "model.safetensors.index.json", "pytorch_model*")
-    return folder / WEIGHTS
+    return write_files(folder, state, max_shard_size)
 
 
-def _delete(folder: Path, *names: str) -> None:
+@contextlib.contextmanager
+def _configured(model: nn.Module, entry: dict[str, Any] | None) -> Iterator[None]:
+    """A model whose config says how it is stored, compressed or plain, as it is written."""
+    config: Any = model.config
+    quantizer, before = getattr(model, "hf_quantizer", None), vars(config).copy()
+    config.architectures = [type(model).__name__]
+    config.dtype = getattr(model, "dtype", None)  # what dtype="auto" will take
+    vars(config).pop("quantization_config", None)
+    if entry is not None:
+        config.quantization_config = entry
+    model.hf_quantizer = None  # type: ignore[assignment]
     try:
-        for name in names:
-            for path in folder.glob(name):
-                path.unlink()
-    except OSError as error:
-        raise CheckpointError(f"cannot delete the model that was replaced ({error})") from error
+        yield
+    finally:
+        vars(config).clear()
+        vars(config).update(before)
+        if quantizer is None:
+            del model.hf_quantizer
+        else:
+            model.hf_quantizer = quantizer
 
 
 def from_pretrained(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module:
@@ -148,15 +183,19 @@ def from_pretrained(directory: str | Path, device: torch.device | str = "cpu") -
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from s3tensor.quantizer import attach
+
     folder = Path(directory)
-    if not (folder / WEIGHTS).is_file():
+    files = compressed_files(folder)
+    if not files:
         raise CheckpointError(
-            f"{folder} holds no {WEIGHTS}; give a folder that s3tensor.save_pretrained wrote, or load a "
-            "dense model with transformers"
+            f"{folder} holds no compressed model; give a folder that s3tensor.save_pretrained wrote, or "
+            "load a dense model with transformers"
         )
-    state = load_state(folder / WEIGHTS)
+    state = read_files(files)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        vars(config).pop("quantization_config", None)  # the files say the same, and are checked
         # Parameters start on the meta device, so that no dense copy of them is ever made.
         with init_empty_weights(include_buffers=False), _quiet():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -185,7 +224,7 @@ def from_pretrained(directory: str | Path, device: torch.device | str = "cpu") -
         model.generation_config = GenerationConfig.from_pretrained(folder)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return _placed(model, device)
+    return attach(_placed(model, device))
 
 
 def verify(source: nn.Module | str | Path) -> list[tuple[str, str, float]]:
@@ -203,13 +242,14 @@ def verify(source: nn.Module | str | Path) -> list[tuple[str, str, float]]:
         state = dict(source.state_dict())
     else:
         path = Path(source)
-        if path.is_dir() and not (path / WEIGHTS).is_file():
+        files = compressed_files(path) if path.is_dir() else []
+        if path.is_dir() and not files:
             what = "a dense model" if _models_in(path) else "no model"
             raise CheckpointError(
                 f"{path} holds {what}, without patterns and checksums to verify; give a folder that "
                 "s3tensor.save_pretrained wrote compressed"
             )
-        state = load_state(path / WEIGHTS if path.is_dir() else path)
+        state = read_files(files) if files else load_state(path)
     rows = []
     for name, tensor in state.items():
         sparse = isinstance(tensor, StructuredSparseTensor)
@@ -221,20 +261,6 @@ def verify(source: nn.Module | str | Path) -> list[tuple[str, str, float]]:
                 raise CheckpointError(f"{name} does not satisfy {tensor.pattern}")
             rows.append((name, str(tensor.pattern), int(dense.count_nonzero()) / dense.numel()))
     return rows
-
-
-def unshared_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each storage once: tied weights keep their first name."""
-    seen: set[object] = set()
-    state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        first = tensor.packed if isinstance(tensor, StructuredSparseTensor) else tensor
-        address = 0 if first.is_meta else first.data_ptr()  # 0 when empty
-        key = (address, tuple(tensor.shape), tensor.stride()) if address else name
-        if key not in seen:
-            seen.add(key)
-            state[name] = tensor.detach()
-    return state
 
 
 def densified(tensor: Tensor) -> Tensor:
@@ -266,7 +292,7 @@ def refuse_existing(folder: Path, overwrite: bool = False) -> None:
 
 def _models_in(folder: Path) -> list[Path]:
     """Files of models in a folder."""
-    names = (WEIGHTS, "config.json", "model*.safetensors", "pytorch_model*.bin", "*.gguf")
+    names = (OLD_WEIGHTS, "config.json", "model*.safetensors", "pytorch_model*.bin", "*.gguf")
     return [path for name in names for path in sorted(folder.glob(name))]
 
 

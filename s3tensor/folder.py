@@ -1,0 +1,246 @@
+"""The files of a compressed model in a folder: which they are, how they are written and read.
+
+The layout is that of Hugging Face: ``model.safetensors``, or shards with an index, beside ``config.json``,
+whose ``quantization_config`` names the pattern of every sparse weight (:func:`quantization`). Each file's
+metadata holds the description and the checksums of :func:`s3tensor.checkpoint.flatten_state` for the whole
+model, so that the files are one state, however a writer has spread it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from s3tensor.checkpoint import (
+    METADATA_KEY,
+    first_line,
+    flatten_state,
+    load_state,
+    unflatten_state,
+    write_atomically,
+    write_json,
+)
+from s3tensor.errors import CheckpointError
+from s3tensor.tensor import StructuredSparseTensor
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+OLD_WEIGHTS = "s3tensor.safetensors"  # of earlier versions; only s3tensor reads it
+METHOD = "s3"  # the name of s3tensor among the quantization methods of transformers
+FORMAT = 1  # of the entry in config.json
+
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_MAX_JSON = 2**28  # bytes of an index or a config; a larger one is no such file
+
+
+def quantization(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The ``quantization_config`` of a state dict: what transformers must know to load its sparse weights.
+
+    ``patterns`` names the pattern of every sparse weight, ``definitions`` spells these names out, and
+    ``transposed`` lists the weights that are kept as transposed views. Shapes are the model's own.
+    """
+    definitions: dict[str, str] = {}
+    patterns: dict[str, str] = {}
+    for name, tensor in state.items():
+        if isinstance(tensor, StructuredSparseTensor):
+            label, parts = str(tensor.pattern), tensor.pattern.parts
+            if definitions.setdefault(label, parts) != parts:  # two patterns of one name
+                label = parts
+                definitions[label] = parts
+            patterns[name] = label
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "definitions": definitions,
+        "patterns": patterns,
+        "transposed": [name for name in patterns if getattr(state[name], "transposed", False)],
+    }
+
+
+def unshared_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with each storage once: tied weights keep their first name."""
+    seen: set[object] = set()
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = tensor.packed if isinstance(tensor, StructuredSparseTensor) else tensor
+        address = 0 if first.is_meta else first.data_ptr()  # 0 when empty
+        key = (address, tuple(tensor.shape), tensor.stride()) if address else name
+        if key not in seen:
+            seen.add(key)
+            state[name] = tensor.detach()
+    return state
+
+
+def compressed_files(folder: Path) -> list[Path]:
+    """The files that hold a compressed model's weights; none in a folder without one.
+
+    Raises:
+        CheckpointError: an index that is damaged.
+    """
+    files = [folder / WEIGHTS]
+    if not files[0].is_file():
+        files = _indexed(folder / INDEX) if (folder / INDEX).is_file() else []
+    if files and (_says_compressed(folder / "config.json") or _described(files[0])):
+        return files
+    return [folder / OLD_WEIGHTS] if (folder / OLD_WEIGHTS).is_file() else []
+
+
+def write_files(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    max_shard_size: int | str,  # bytes, or such as "5GB"
+) -> Path:
+    """Write a state dict, each file atomically, the index of several last; returns the file to start from.
+
+    The same state gives the same bytes.
+
+    Raises:
+        CheckpointError: when a file cannot be written, with the system's reason.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    tensors, description = flatten_state(state, "cpu", checksums=True)
+    stored: set[int] = set()  # addresses: safetensors refuses tensors that share storage
+    for name, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if address in stored else tensor
+        stored.add(address)
+    try:
+        plan = split_torch_state_dict_into_shards(
+            tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+    except ValueError as error:
+        raise CheckpointError(
+            f'max_shard_size={max_shard_size!r:.40}; give bytes, or a size such as "5GB" '
+            f"({first_line(error)})"
+        ) from None
+    for file, names in plan.filename_to_tensors.items():
+        write_file = partial(_write, {name: tensors[name] for name in names}, description)
+        write_atomically(folder / file, write_file)
+    last = folder / WEIGHTS
+    if plan.is_sharded:
+        last = folder / INDEX
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        places = dict(sorted(plan.tensor_to_filename.items()))
+        write_json(last, {"metadata": {"total_size": total}, "weight_map": places})
+    for path in _other_files(folder, {last.name, *plan.filename_to_tensors}):
+        delete(path)
+    return last
+
+
+def read_files(files: list[Path]) -> dict[str, Tensor]:
+    """The state dict of :func:`write_files`; every checksum and every index is verified.
+
+    Raises:
+        CheckpointError: files that are missing, truncated, altered, or not of one model.
+    """
+    if len(files) == 1:
+        return load_state(files[0])
+    tensors: dict[str, Tensor] = {}
+    descriptions: set[str | None] = set()
+    for path in files:
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                descriptions.add((file.metadata() or {}).get(METADATA_KEY))
+                names = set(file.keys())
+                if names & tensors.keys():
+                    raise CheckpointError(
+                        f"{path}: {min(names & tensors.keys())!r} is in two files"
+                    )
+                tensors.update({name: file.get_tensor(name) for name in names})
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} does not exist") from None
+        except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
+            # The last three: a type name that safetensors knows and this version of torch does not.
+            raise CheckpointError(
+                f"{path} is truncated or altered ({first_line(error)}); get it anew"
+            ) from error
+    description = descriptions.pop() if len(descriptions) == 1 else None
+    folder = files[0].parent
+    if description is None:
+        raise CheckpointError(f"{folder}: its {len(files)} files are not of one compressed model")
+    return unflatten_state(tensors, description, where=folder)
+
+
+def delete(path: Path) -> None:
+    """Delete a file of a model that was replaced.
+
+    Raises:
+        CheckpointError: when it cannot be deleted, with the system's reason.
+    """
+    try:
+        path.unlink()
+    except OSError as error:
+        raise CheckpointError(f"cannot delete the model that was replaced ({error})") from error
+
+
+def _other_files(folder: Path, kept: set[str]) -> list[Path]:
+    patterns = ("model*.safetensors", INDEX, OLD_WEIGHTS, "pytorch_model*")
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.name not in kept)
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names, which must lie beside it."""
+    places = _json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index} has no weight_map; get it anew")
+    odd = [
+        file for file in places.values() if not isinstance(file, str) or not _SHARD.fullmatch(file)
+    ]
+    if odd:
+        raise CheckpointError(f"{index} names {odd[0]!r:.80}, which is not the name of a shard")
+    return [index.parent / file for file in sorted(set(places.values()))]
+
+
+def _says_compressed(config: Path) -> bool:
+    try:
+        entry = _json(config).get("quantization_config")
+    except CheckpointError:
+        return False  # the weights will tell
+    return isinstance(entry, dict) and entry.get("quant_method") == METHOD
+
+
+def _described(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return METADATA_KEY in (opened.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise CheckpointError(f"{path} is too large for what it should be")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)})") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, not an object")
+    return found
+
+
+def _write(tensors: dict[str, Tensor], description: str, path: str) -> None:
+    save_file(tensors, path, {"format": "pt", METADATA_KEY: description})
+    _order_metadata(Path(path))
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort the entries of a file's metadata: safetensors writes several in an order that changes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # the same entries in the same spelling; spaces may follow
+            file.seek(8)
+            file.write(text.ljust(size))

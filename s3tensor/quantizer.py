@@ -1,0 +1,317 @@
+"""Compressed models in transformers: ``from_pretrained`` loads them, ``save_pretrained`` writes them.
+
+To transformers a pruned model is a quantized one, of the method ``"s3"``. While it loads, each sparse weight
+is a small module with the parameters ``packed`` and ``indices``, which have the names, shapes and dtypes of
+what is stored: so placement, casting, sharded files and the account of memory are transformers' own, and no
+dense weight exists at any time. When all is loaded, a ``StructuredSparseTensor`` takes the module's place.
+
+The module needs transformers; ``import s3tensor`` registers it (:mod:`s3tensor.registration`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from s3tensor.checkpoint import METADATA_KEY, first_line, flatten_state
+from s3tensor.errors import CheckpointError, ModelError
+from s3tensor.folder import FORMAT, METHOD, quantization, unshared_state
+from s3tensor.pattern import Pattern
+from s3tensor.tensor import StructuredSparseTensor
+
+_FLOOR = (4, 56)  # the first version of transformers that this file was tried with
+
+
+class S3Config(QuantizationConfigMixin):
+    """``quantization_config`` of a compressed model; made by saving one, never by hand.
+
+    Attributes:
+        patterns: the name of each sparse weight's pattern, by weight.
+        definitions: the patterns spelled out, by name.
+        transposed: the weights that are kept as transposed views, such as those of GPT-2.
+        format: of this entry.
+    """
+
+    def __init__(
+        self,
+        patterns: Mapping[str, str] | None = None,
+        definitions: Mapping[str, str] | None = None,
+        transposed: list[str] | None = None,
+        format: int = FORMAT,
+        **_: Any,  # quant_method, and what a later version may add
+    ) -> None:
+        self.quant_method = METHOD
+        self.format = format
+        self.definitions = {} if definitions is None else definitions
+        self.patterns = {} if patterns is None else patterns
+        self.transposed = [] if transposed is None else transposed
+
+
+class S3Quantizer(HfQuantizer):
+    """Loads and saves the weights that an :class:`S3Config` names.
+
+    Raises:
+        CheckpointError: a configuration that is damaged, or of a later format.
+        ModelError: for a model that is not pruned yet, or a device_map with weights left on the disk.
+    """
+
+    requires_calibration = True
+    requires_parameters_quantization = False  # asked for by transformers 4
+    quantization_config: S3Config
+
+    def __init__(self, quantization_config: S3Config, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            raise ModelError(
+                "S3Config describes a model that is pruned already; prune one with "
+                "s3tensor.llm.prune_model and save it with s3tensor.save_pretrained"
+            )
+        super().__init__(quantization_config, **kwargs)
+        config = quantization_config
+        if type(config.format) is not int or config.format != FORMAT:
+            raise CheckpointError(
+                f"quantization_config has format {config.format!r:.40}, this version of s3tensor reads "
+                f"{FORMAT}; update s3tensor"
+            )
+        tables = config.patterns, config.definitions
+        sound = isinstance(config.transposed, list) and all(isinstance(t, dict) for t in tables)
+        if not sound or not all(
+            isinstance(text, str)
+            for group in (config.transposed, *(item for t in tables for item in t.items()))
+            for text in group
+        ):
+            raise CheckpointError("quantization_config is damaged: its tables must be of strings")
+        self._loading: list[tuple[str, nn.Module, str, dict[str, Any]]] = []
+
+    # before weights are read --------------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse a device_map that offloads: hooks of accelerate move plain parameters only."""
+        device_map = kwargs.get("device_map")
+        if not isinstance(device_map, dict):
+            return
+        places = {str(place) for place in device_map.values()}
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ModelError(
+                f"device_map spreads the model over {', '.join(sorted(places))}: compressed weights cannot "
+                "be offloaded to the CPU or the disk; use devices that hold the whole model"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        """Put a module of parts in the place of every sparse weight, and look for the parts in the files."""
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ModelError("compressed weights cannot be loaded under a tensor-parallel plan")
+        config = self.quantization_config
+        weights = dict(model.named_parameters())
+        tied = getattr(model, "all_tied_weights_keys", {})  # transformers 5: {copy: original}
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        transposed = set(config.transposed)
+        owners: dict[str, nn.Module] = {}
+        expected: dict[str, tuple[int, ...] | None] = {}  # shapes of what the files hold
+        for stored, label in config.patterns.items():
+            # A body may be loaded without its head, which gives its weights shorter names.
+            names = stored, stored.removeprefix(prefix), prefix + stored
+            name = next((name for name in names if name in weights), None)
+            if name is None:
+                continue  # transformers reports it as unexpected
+            if name in {*tied, *tied.values()}:
+                raise CheckpointError(f"{name} is tied to another weight and cannot be sparse")
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            flip = stored in transposed
+            fields = {
+                "pattern": config.definitions.get(label),
+                "label": label,
+                "shape": list(weights[name].shape)[:: -1 if flip else 1],
+                "transposed": flip,
+            }
+            parts = _Parts(weights[name].dtype, fields, name)
+            delattr(owner, leaf)
+            owner.add_module(leaf, parts)
+            # No initial values: their functions expect a weight. What is missing is refused below.
+            vars(owner)["_is_hf_initialized"] = vars(parts)["_is_hf_initialized"] = True
+            self._loading.append((name, owner, leaf, fields))
+            expected[f"{stored}.packed"] = tuple(parts.packed.shape)
+            expected[f"{stored}.indices"] = tuple(parts.indices.shape)
+            owners[stored.rpartition(".")[0]] = owner
+        if config.patterns and not self._loading:
+            raise CheckpointError(
+                f"quantization_config is of another model: {type(model).__name__} has no "
+                f"{next(iter(config.patterns))!r:.80}"
+            )
+        for path, owner in owners.items():  # their biases
+            expected.update({name: None for name, _ in owner.named_parameters(path, recurse=False)})
+        if checkpoint_files is not None:
+            _check_files(checkpoint_files, expected)
+        return model
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> Any:
+        """Refuse a file without a sparse weight's parts (asked by transformers 4, which reads no ahead)."""
+        for name, *_ in self._loading:
+            if {f"{name}.packed", f"{name}.indices"} & set(missing_keys):
+                raise CheckpointError(f"{name}: its parts are missing from the files")
+        return missing_keys
+
+    # after --------------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """Make the weights of the parts that were loaded; every index is checked."""
+        for name, owner, leaf, fields in self._loading:
+            parts = getattr(owner, leaf)
+            weight = StructuredSparseTensor.from_stored(
+                parts.packed.detach(), parts.indices.detach(), fields, name
+            )
+            setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
+        self._loading.clear()
+        return model
+
+    # saving and leaving -------------------------------------------------------------------------------
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        """True: as safetensors only."""
+        return safe_serialization is not False
+
+    def get_state_dict_and_metadata(
+        self, model: nn.Module, safe_serialization: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Plain tensors of a model and the files' metadata; the model's config is brought up to date."""
+        ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+        state = {name: part for name, part in unshared_state(model).items() if name not in ignored}
+        tensors, description = flatten_state(state, checksums=True)
+        if not _stored_as_named(model, tensors):
+            raise ModelError(
+                f"transformers would store the weights of {type(model).__name__} under other names than "
+                "it runs them; save the model with s3tensor.save_pretrained, or with "
+                "save_original_format=False"
+            )
+        model.config.quantization_config = S3Config(**quantization(state))  # type: ignore[union-attr]
+        return tensors, {METADATA_KEY: description}
+
+    def get_state_dict(self, model: nn.Module) -> Any:
+        """What transformers 4.56 asks for; it takes no metadata, so patterns and checksums would be lost."""
+        raise ModelError(
+            f"transformers {transformers.__version__} cannot write compressed weights; save the model with "
+            "s3tensor.save_pretrained, or update transformers to 4.57 or later"
+        )
+
+    def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """The model with dense weights, in place; transformers then knows it as a plain one."""
+        model = self._dequantize(model, dtype)
+        self.remove_quantization_config(model)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for module in model.modules():
+            for leaf, weight in list(module.named_parameters(recurse=False)):
+                if isinstance(weight, StructuredSparseTensor):
+                    setattr(module, leaf, nn.Parameter(weight.to_dense(dtype).contiguous()))
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: gradients pass through the frozen weights to adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """True: a compressed weight is one operator of a graph."""
+        return True
+
+
+class _Parts(nn.Module):
+    """A sparse weight while it loads: what is stored of it, without values."""
+
+    def __init__(self, dtype: torch.dtype, fields: dict[str, Any], name: str) -> None:
+        super().__init__()
+        try:
+            bound = Pattern.parse(fields["pattern"]).bind(tuple(fields["shape"]))
+            sizes = bound.packed_shape, (bound.index_bytes,)
+        except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
+            raise CheckpointError(
+                f"quantization_config is damaged: pattern {fields['label']!r:.80} of {name} "
+                f"({first_line(error)})"
+            ) from None
+        if max(map(math.prod, sizes)) >= 2**62:
+            raise CheckpointError(f"quantization_config is damaged: {name} packs to {sizes[0]}")
+        packed = torch.empty(sizes[0], dtype=dtype, device="meta")
+        indices = torch.empty(sizes[1], dtype=torch.uint8, device="meta")
+        StructuredSparseTensor.from_stored(
+            packed, indices, fields, name
+        )  # checked before any file is read
+        self.packed = nn.Parameter(packed, requires_grad=False)
+        self.indices = nn.Parameter(indices, requires_grad=False)
+
+
+def register(auto: ModuleType) -> None:
+    """Enter the method in ``transformers.quantizers.auto``; again does nothing.
+
+    Raises:
+        ModelError: a version of transformers that is too old.
+    """
+    if METHOD in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    numbers = transformers.__version__.split(".")[:2]
+    if tuple(int(number) for number in numbers) < _FLOOR:
+        raise ModelError(
+            f"transformers {transformers.__version__} is too old; update it to 4.56 or later"
+        )
+    auto.register_quantization_config(METHOD)(S3Config)
+    auto.register_quantizer(METHOD)(S3Quantizer)
+
+
+def attach(model: nn.Module) -> nn.Module:
+    """Make ``model.save_pretrained`` of a model with compressed weights write them; returns the model."""
+    config = S3Config(**quantization(unshared_state(model)))
+    model.hf_quantizer = S3Quantizer(config)
+    model.is_quantized, model.quantization_method = True, METHOD  # type: ignore[assignment]
+    model.config.quantization_config = config  # type: ignore[union-attr]
+    return model
+
+
+def _check_files(files: list[str], expected: dict[str, tuple[int, ...] | None]) -> None:
+    """Raise CheckpointError unless the files hold what is expected; their headers alone are read."""
+    found: set[str] = set()
+    for path in files:
+        if not str(path).endswith(".safetensors"):
+            raise CheckpointError(f"{path}: compressed weights are read from safetensors only")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in expected.keys() & set(file.keys()):
+                    found.add(name)
+                    part = file.get_slice(name)
+                    shape, kind = expected[name], part.get_dtype()
+                    if shape is None:
+                        continue
+                    bytes_ = name.endswith(".indices")
+                    if tuple(part.get_shape()) != shape or bytes_ != (kind == "U8"):
+                        raise CheckpointError(
+                            f"{path}: {name} is {kind} of shape {part.get_shape()!s:.80}; its pattern needs "
+                            f"{'U8' if bytes_ else 'a float type'} of shape {list(shape)}"
+                        )
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} is truncated or altered ({first_line(error)}); get it anew"
+            ) from error
+    missing = expected.keys() - found
+    if missing:
+        raise CheckpointError(f"{min(missing)!r} is missing from the model's files; get them anew")
+
+
+def _stored_as_named(model: nn.Module, tensors: dict[str, Tensor]) -> bool:
+    """False when transformers 5 would rename or rearrange tensors that it saves, as it did on loading."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4
+        return True
+    stored = revert_weight_conversion(model, dict(tensors))
+    return stored.keys() == tensors.keys() and all(stored[n] is tensors[n] for n in tensors)
