@@ -25,7 +25,15 @@ from torch import Tensor
 
 import s3tensor as s3
 from s3tensor import checkpoint
-from s3tensor.checkpoint import METADATA_KEY, load_state, save_state, write_atomically, write_json
+from s3tensor.checkpoint import (
+    METADATA_KEY,
+    flatten_state,
+    load_state,
+    save_state,
+    unflatten_state,
+    write_atomically,
+    write_json,
+)
 from s3tensor.pattern import BoundPattern
 from s3tensor.testing import bound_patterns, weights
 
@@ -153,6 +161,91 @@ def test_two_tensors_of_one_stored_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(s3.CheckpointError, match=r"two tensors.*w\.packed"):
         save_state(tmp_path / "x", state)
     assert not (tmp_path / "x").exists()
+
+
+# flat states ----------------------------------------------------------------------------------------
+
+
+@given(bound_patterns(max_elements=1024), st.booleans(), st.data())
+def test_unflatten_is_the_inverse_of_flatten(
+    bound: BoundPattern, checksums: bool, data: st.DataObject
+) -> None:
+    dense = data.draw(weights(bound.shape, DTYPES))
+    tensor = s3.StructuredSparseTensor.from_dense(dense, bound.pattern)
+    state: dict[str, Tensor] = {"w": tensor, "dense": dense}
+    if dense.ndim == 2:
+        state["turned"] = tensor.t()
+    tensors, description = flatten_state(state, checksums=checksums)
+    assert all(type(t) is Tensor and t.is_contiguous() for t in tensors.values())
+    assert equal_states(unflatten_state(tensors, description), state)
+
+
+def test_a_file_is_the_flat_state_with_its_description(tmp_path: Path) -> None:
+    state = mixed_state()
+    save_state(tmp_path / "x", state)
+    tensors, description = flatten_state(state, checksums=True)
+    with safe_open(tmp_path / "x", "pt") as file:
+        assert file.metadata() == {METADATA_KEY: description}
+        assert set(file.keys()) == set(tensors)
+        assert all(same(file.get_tensor(name), tensors[name]) for name in tensors)
+
+
+def sealed(document: Any) -> str:
+    text = json.dumps(document)
+    return f"{checkpoint._digest(text)} {text}"
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ("", "checksum of its metadata"),
+        (None, "NoneType, not the string"),
+        (b"bytes", "bytes, not the string"),
+        ("0" * 64 + " {}", "checksum of its metadata"),
+        (sealed([]), "format None"),
+        (sealed({"format": 2, "sparse": {}}), "format 2"),
+        (sealed({"format": 1}), "lacks 'sparse'"),
+        (sealed({"format": 1, "sparse": {}, "sha256": []}), "damaged 'sha256'"),
+        (sealed({"format": 1, "sparse": {"other": {}}}), "other: damaged description"),
+        (sealed({"format": 1, "sparse": {"w": None}}), "w: damaged description"),
+        (sealed({"format": 1, "sparse": {}, "sha256": {}}), "'w.indices' is missing"),
+    ],
+)
+def test_a_description_of_another_state_is_refused(description: Any, message: str) -> None:
+    with pytest.raises(s3.CheckpointError, match=message):
+        unflatten_state(sparse_parts(), description)
+
+
+@pytest.mark.parametrize("checksums", [False, True])
+def test_changed_tensors_are_refused(checksums: bool) -> None:
+    tensors, description = flatten_state(mixed_state(), checksums=checksums)
+    changed = {**tensors, "q.weight.indices": torch.zeros_like(tensors["q.weight.indices"])}
+    with pytest.raises(s3.CheckpointError, match=r"the state.*q\.weight"):
+        unflatten_state(changed, description)
+    changed = {**tensors, "norm.weight": tensors["norm.weight"] + 1}
+    if checksums:
+        with pytest.raises(s3.CheckpointError, match=r"checksum of 'norm\.weight'"):
+            unflatten_state(changed, description)
+    else:  # nothing says what a dense tensor was
+        assert not equal_states(unflatten_state(changed, description), mixed_state())
+
+
+@given(st.data())
+def test_any_description_of_true_tensors_gives_sound_weights_or_a_refusal(
+    data: st.DataObject,
+) -> None:
+    fields = data.draw(
+        JSON
+        | st.fixed_dictionaries({}, optional=dict.fromkeys(TRUE_FIELDS, JSON)).map(
+            lambda change: {**TRUE_FIELDS, **change}
+        )
+    )
+    try:
+        found = unflatten_state(sparse_parts(), sealed({"format": 1, "sparse": {"w": fields}}))
+    except s3.CheckpointError:
+        return
+    upright = found["w"].t() if found["w"].transposed else found["w"]
+    assert s3.satisfies(upright.to_dense(), found["w"].pattern)
 
 
 # damage ---------------------------------------------------------------------------------------------
