@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from s3tensor import ops
 from s3tensor.errors import ModelError, PatternError
-from s3tensor.mask import project, satisfies, tile, tile_norms, untile
+from s3tensor.mask import blocks_in, count, expand_blocks, project, tile, tile_norms, untile
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.schedule import Density
 from s3tensor.tensor import StructuredSparseTensor
@@ -85,11 +85,31 @@ class _StraightThrough(torch.autograd.Function):
             grad = grad + ctx.decay * torch.where(mask, 0, weight)
         return grad, *(None,) * 5
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        # Reached with a stack of weights alone: for inputs that are mapped over, torch does not ask.
+        raise NotImplementedError("S3Sparse maps over inputs only; loop over a stack of weights")
+
 
 def _shrunk(weight: Tensor, mask: Tensor, text: str, transposed: bool) -> Tensor:
     if transposed:
         return shrink(weight.t(), mask.t(), text).t()
     return shrink(weight, mask, text)
+
+
+def _check_mask(mask: Tensor, bound: BoundPattern) -> None:
+    """Refuse a mask that splits blocks or keeps too many."""
+    blocks = blocks_in(tile(mask, bound))
+    if not torch.equal(expand_blocks(blocks, bound), mask):
+        raise PatternError(
+            f"the mask splits a block of {bound}: all {bound.block_size} weights of a block are kept or "
+            "pruned together; make masks with s3tensor.project"
+        )
+    if int(count(blocks).max()) > bound.keep:
+        raise PatternError(
+            f"the mask keeps {int(count(blocks).max())} blocks in a scope of {bound}, which keeps "
+            f"{bound.keep}; make masks with s3tensor.project"
+        )
 
 
 class S3Sparse(nn.Module):
@@ -241,11 +261,7 @@ class S3Sparse(nn.Module):
         if self.schedule is not None:
             self.schedule.check(bound)
         if self.mask is not None and self._shape is None:
-            if not satisfies(self._upright(self.mask), self.pattern):
-                raise PatternError(
-                    f"the mask keeps more than {bound.keep} blocks in a scope of {bound}; make it with "
-                    "s3tensor.project"
-                )
+            _check_mask(self._upright(self.mask), bound)
             self.mask = self.mask.to(weight.device)
         self._shape = tuple(weight.shape)
         if self.holds_mask and self.mask is None and not self.frozen:
