@@ -731,10 +731,15 @@ def test_the_command_passes_recovery_on(
         given_.append(recover)
         raise Stop
 
-    monkeypatch.setattr(hf, "load_model", lambda *_: (None, None))
-    monkeypatch.setattr(cli, "_texts", lambda *_: ([], None))
+    def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": list(range(len(text)))}
+
+    monkeypatch.setattr(hf, "load_model", lambda *_: (None, tokenizer))
     monkeypatch.setattr(llm, "prune_model", prune_model)
-    command = ["prune", "model", "--out", str(tmp_path / "x"), "--device", "cpu", *arguments]
+    (tmp_path / "text.txt").write_text("some words")
+    short = ["--calibration", str(tmp_path / "text.txt"), "--samples", "1", "--seq-len", "4"]
+    plain = ["prune", "model", "--out", str(tmp_path / "x"), "--device", "cpu"]
+    command = [*plain, *short, "--eval-samples", "0", *arguments]
     found = CliRunner().invoke(cli.main, command)
     assert isinstance(found.exception, Stop), found.output
     assert Recovery.of(given_[0]) == expected
