@@ -163,6 +163,15 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Tens
         ) from error
 
 
+def read_description(description: object, where: str | Path) -> dict[str, Any]:
+    """The descriptions of sparse tensors, by name, in a string of :func:`flatten_state`; not yet trusted.
+
+    Raises:
+        CheckpointError: a string that is damaged, or of another format.
+    """
+    return _document(description, where)["sparse"]
+
+
 def _same_names(found: Iterable[str], sums: dict[str, Any], where: str | Path) -> None:
     odd = sorted(set(found) ^ set(sums))
     if odd:

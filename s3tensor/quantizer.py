@@ -5,24 +5,25 @@ is a small module with the parameters ``packed`` and ``indices``, which have the
 what is stored: so placement, casting, sharded files and the account of memory are transformers' own, and no
 dense weight exists at any time. When all is loaded, a ``StructuredSparseTensor`` takes the module's place.
 
-The module needs transformers; ``import s3tensor`` registers it (:mod:`s3tensor.registration`).
+Importing the module registers the method, and :mod:`s3tensor.registration` imports it when transformers
+is there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from s3tensor.checkpoint import METADATA_KEY, first_line, flatten_state
+from s3tensor.checkpoint import METADATA_KEY, first_line, flatten_state, read_description
 from s3tensor.errors import CheckpointError, ModelError
 from s3tensor.folder import FORMAT, METHOD, quantization, unshared_state
 from s3tensor.pattern import Pattern
@@ -117,6 +118,7 @@ class S3Quantizer(HfQuantizer):
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         transposed = set(config.transposed)
         owners: dict[str, nn.Module] = {}
+        described: dict[str, dict[str, Any]] = {}
         expected: dict[str, tuple[int, ...] | None] = {}  # shapes of what the files hold
         for stored, label in config.patterns.items():
             # A body may be loaded without its head, which gives its weights shorter names.
@@ -141,6 +143,7 @@ class S3Quantizer(HfQuantizer):
             # No initial values: their functions expect a weight. What is missing is refused below.
             vars(owner)["_is_hf_initialized"] = vars(parts)["_is_hf_initialized"] = True
             self._loading.append((name, owner, leaf, fields))
+            described[stored] = fields
             expected[f"{stored}.packed"] = tuple(parts.packed.shape)
             expected[f"{stored}.indices"] = tuple(parts.indices.shape)
             owners[stored.rpartition(".")[0]] = owner
@@ -152,7 +155,7 @@ class S3Quantizer(HfQuantizer):
         for path, owner in owners.items():  # their biases
             expected.update({name: None for name, _ in owner.named_parameters(path, recurse=False)})
         if checkpoint_files is not None:
-            _check_files(checkpoint_files, expected)
+            _check_files(checkpoint_files, expected, described)
         return model
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> Any:
@@ -173,6 +176,7 @@ class S3Quantizer(HfQuantizer):
             )
             setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
         self._loading.clear()
+        model.is_quantized = False  # type: ignore[assignment]  # these weights may be cast: .half() is allowed
         return model
 
     # saving and leaving -------------------------------------------------------------------------------
@@ -252,8 +256,8 @@ class _Parts(nn.Module):
         self.indices = nn.Parameter(indices, requires_grad=False)
 
 
-def register(auto: ModuleType) -> None:
-    """Enter the method in ``transformers.quantizers.auto``; again does nothing.
+def register() -> None:
+    """Enter the method in the tables of transformers; again does nothing.
 
     Raises:
         ModelError: a version of transformers that is too old.
@@ -273,19 +277,29 @@ def attach(model: nn.Module) -> nn.Module:
     """Make ``model.save_pretrained`` of a model with compressed weights write them; returns the model."""
     config = S3Config(**quantization(unshared_state(model)))
     model.hf_quantizer = S3Quantizer(config)
-    model.is_quantized, model.quantization_method = True, METHOD  # type: ignore[assignment]
+    model.quantization_method = METHOD  # type: ignore[assignment]
     model.config.quantization_config = config  # type: ignore[union-attr]
     return model
 
 
-def _check_files(files: list[str], expected: dict[str, tuple[int, ...] | None]) -> None:
-    """Raise CheckpointError unless the files hold what is expected; their headers alone are read."""
+def _check_files(
+    files: list[str],
+    expected: dict[str, tuple[int, ...] | None],
+    described: dict[str, dict[str, Any]],
+) -> None:
+    """Raise CheckpointError unless the files hold what is expected; their headers alone are read.
+
+    Where they describe the sparse weights themselves, under a checksum, they must say the same.
+    """
     found: set[str] = set()
     for path in files:
         if not str(path).endswith(".safetensors"):
             raise CheckpointError(f"{path}: compressed weights are read from safetensors only")
         try:
             with safe_open(path, framework="pt") as file:
+                description = (file.metadata() or {}).get(METADATA_KEY)
+                if description is not None:
+                    _agree(described, read_description(description, path), path)
                 for name in expected.keys() & set(file.keys()):
                     found.add(name)
                     part = file.get_slice(name)
@@ -307,6 +321,18 @@ def _check_files(files: list[str], expected: dict[str, tuple[int, ...] | None]) 
         raise CheckpointError(f"{min(missing)!r} is missing from the model's files; get them anew")
 
 
+def _agree(config: dict[str, dict[str, Any]], file: dict[str, Any], path: str) -> None:
+    for name, fields in config.items():
+        found = file.get(name)
+        same = isinstance(found, dict) and all(
+            found.get(key) == fields[key] for key in ("shape", "transposed", "pattern")
+        )
+        if not same:
+            raise CheckpointError(
+                f"config.json describes {name} otherwise than {path} does; get them anew"
+            )
+
+
 def _stored_as_named(model: nn.Module, tensors: dict[str, Tensor]) -> bool:
     """False when transformers 5 would rename or rearrange tensors that it saves, as it did on loading."""
     try:
@@ -315,3 +341,6 @@ def _stored_as_named(model: nn.Module, tensors: dict[str, Tensor]) -> bool:
         return True
     stored = revert_weight_conversion(model, dict(tensors))
     return stored.keys() == tensors.keys() and all(stored[n] is tensors[n] for n in tensors)
+
+
+register()

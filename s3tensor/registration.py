@@ -20,9 +20,8 @@ def watch() -> None:
     seconds. So one finder waits for the one module that makes the table, finds it as the others do, and
     has the method entered behind the module's own code; then it is gone.
     """
-    loaded = sys.modules.get(_AUTO)
-    if loaded is not None and hasattr(loaded, "register_quantizer"):
-        _register(loaded)
+    if hasattr(sys.modules.get(_AUTO), "register_quantizer"):
+        _register()
     elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())
 
@@ -44,16 +43,18 @@ class _Watch(MetaPathFinder):
             run(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            _register(module)
+            _register()
 
         spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec
 
 
-def _register(auto: ModuleType) -> None:
+def _register() -> None:
     """Enter the method; a transformers that does not take it must still be importable."""
     try:
-        importlib.import_module("s3tensor.quantizer").register(auto)
+        importlib.import_module(
+            "s3tensor.quantizer"
+        )  # which registers; or is about to, on the way here
     except Exception as error:
         warnings.warn(
             f"s3tensor cannot register with transformers ({error}): load compressed models with "

@@ -183,7 +183,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize(
-    "present", [hf.WEIGHTS, "config.json", "model.safetensors", "model-00001-of-00002.safetensors"]
+    "present", [hf.OLD_WEIGHTS, hf.WEIGHTS, "config.json", "model-00001-of-00002.safetensors"]
 )
 def test_a_folder_with_a_model_is_refused_and_left_alone(
     tmp_path: Path, present: str, dense: bool
@@ -283,7 +283,7 @@ def test_a_config_of_another_model_is_refused(
 
 
 def test_missing_files_are_named(copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(s3.CheckpointError, match=f"holds no {hf.WEIGHTS}"):
+    with pytest.raises(s3.CheckpointError, match="holds no compressed model"):
         s3.from_pretrained(tmp_path / "nothing")
     (copy / "config.json").write_text("{")
     with pytest.raises(s3.CheckpointError, match=r"config\.json cannot be used"):
