@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from s3tensor import ops, paths
 from s3tensor.errors import CheckpointError, PatternError, UnsupportedOpError
@@ -554,6 +555,11 @@ def _check_dense(dense: Tensor) -> None:
         raise PatternError(f"from_dense takes a tensor, got {type(dense).__name__}")
     if isinstance(dense, StructuredSparseTensor):
         raise PatternError("the weight is compressed already; call .to_dense() to compress it anew")
+    if is_traceable_wrapper_subclass(dense):
+        raise PatternError(
+            f"the weight is a {type(dense).__name__}; compress a plain tensor: its .dequantize(), or a "
+            "DTensor's .to_local() or .full_tensor()"
+        )
     if dense.layout != torch.strided:
         raise PatternError(f"the weight has layout {dense.layout}; call .to_dense() on it first")
     if dense.dtype not in DTYPES:

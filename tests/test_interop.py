@@ -453,19 +453,28 @@ print("same")
 """
 
 
-def test_dcp_saves_and_loads_in_two_ranks_and_one_process_reads_it(tmp_path: Path) -> None:
+def in_two_ranks(script: str, folder: Path) -> None:
+    """Run a script in two processes that find each other by a file; both must print ``same``."""
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_RANKS, str(tmp_path), str(rank)],
+            [sys.executable, "-c", script, str(folder), str(rank)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    for rank in ranks:
-        out, error = rank.communicate(timeout=120)
-        assert rank.returncode == 0 and out.strip() == "same", error[-3000:]
+    try:
+        for rank in ranks:
+            out, error = rank.communicate(timeout=120)
+            assert rank.returncode == 0 and out.strip() == "same", error[-3000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def test_dcp_saves_and_loads_in_two_ranks_and_one_process_reads_it(tmp_path: Path) -> None:
+    in_two_ranks(TWO_RANKS, tmp_path)
     assert_same_after_reading(tmp_path / "flat", model(0))
 
 
@@ -518,6 +527,18 @@ def test_sharding_and_broadcasting_a_compressed_weight_are_refused_by_name(name:
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_a_dtensor_is_compressed_by_its_local_part() -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dense = torch.randn(32, 64)
+    shards = distribute_tensor(dense, dist.init_device_mesh("cpu", (1,)), [Shard(0)])
+    with pytest.raises(s3.PatternError, match=r"DTensor.*to_local\(\)"):
+        StructuredSparseTensor.from_dense(shards, "2:4")
+    compressed = StructuredSparseTensor.from_dense(shards.to_local(), "2:4")
+    assert torch.equal(compressed.to_dense(), dense * compressed.mask())
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_data_parallel_trains_around_compressed_weights_that_it_ignores() -> None:
     source = model(0)
     names = [n for n, p in source.named_parameters() if isinstance(p, StructuredSparseTensor)]
@@ -529,3 +550,42 @@ def test_data_parallel_trains_around_compressed_weights_that_it_ignores() -> Non
     alone(x).square().sum().backward()
     assert torch.equal(source[2].weight.grad, alone[2].weight.grad)
     assert names == ["0.weight"] and source[0].weight.grad is None
+
+
+FULLY_SHARDED = """
+import sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils.parametrize import register_parametrization
+import s3tensor as s3
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+store = dist.FileStore(folder + "/store", 2)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+
+def model():
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
+    register_parametrization(made[0], "weight", s3.S3Sparse("2:4", mode="ste"))
+    return made
+
+x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+alone, sharded = model(), model()
+fully_shard(sharded, mesh=dist.init_device_mesh("cpu", (2,)))
+outputs = [m(x) for m in (alone, sharded)]
+for y in outputs:
+    y.square().sum().backward()
+torch.testing.assert_close(outputs[1], outputs[0])
+for left, right in zip(alone.parameters(), sharded.parameters(), strict=True):
+    assert right.to_local().numel() == left.numel() // 2
+    torch.testing.assert_close(right.grad.full_tensor(), left.grad)
+dist.barrier()
+dist.destroy_process_group()
+print("same")
+"""
+
+
+def test_fsdp2_shards_the_dense_weight_of_a_layer_in_training(tmp_path: Path) -> None:
+    """The way around what FSDP2 refuses: the pattern is laid on after the shards are gathered."""
+    in_two_ranks(FULLY_SHARDED, tmp_path)
