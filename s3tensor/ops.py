@@ -263,6 +263,8 @@ def nothing_watches(*tensors: Tensor | None) -> bool:
         if tensor is not None:
             if type(tensor) not in _PLAIN or (grad and tensor.requires_grad):
                 return False
+            if tensor.is_meta:  # nothing is computed, and autocast does not know the device
+                return False
             if torch.is_autocast_enabled(tensor.device.type):
                 return False
     return True
