@@ -255,6 +255,25 @@ def test_loading_needs_the_tensor_class_to_have_been_named(tmp_path: Path, order
         assert "s3tensor.tensor.rebuild" in done.stderr and done.returncode
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["2:4", "rowpair16", "4:8"])
+def test_a_file_of_a_gpu_is_read_on_a_cpu_and_back(tmp_path: Path, pattern: str) -> None:
+    weight = make(pattern, (64, 128)).bfloat16()
+    on_gpu = weight.cuda()  # in tile order there
+    for source in (weight, on_gpu, on_gpu.with_memory("fast")):
+        path = stored(tmp_path, source)
+        found = torch.load(path, weights_only=True, map_location="cpu")
+        assert found.same_layout(weight) and torch.equal(found.packed, weight.packed)
+        found = torch.load(path, weights_only=True, map_location="cuda")
+        assert found.same_layout(on_gpu) and torch.equal(found.packed, on_gpu.packed)
+        assert found.indices.is_cuda and torch.equal(found.indices, on_gpu.indices)
+    target = nn.Linear(128, 64, bias=False)
+    target.weight = frozen(make(pattern, (64, 128), seed=1).bfloat16().cuda())
+    tensors, description = flatten_state({"weight": on_gpu})
+    target.load_state_dict(unflatten_state(tensors, description))
+    assert torch.equal(target.weight.cpu(), weight)
+
+
 # load_state_dict --------------------------------------------------------------------------------------
 
 
@@ -435,13 +454,14 @@ def same(left, right):
 source = model(0)  # replicated: each rank holds all of it
 tensors, description = flatten_state(source.state_dict(), checksums=True)
 dcp.save({**tensors, "s3tensor": description}, checkpoint_id=folder + "/flat")
-target = model(1 + rank)
-tensors, description = flatten_state(target.state_dict())
-state = {**tensors, "s3tensor": description}
-dcp.load(state, checkpoint_id=folder + "/flat")
-description = state.pop("s3tensor")
-target.load_state_dict(unflatten_state(state, description), assign=True)
-assert same(source, target)
+for written in ("flat", "alone"):  # by these two, and by one process before
+    target = model(1 + rank)
+    tensors, description = flatten_state(target.state_dict())
+    state = {**tensors, "s3tensor": description}
+    dcp.load(state, checkpoint_id=f"{folder}/{written}")
+    description = state.pop("s3tensor")
+    target.load_state_dict(unflatten_state(state, description), assign=True)
+    assert same(source, target)
 
 dcp.save(source.state_dict(), checkpoint_id=folder + "/whole")
 target = model(1 + rank)
@@ -473,7 +493,10 @@ def in_two_ranks(script: str, folder: Path) -> None:
             rank.kill()
 
 
-def test_dcp_saves_and_loads_in_two_ranks_and_one_process_reads_it(tmp_path: Path) -> None:
+def test_dcp_saves_and_loads_in_two_ranks_what_one_process_reads_and_wrote(tmp_path: Path) -> None:
+    tensors, description = flatten_state(model(0).state_dict())
+    state = {**tensors, "s3tensor": description}
+    dcp.save(state, checkpoint_id=tmp_path / "alone", no_dist=True)
     in_two_ranks(TWO_RANKS, tmp_path)
     assert_same_after_reading(tmp_path / "flat", model(0))
 
