@@ -349,6 +349,64 @@ def test_srste_adds_its_decay_with_each_accumulated_pass() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_gradient_scaler_changes_nothing_if_the_decay_is_scaled(mode: str) -> None:
+    scale = 2.0**10
+    plain = sparse_mlp(mode, **({"decay": 0.1} if mode == "srste" else {}))
+    scaled = sparse_mlp(mode, **({"decay": 0.1 * scale} if mode == "srste" else {}))
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    run(plain, plain, 3, torch.optim.SGD(plain.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(scaled.parameters(), lr=0.1)
+    for count in range(3):
+        scaler.scale(loss_of(scaled, batch(count))).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        s3.step(scaled)
+    for left, right in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(right, left)
+
+
+def test_a_score_of_movement_sees_the_gradient_at_each_step() -> None:
+    seen = []
+
+    def movement(weight: Tensor, module: s3.S3Sparse) -> Tensor:
+        seen.append(weight.grad is not None)
+        return weight.abs() if weight.grad is None else -weight * weight.grad
+
+    model = sparse_mlp("ste", score=movement)
+    loss_of(model, batch(0)).backward()
+    s3.step(model)
+    assert seen == [False, False, True, True]  # two layers: at registration, then at the step
+    original = model[0].parametrizations.weight.original
+    expected = s3.project(original, "2:4", -original.detach() * original.grad)
+    assert torch.equal(sparse(model[0]).mask, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pattern", ["2:4", "rowpair16", "unstructured@0.3"])
+def test_a_gpu_has_the_gradients_of_the_cpu_compiled_too(mode: str, pattern: str) -> None:
+    model = sparse_mlp(mode, pattern)
+    on_gpu = copy.deepcopy(model).cuda()
+    compiled = torch.compile(on_gpu, fullgraph=True)
+    loss_of(model, batch(0)).backward()
+    loss_of(compiled, batch(0).cuda()).backward()
+    for left, right in zip(model.parameters(), on_gpu.parameters(), strict=True):
+        torch.testing.assert_close(right.grad.cpu(), left.grad, rtol=1e-3, atol=1e-5)
+    optimizer = torch.optim.AdamW(on_gpu.parameters(), lr=0.01, fused=True)
+    for count in range(3):
+        loss_of(compiled, batch(count).cuda()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        s3.step(on_gpu)
+        assert s3.satisfies(on_gpu[0].weight, pattern)
+    last = on_gpu[0].weight.detach().clone()
+    s3.finalize(on_gpu)
+    assert torch.equal(on_gpu[0].weight.to_dense(), last)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_clipping_sees_the_gradient_that_the_optimizer_takes(mode: str) -> None:
     model = sparse_mlp(mode)
     loss_of(model, batch(0)).backward()
