@@ -107,7 +107,8 @@ def test_a_checkpoint_has_canonical_order(
         torch.save(weight, buffer)
         buffer.seek(0)
         again = torch.load(buffer, weights_only=True)
-        assert again.same_layout(weight) and torch.equal(again, weight)
+        assert again.same_layout(pair[1]) and torch.equal(again, weight)
+        assert torch.equal(again.packed, pair[1].packed)
         assert copy.deepcopy(weight).same_layout(weight)
 
 
