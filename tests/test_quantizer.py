@@ -253,6 +253,59 @@ def test_a_model_on_the_meta_device_has_its_compressed_weights_without_values(sa
         assert found(input_ids=token_ids().to("meta")).logits.is_meta
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["2:4", "rowpair16", "4:8"])
+@pytest.mark.parametrize("place", ["cuda", "auto", {"": 0}], ids=str)
+def test_a_device_map_loads_straight_to_a_gpu(tmp_path: Path, place: Any, pattern: str) -> None:
+    model = pruned("llama", torch.bfloat16, pattern)
+    s3.save_pretrained(model, tmp_path)
+    found = load(tmp_path, dtype="auto", device_map=place)
+    for name, weight in sparse(found).items():
+        assert weight.is_cuda
+        assert torch.equal(weight.to_dense().cpu(), model.get_parameter(name).to_dense())
+    with torch.no_grad():
+        got = found(input_ids=token_ids().cuda()).logits.cpu()
+    torch.testing.assert_close(got, logits(model), rtol=3e-2, atol=3e-2)
+    found.save_pretrained(tmp_path / "again")
+    assert stored(tmp_path / "again") == stored(
+        tmp_path
+    )  # in canonical order, whatever the device's
+
+
+@pytest.mark.gpu
+def test_loading_to_a_gpu_takes_the_bytes_of_the_compressed_model(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, vocab_size=512
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    s3.sparsify_(model, "2:4")
+    s3.save_pretrained(model, tmp_path)
+    stored_bytes, dense_bytes = hf.weight_bytes(model)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = load(tmp_path, dtype="auto", device_map="cuda")
+    peak = torch.cuda.max_memory_allocated() - before
+    largest = 3 * 1024 * 4096 * 2  # one weight and what reorders it
+    assert len(sparse(found)) == 28
+    assert peak < stored_bytes + largest < dense_bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_over_two_gpus_runs(tmp_path: Path) -> None:
+    model = pruned("llama", torch.bfloat16)
+    s3.save_pretrained(model, tmp_path)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0}
+    places |= {"model.layers.1": 1, "model.norm": 1, "lm_head": 1}
+    found = load(tmp_path, dtype="auto", device_map=places)
+    assert {weight.device.index for weight in sparse(found).values()} == {0, 1}
+    with torch.no_grad():
+        got = found(input_ids=token_ids().cuda(0)).logits.cpu()
+    torch.testing.assert_close(got, logits(model), rtol=3e-2, atol=3e-2)
+
+
 @pytest.mark.parametrize("rest", ["disk", "cpu"])
 def test_offloading_is_refused_by_name(saved: Path, tmp_path: Path, rest: str) -> None:
     places = {"model.layers.1": rest, "": "cpu" if rest == "disk" else "meta"}
