@@ -97,10 +97,10 @@ def classification(
 class Characters(nn.Module):
     """The next character from the 16 before it (Y. Bengio et al., JMLR 2003)."""
 
-    def __init__(self, alphabet: int, width: int = 256) -> None:
+    def __init__(self, alphabet: int, width: int = 192) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(alphabet, 16)
-        self.first = nn.Linear(16 * 16, width)
+        self.embedding = nn.Embedding(alphabet, 12)
+        self.first = nn.Linear(16 * 12, width)
         self.second = nn.Linear(width, width)
         self.classifier = nn.Linear(width, alphabet)  # an output head: it stays dense
 

@@ -589,3 +589,14 @@ def test_the_trainer_of_transformers_steps_after_each_optimizer_step(tmp_path: P
     last = model.body[0].weight.detach().clone()
     s3.finalize(model)
     assert torch.equal(model.body[0].weight.to_dense(), last)
+
+
+def test_the_example_prints_every_method_under_every_pattern(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[1] / "examples" / "training.py"
+    arguments = ["--task", "digits", "--steps", "4", "--seeds", "1", "--pattern", "1:4"]
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if "±" in line]
+    assert rows == ["dense", "one-shot", *MODES]
