@@ -119,7 +119,7 @@ def test_prune_verify_eval_and_show(model: Path, tmp_path: Path) -> None:
     assert figures["dense_perplexity"] == pytest.approx(dense, rel=1e-6)
 
     present = {path.name for path in folder.iterdir()}
-    assert {"linears.csv", "blocks.csv", "s3tensor.safetensors", "tokenizer.json"} <= present
+    assert {"linears.csv", "blocks.csv", "model.safetensors", "tokenizer.json"} <= present
     assert not [name for name in present if name.startswith((".", "block-", "run."))]
     with (folder / "linears.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 7 * BLOCKS
@@ -167,18 +167,18 @@ def test_text_of_ones_own_gives_disjoint_windows(model: Path, tmp_path: Path) ->
     _, tokenizer = hf.load_model(model)
     path = tmp_path / "text.txt"
     path.write_text(llm.load_text("pydoc")[:6000])
-    batches, held_out = cli._texts(tokenizer, str(path), None, 32, 0, None, 5)
+    batches, held_out = cli.prune._texts(tokenizer, str(path), None, 32, 0, None, 5)
     assert held_out is not None
     windows = [tuple(row.tolist()) for batch in (*batches, held_out) for row in batch]
     available = llm.tokenize(path.read_text(), tokenizer).numel() // 32
     assert len(windows) == available
     assert len(batches) == available - 5
     # Calibration is what it would be without an evaluation.
-    alone, nothing = cli._texts(tokenizer, str(path), len(batches), 32, 0, None, 0)
+    alone, nothing = cli.prune._texts(tokenizer, str(path), len(batches), 32, 0, None, 0)
     assert nothing is None
     assert all(map(torch.equal, batches, alone))
     # A text for evaluation leaves all of the other one to calibration.
-    batches, held_out = cli._texts(tokenizer, str(path), None, 32, 0, "pydoc", 5)
+    batches, held_out = cli.prune._texts(tokenizer, str(path), None, 32, 0, "pydoc", 5)
     assert len(batches) == available
     assert held_out is not None
     assert held_out.shape == (5, 32)

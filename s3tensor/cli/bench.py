@@ -1,0 +1,93 @@
+"""``s3tensor bench``: products by compressed weights beside dense ones, on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from s3tensor.cli.group import (
+    COUNT,
+    DEVICE,
+    DTYPES,
+    PATTERN,
+    SHAPE,
+    Refused,
+    as_usage,
+    default_device,
+    err,
+    main,
+)
+from s3tensor.pattern import Pattern
+
+
+@main.command(
+    epilog="""Examples:
+
+\b
+  s3tensor bench
+  s3tensor bench --pattern 2:4 --shape 4096x4096 --batch 1 --batch 16
+  s3tensor bench --calibrate    # measure this GPU: what runs is chosen by its times from then on"""
+)
+@click.option(
+    "--pattern",
+    "patterns",
+    type=PATTERN,
+    multiple=True,
+    help="[2:4; with --calibrate all that have kernels]",
+)
+@click.option("--shape", "shapes", type=SHAPE, multiple=True, help="ROWSxCOLUMNS of a weight")
+@click.option("--batch", "batches", type=COUNT, multiple=True, help="rows of x")
+@click.option("--dtype", type=click.Choice(DTYPES[1:]), help="[bfloat16, on a CPU float32]")
+@click.option("--device", type=DEVICE, help="[cuda when there is one, else cpu]")
+@click.option(
+    "--calibrate", is_flag=True, help="measure every path and store the times for this GPU"
+)
+@click.option(
+    "--out", "path", type=click.Path(path_type=Path, dir_okay=False), help="write JSON to a file"
+)
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+def bench(
+    patterns: tuple[Pattern, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    batches: tuple[int, ...],
+    dtype: str | None,
+    device: str | None,
+    calibrate: bool,
+    path: Path | None,
+    as_json: bool,
+) -> None:
+    """Time products by compressed weights beside dense ones, on this machine.
+
+    lean is the compressed weight alone, fast may keep a second form of it (set_memory_).
+    """
+    from s3tensor import benchmark
+
+    place = device or default_device()
+    if any(len(shape) != 2 for shape in shapes):
+        raise Refused("a weight to multiply by has two dims, such as 4096x4096")
+    if calibrate and not place.startswith("cuda"):
+        raise Refused("--calibrate is for a CUDA device; on a CPU there is nothing to choose")
+    plan = benchmark.Plan(
+        tuple(str(pattern) for pattern in patterns)
+        or (benchmark.CALIBRATED if calibrate else benchmark.FORMS[:1]),
+        tuple((shape[0], shape[1]) for shape in shapes)
+        or (benchmark.SHAPES if calibrate else benchmark.SHAPES[5:7]),
+        tuple(sorted(set(batches))) or benchmark.BATCHES[: None if place != "cpu" else 5],
+        dtype or ("float32" if place == "cpu" else "bfloat16"),
+        place,
+    )
+    say = err.print if err.is_terminal or not as_json else (lambda line: None)
+    with as_usage():
+        plan.check()
+    if calibrate:
+        saved = benchmark.calibrate(plan, say)
+        click.echo(f"times of {place} in {saved}; they are used from now on")
+        if path is not None:
+            path.write_text(saved.read_text(encoding="utf-8"), encoding="utf-8")
+        return
+    record = benchmark.run(plan, say)
+    if path is not None:
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    click.echo(json.dumps(record) if as_json else benchmark.table(record))

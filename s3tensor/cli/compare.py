@@ -1,0 +1,95 @@
+"""``s3tensor compare``: models side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from s3tensor.cli.group import (
+    COUNT,
+    DEVICE,
+    DTYPES,
+    Refused,
+    bar,
+    default_device,
+    load,
+    main,
+    megabytes,
+    out,
+)
+
+
+@main.command(
+    epilog="""Examples:
+
+\b
+  s3tensor compare HuggingFaceTB/SmolLM2-135M sparse
+  s3tensor compare dense sparse-a sparse-b --text wikitext2 --samples 32 --json"""
+)
+@click.argument("models", nargs=-1, required=True)
+@click.option(
+    "--text", default="pydoc", show_default=True, help="pydoc, c4, wikitext2 or a path to text"
+)
+@click.option("--samples", type=COUNT, default=8, show_default=True, help="windows of text")
+@click.option(
+    "--seq-len",
+    type=click.IntRange(min=2),
+    default=512,
+    show_default=True,
+    help="tokens in a window",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+@click.option("--device", type=DEVICE, help="[cuda when there is one, else cpu]")
+@click.option("--json", "as_json", is_flag=True, help="print JSON, a row for each model")
+def compare(
+    models: tuple[str, ...],
+    text: str,
+    samples: int,
+    seq_len: int,
+    dtype: str,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Compare MODELS of one vocabulary: bytes, density, perplexity, and how alike the first they predict."""
+    from s3tensor import llm
+    from s3tensor.compare import compare as side_by_side
+
+    if len(models) < 2:
+        raise Refused("give two models or more; the others are measured against the first")
+    where = device or default_device()
+    loaded = [load(model, dtype) for model in models]
+    tokens = llm.tokenize(llm.load_text(text, "held-out"), loaded[0][1])
+    windows = llm.windows(tokens, samples, seq_len)
+    names = [Path(model).name if Path(model).exists() else model for model in models]
+    if len(set(names)) < len(names):
+        names = list(models)
+    pairs = [(name, model.to(where)) for name, (model, _) in zip(names, loaded, strict=True)]
+    with bar("comparing") as advance:
+        sides = side_by_side(pairs, windows, advance)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(side) for side in sides]))
+        return
+    table = Table("model", "weights", "share")
+    table.add_column("sparse", overflow="fold")
+    for heading in ("density", "ppl", "KL", "top-1"):
+        table.add_column(heading, justify="right")
+    for side in sides:
+        table.add_row(
+            side.name,
+            megabytes(side.weight_bytes),
+            f"{side.weight_bytes / sides[0].weight_bytes:.3f}",
+            f"{side.sparse_weights} {', '.join(side.patterns)}".strip(),
+            f"{side.density:.3f}",
+            f"{side.perplexity:.2f}",
+            f"{side.divergence:.4f}",
+            f"{100 * side.agreement:.1f}%",
+        )
+    out.print(table)
+    out.print(
+        f"{windows.numel():,} held-out tokens of {text}. share: of the first model's bytes; KL: divergence "
+        "of the next token from the first model's, in nats; top-1: how often the likeliest token is the same"
+    )

@@ -1,0 +1,93 @@
+"""``s3tensor convert``: between dense files with zeros and compressed ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from s3tensor.cli.group import DTYPES, PATTERN, load, main, megabytes
+from s3tensor.errors import ModelError
+from s3tensor.pattern import Pattern
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# What a weight with zeros is tried for: the fewest bytes first, then what runs fastest.
+_LIKELY = ("1:4", "2:8", "rowpair16", "coupled2:4", "pair4:8", "2:4", "4:8")
+
+
+@main.command(
+    epilog="""Examples:
+
+\b
+  s3tensor convert sparse --to dense --out plain      # for use without s3tensor
+  s3tensor convert plain --to compressed --out sparse # of a model that any tool pruned
+  s3tensor convert plain --to compressed --pattern block:16x16@0.5 --out sparse"""
+)
+@click.argument("model")
+@click.option("--to", "form", type=click.Choice(["compressed", "dense"]), required=True)
+@click.option(
+    "--pattern",
+    type=PATTERN,
+    help=f"that weights satisfy [the one of fewest bytes of {', '.join(_LIKELY)}]",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+@click.option("--overwrite", is_flag=True, help="replace a model that is there")
+@click.option("--out", "directory", required=True, type=click.Path(path_type=Path))
+def convert(
+    model: str,
+    form: str,
+    pattern: Pattern | None,
+    dtype: str,
+    overwrite: bool,
+    directory: Path,
+) -> None:
+    """Write MODEL anew, its pruned weights dense with zeros or compressed; no value changes."""
+    from s3tensor import hf
+
+    hf.refuse_existing(directory, overwrite)
+    loaded, tokenizer = load(model, dtype)
+    if form == "compressed":
+        found = _compress(loaded, pattern)
+        if not found:
+            wanted = str(pattern) if pattern else ", ".join(_LIKELY)
+            raise ModelError(
+                f"no weight of {model} satisfies {wanted}; prune it with s3tensor prune, or name its pattern"
+            )
+        words = ", ".join(f"{count} to {name}" for name, count in found.items())
+        click.echo(f"compressed {words}")
+    saved = hf.save_pretrained(
+        loaded, directory, tokenizer, dense=form == "dense", overwrite=overwrite
+    )
+    now, dense = hf.weight_bytes(loaded)
+    size = dense if form == "dense" else now
+    click.echo(f"saved {saved}: weights of {megabytes(size)}, dense {megabytes(dense)}")
+
+
+def _compress(model: nn.Module, pattern: Pattern | None) -> dict[str, int]:
+    """Compress the linears that satisfy a pattern, in place; how many under each."""
+    from s3tensor.errors import PatternError
+    from s3tensor.mask import satisfies
+    from s3tensor.sparsify import sparsify_
+    from s3tensor.tensor import StructuredSparseTensor
+
+    found: dict[str, int] = {}
+    for candidate in (pattern,) if pattern else map(Pattern.parse, _LIKELY):
+
+        def fits(module: Any, name: str, candidate: Pattern = candidate) -> bool:
+            if isinstance(module.weight, StructuredSparseTensor):
+                return False  # under a pattern before
+            try:
+                weight = module.weight.detach()
+                upright = weight.t() if type(module).__name__ == "Conv1D" else weight
+                return bool((weight != 0).any()) and satisfies(upright, candidate)
+            except PatternError:
+                return False
+
+        rows = sparsify_(model, candidate, filter_fn=fits)
+        count = sum(row.action == "compressed" for row in rows)
+        if count:
+            found[str(candidate)] = count
+    return found

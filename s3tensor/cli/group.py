@@ -1,0 +1,247 @@
+"""The command ``s3tensor``: how its commands end, the types of their arguments, what they share."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from s3tensor.errors import S3Error
+from s3tensor.pattern import Pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    ParamType = click.ParamType[Any]  # generic in the stubs of click 8.2 and later only
+else:
+    ParamType = click.ParamType
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+out = Console(soft_wrap=True, markup=False, highlight=False)
+err = Console(soft_wrap=True, markup=False, highlight=False, stderr=True)
+
+
+class Refused(click.ClickException):
+    """A command that cannot be meant so, in one line."""
+
+    exit_code = 2
+
+
+class Group(click.Group):
+    """A group whose commands end in one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # of click 8.2 and later
+                raise
+            command = error.ctx.command_path if error.ctx else ctx.command_path
+            message = error.format_message().rstrip(".")
+            hint = "" if "\n" in message else f" (see {command} --help)"
+            raise Refused(message + hint) from error
+        except S3Error as error:
+            raise click.ClickException(str(error)) from error
+        except ImportError as error:  # of an optional package
+            raise click.ClickException(f"{error}; pip install 's3tensor[all]'") from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            raise click.ClickException(str(error)) from error
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            first = str(error).splitlines()[0]
+            raise click.ClickException(f"{first} Give fewer or shorter sequences") from error
+        except KeyboardInterrupt:
+            err.print("\nstopped")
+            raise SystemExit(130) from None
+
+
+class _PatternType(ParamType):
+    """A pattern by its string."""
+
+    name = "pattern"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Pattern:
+        try:
+            return Pattern.parse(value)
+        except S3Error as error:
+            self.fail(str(error), param, ctx)
+
+
+class _ShapeType(ParamType):
+    """A weight's shape, such as 16x64."""
+
+    name = "shape"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            sizes = tuple(int(n) for n in value.lower().split("x"))
+        except ValueError:
+            sizes = ()
+        if not sizes or min(sizes) < 1:
+            self.fail(f"{value!r} is not ROWSxCOLUMNS, such as 16x64", param, ctx)
+        return sizes
+
+
+class _DeviceType(ParamType):
+    """A device that is there."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        import torch
+
+        try:
+            torch.empty(1, device=value)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            self.fail(f"{value!r} cannot be used ({str(error).splitlines()[0]})", param, ctx)
+        return str(value)
+
+
+PATTERN, SHAPE, DEVICE = _PatternType(), _ShapeType(), _DeviceType()
+COUNT = click.IntRange(min=1)
+SEED = click.IntRange(0, 2**63 - 1)
+
+
+def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Defaults of commands from a YAML file: a mapping for each command, options by their long names."""
+    if path is None:
+        return
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise Refused(f"{path} must map commands to their options, as in prune: {{samples: 64}}")
+    commands = main.commands
+    defaults: dict[str, dict[str, Any]] = {}
+    for command, options in document.items():
+        if command not in commands:
+            raise Refused(
+                f"{path}: no command {command!r}; there are {', '.join(sorted(commands))}"
+            )
+        known = {
+            name.lstrip("-").replace("_", "-"): str(param.name)
+            for param in commands[command].params
+            for name in (*param.opts, *param.secondary_opts)
+            if isinstance(param, click.Option)
+        }
+        if not isinstance(options, dict):
+            raise Refused(f"{path}: {command} must map options to values")
+        defaults[command] = {}
+        for option, value in options.items():
+            name = known.get(str(option).replace("_", "-"))
+            if name is None:
+                raise Refused(
+                    f"{path}: {command} has no option {option!r}; it has {', '.join(sorted(known))}"
+                )
+            defaults[command][name] = value
+    ctx.default_map = defaults
+
+
+@click.group(
+    name="s3tensor",
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""Examples:
+
+\b
+  s3tensor show 2:4
+  s3tensor prune HuggingFaceTB/SmolLM2-135M --pattern 2:4 --out sparse
+  s3tensor verify sparse
+  s3tensor eval sparse
+  s3tensor compare HuggingFaceTB/SmolLM2-135M sparse
+  s3tensor --config run.yaml prune HuggingFaceTB/SmolLM2-135M --out sparse
+
+A configuration gives commands their defaults; what is on the command line counts first:
+
+\b
+  prune:
+    pattern: rowpair16
+    samples: 64
+
+Completion in bash: eval "$(_S3TENSOR_COMPLETE=bash_source s3tensor)"; zsh and fish likewise.""",
+)
+@click.version_option(package_name="s3tensor")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    callback=_read_config,
+    is_eager=True,
+    expose_value=False,
+    help="a YAML file with defaults for the options of commands",
+)
+def main() -> None:
+    """Structured sparsity for PyTorch: prune, hold compressed, run, evaluate, compare and picture."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@contextlib.contextmanager
+def as_usage() -> Iterator[None]:
+    """What is refused here is the command's own fault."""
+    try:
+        yield
+    except S3Error as error:
+        raise Refused(str(error)) from error
+
+
+def load(model: str, dtype: str) -> tuple[Any, Any]:
+    import torch
+
+    from s3tensor import hf
+
+    with err.status(f"loading {model}") if err.is_terminal else contextlib.nullcontext():
+        return hf.load_model(model, "auto" if dtype == "auto" else getattr(torch, dtype))
+
+
+def perplexity_on(
+    model: Any, tokens: Tensor | None, seq_len: int, device: str, title: str
+) -> float | None:
+    if tokens is None:
+        return None
+    from s3tensor.evaluate import perplexity
+
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        with bar(title) as advance:
+            return perplexity(model, tokens, seq_len, progress=advance)
+    finally:
+        model.to(home)
+
+
+@contextlib.contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    from rich.progress import Progress
+
+    bar = Progress(console=err, disable=not err.is_terminal, transient=True)
+    with bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"

@@ -1,0 +1,300 @@
+"""``s3tensor prune``: a whole model, resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+from s3tensor.cli.group import (
+    COUNT,
+    DEVICE,
+    DTYPES,
+    PATTERN,
+    SEED,
+    as_usage,
+    default_device,
+    err,
+    load,
+    main,
+    megabytes,
+    out,
+    perplexity_on,
+)
+from s3tensor.errors import CheckpointError
+from s3tensor.pattern import Pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from s3tensor.llm import PruneReport, Recovery
+
+SAMPLES = 128  # calibration sequences when none are asked for, or all that the text has
+
+
+@main.command(
+    epilog="""Examples:
+
+\b
+  s3tensor prune HuggingFaceTB/SmolLM2-135M --pattern 2:4 --out sparse
+  s3tensor prune ./model --pattern rowpair16 --pruner sparsegpt --calibration text.txt --out sparse
+  s3tensor prune model.gguf --calibration wikitext2 --samples 64 --device cuda --out sparse
+  s3tensor prune ./model --recover 300 --recover-seconds 600 --out sparse
+  s3tensor prune ./model --blocks 2 --samples 4 --eval-samples 0 --out trial --report trial.json
+
+A run that was broken off goes on when the same command is given again."""
+)
+@click.argument("model")
+@click.option(
+    "--pattern", type=PATTERN, default="2:4", show_default=True, help="see: s3tensor show --help"
+)
+@click.option(
+    "--pruner",
+    default="admm",
+    show_default=True,
+    help="admm, obs, sparsegpt, wanda, obd, magnitude",
+)
+@click.option(
+    "--calibration",
+    default="pydoc",
+    show_default=True,
+    help="pydoc, c4, wikitext2 or a path to text",
+)
+@click.option(
+    "--samples",
+    type=COUNT,
+    help=f"calibration sequences [{SAMPLES}, or all that the text has if they are fewer]",
+)
+@click.option(
+    "--seq-len",
+    type=click.IntRange(min=2),
+    default=1024,
+    show_default=True,
+    help="tokens in a sequence",
+)
+@click.option(
+    "--alpha",
+    type=float,
+    help="weight of the dense model's outputs in the target, 0 to 1 [0.5 for admm]",
+)
+@click.option(
+    "--damp",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="share of the mean diagonal added to a Hessian",
+)
+@click.option(
+    "--recover",
+    type=click.IntRange(min=0),
+    metavar="STEPS",
+    help="train what is kept of each block towards the dense block's output, so many steps [0; 300 is "
+    "a good number]",
+)
+@click.option(
+    "--recover-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    help="time for that in all blocks together [no limit]; alone: in at most 300 steps a block",
+)
+@click.option("--blocks", type=COUNT, help="only the first so many decoder blocks")
+@click.option(
+    "--misfit",
+    type=click.Choice(["skip", "error"]),
+    default="skip",
+    show_default=True,
+    help="what to do with a linear that the pattern does not fit",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+@click.option(
+    "--device", type=DEVICE, help="where blocks are pruned [cuda when there is one, else cpu]"
+)
+@click.option(
+    "--eval-text",
+    help="text for perplexity, as for --calibration [the held-out part of the same source]",
+)
+@click.option(
+    "--eval-samples",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    help="sequences for perplexity; 0 for none",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["compressed", "dense"]),
+    default="compressed",
+    show_default=True,
+    help="dense: plain safetensors with zeros, for use without s3tensor",
+)
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="choice of calibration sequences"
+)
+@click.option(
+    "--out",
+    "directory",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="folder for the pruned model; started again after a break, the run goes on",
+)
+@click.option(
+    "--report", type=click.Path(path_type=Path, dir_okay=False), help="write the figures as JSON"
+)
+def prune(
+    model: str,
+    pattern: Pattern,
+    pruner: str,
+    calibration: str,
+    samples: int | None,
+    seq_len: int,
+    alpha: float | None,
+    damp: float,
+    recover: int | None,
+    recover_seconds: float | None,
+    blocks: int | None,
+    misfit: Any,
+    dtype: str,
+    device: str | None,
+    eval_text: str | None,
+    eval_samples: int,
+    form: str,
+    seed: int,
+    directory: Path,
+    report: Path | None,
+) -> None:
+    """Prune the linears of MODEL (a folder, a hub name or a .gguf file) and save it."""
+    from s3tensor import hf, llm
+    from s3tensor.checkpoint import write_json
+
+    start = time.perf_counter()
+    # What is cheap to refuse is refused before anything is loaded.
+    with as_usage():
+        llm.check_options(pruner, alpha, damp)
+        recovery = _recovery(recover, recover_seconds, seed)
+    llm.check_out(directory)
+    if report is not None:
+        _check_writable(report)
+    where = device or default_device()
+    loaded, tokenizer = load(model, dtype)
+    batches, held_out = _texts(
+        tokenizer, calibration, samples, seq_len, seed, eval_text, eval_samples
+    )
+    with llm.locked(directory), _says_how_to_go_on():
+        dense_ppl = perplexity_on(loaded, held_out, seq_len, where, "dense perplexity")
+        result = llm.prune_model(
+            loaded,
+            batches,
+            pattern,
+            pruner,
+            alpha=alpha,
+            damp=damp,
+            recover=recovery,
+            device=where,
+            blocks=blocks,
+            on_misfit=misfit,
+            work_dir=directory,
+        )
+        pruned_ppl = perplexity_on(loaded, held_out, seq_len, where, "pruned perplexity")
+        # What is in the folder is of this run, also a model that it was saving when it was killed.
+        saved = hf.save_pretrained(
+            loaded, directory, tokenizer, dense=form == "dense", overwrite=True
+        )
+        llm.forget_run(directory)
+    now, dense = hf.weight_bytes(loaded)
+    figures = {
+        "model": model,
+        **result.summary(),
+        "dense_perplexity": dense_ppl,
+        "pruned_perplexity": pruned_ppl,
+        "calibration": {
+            "source": calibration,
+            "samples": len(batches),
+            "seq_len": seq_len,
+            "seed": seed,
+        },
+        "evaluation": {"source": eval_text or calibration, "samples": eval_samples},
+        "dense_bytes": dense,
+        "compressed_bytes": now,
+        "total_seconds": round(time.perf_counter() - start, 3),
+    }
+    if report is not None:
+        write_json(report, figures)
+    _print_result(result, figures, saved)
+
+
+def _recovery(steps: int | None, seconds: float | None, seed: int) -> Recovery | None:
+    from s3tensor.llm import Recovery
+
+    if steps is None and seconds is None:
+        return None
+    if steps is None:
+        return Recovery(seconds=seconds, seed=seed)
+    return Recovery(steps, seconds=seconds, seed=seed)
+
+
+@contextlib.contextmanager
+def _says_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("\nfinished blocks are kept: the same command goes on from there")
+        raise
+
+
+def _check_writable(report: Path) -> None:
+    """Refuse at the start a report that could not be written at the end."""
+    folder = next(p for p in report.resolve().parents if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise CheckpointError(f"cannot write {report}: {folder} is no folder that can be written")
+
+
+def _texts(
+    tokenizer: Any,
+    calibration: str,
+    samples: int | None,
+    seq_len: int,
+    seed: int,
+    eval_text: str | None,
+    eval_samples: int,
+) -> tuple[list[Tensor], Tensor | None]:
+    """Calibration batches of one sequence, and the sequences for perplexity: never the same ones."""
+    from s3tensor import llm
+
+    tokens = llm.tokenize(llm.load_text(calibration), tokenizer)
+    same = eval_text is None and not llm.has_parts(calibration)
+    # A text without parts of its own gives both: different windows of one random order.
+    extra = eval_samples if same else 0
+    if samples is None:
+        samples = max(1, min(SAMPLES, tokens.numel() // seq_len - extra))
+    picked = llm.windows(tokens, samples + extra, seq_len, seed)
+    batches = list(picked[:samples].split(1))
+    if same or eval_samples == 0:
+        return batches, picked[samples:] if extra else None
+    held_out = llm.tokenize(llm.load_text(eval_text or calibration, "held-out"), tokenizer)
+    return batches, llm.windows(held_out, eval_samples, seq_len)
+
+
+def _print_result(result: PruneReport, figures: dict[str, Any], saved: Path) -> None:
+    files = saved.glob("*.safetensors") if saved.is_dir() else [saved]
+    disk = sum(file.stat().st_size for file in files)
+    table = Table("", "dense", "pruned")
+    dense, pruned = figures["dense_perplexity"], figures["pruned_perplexity"]
+    if dense is not None:
+        table.add_row("perplexity", f"{dense:.2f}", f"{pruned:.2f}")
+    whole = megabytes(figures["dense_bytes"])
+    table.add_row("weights in memory", whole, megabytes(figures["compressed_bytes"]))
+    table.add_row("weights on disk", whole, megabytes(disk))
+    table.add_row("density of the linears", "1", f"{figures['density']:.4g}")
+    out.print(str(result))
+    out.print(table)
+    out.print(
+        f"saved to {saved}; rows for each linear and block beside it in linears.csv and blocks.csv"
+        if not saved.is_dir()
+        else f"saved in {saved}, with rows for each linear and block in linears.csv and blocks.csv"
+    )

@@ -1,0 +1,38 @@
+"""``s3tensor show``: a pattern in words, figures and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from s3tensor.cli.group import PATTERN, SHAPE, as_usage, main
+from s3tensor.pattern import Pattern, grammar
+
+
+@main.command(
+    epilog=f"""Patterns:
+
+\b
+{grammar()}
+
+Examples:
+
+\b
+  s3tensor show pair4:8
+  s3tensor show "block=1,2; scope=1,4; keep=2" --shape 8x32 --out pattern.png"""
+)
+@click.argument("pattern", type=PATTERN)
+@click.option("--shape", type=SHAPE, help="ROWSxCOLUMNS [a small shape that fits]")
+@click.option(
+    "--out", "path", type=click.Path(path_type=Path, dir_okay=False), help="write a picture (.png)"
+)
+def show(pattern: Pattern, shape: tuple[int, ...] | None, path: Path | None) -> None:
+    """Explain PATTERN in words and figures, and draw it with --out."""
+    from s3tensor import viz
+
+    with as_usage():
+        click.echo(viz.describe(pattern, shape))
+        if path is not None:
+            viz.save_picture(pattern, shape, path)
+            click.echo(f"picture in {path}")

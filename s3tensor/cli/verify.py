@@ -1,0 +1,37 @@
+"""``s3tensor verify``: what a folder holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from s3tensor.cli.group import main
+
+
+@main.command(
+    epilog="""Example:
+
+\b
+  s3tensor verify sparse"""
+)
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="print JSON, a row for each weight")
+def verify(directory: Path, as_json: bool) -> None:
+    """Check DIRECTORY: every checksum holds, every sparse weight satisfies its pattern."""
+    from s3tensor import hf
+
+    rows = hf.verify(directory)
+    if as_json:
+        names = ("name", "pattern", "density")
+        click.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows]))
+        return
+    if not rows:
+        click.echo("every checksum holds; the model has no sparse weights")
+        return
+    patterns = ", ".join(sorted({pattern for _, pattern, _ in rows}))
+    density = sum(row[2] for row in rows) / len(rows)
+    click.echo(
+        f"every checksum holds; {len(rows)} sparse weights satisfy {patterns}; mean density {density:.4f}"
+    )
