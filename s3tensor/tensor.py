@@ -334,10 +334,11 @@ class StructuredSparseTensor(Tensor):
         return made.map_parts(lambda part: part, flip=True) if transposed else made
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """As a checkpoint stores it: canonical order, no second forms, checked when it is loaded."""
+        """As a checkpoint stores it: canonical order, no second forms (loading makes them anew), checked."""
         packed, indices = (part.detach().contiguous() for part in self.parts())
         more = {name: value for name, value in vars(self).items() if name not in _OWN}
-        return rebuild, (packed, indices, self.description(), self.requires_grad, more)
+        described = self.description(), self.memory, self.requires_grad, more
+        return rebuild, (packed, indices, *described)
 
     def __copy__(self) -> StructuredSparseTensor:
         twin = self.map_parts(lambda part: part)
@@ -504,6 +505,7 @@ def rebuild(
     packed: Tensor,
     indices: Tensor,
     description: dict[str, Any],
+    memory: Literal["lean", "fast"],
     requires_grad: bool,
     more: dict[str, Any],  # attributes of a user's, and what makes it a parameter
 ) -> StructuredSparseTensor:
@@ -514,11 +516,12 @@ def rebuild(
     """
     where = "a pickled weight"
     made = StructuredSparseTensor.from_stored(packed, indices, description, where)
-    if type(requires_grad) is not bool or type(more) is not dict:
-        raise CheckpointError(f"{where}: its requires_grad or its attributes are damaged")
+    if memory not in ("lean", "fast") or type(requires_grad) is not bool or type(more) is not dict:
+        raise CheckpointError(f"{where}: its memory, requires_grad or attributes are damaged")
     for name in more:
         if type(name) is not str or name in _OWN or hasattr(StructuredSparseTensor, name):
             raise CheckpointError(f"{where} sets {name!r:.40}, which is not an attribute to set")
+    made = made.with_memory(memory) if memory == "fast" else made
     vars(made).update(more)
     made.requires_grad_(requires_grad)
     return made
