@@ -119,7 +119,16 @@ def test_prune_verify_eval_and_show(model: Path, tmp_path: Path) -> None:
     assert figures["dense_perplexity"] == pytest.approx(dense, rel=1e-6)
 
     present = {path.name for path in folder.iterdir()}
-    assert {"linears.csv", "blocks.csv", "model.safetensors", "tokenizer.json"} <= present
+    expected_files = {
+        "linears.csv",
+        "blocks.csv",
+        "model.safetensors",
+        "tokenizer.json",
+        "README.md",
+    }
+    assert expected_files <= present
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "2:4" in card and "s3tensor" in card
     assert not [name for name in present if name.startswith((".", "block-", "run."))]
     with (folder / "linears.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 7 * BLOCKS

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,28 +203,29 @@ def prune(
             work_dir=directory,
         )
         pruned_ppl = perplexity_on(loaded, held_out, seq_len, where, "pruned perplexity")
+        now, dense = hf.weight_bytes(loaded)
+        figures = {
+            "model": model,
+            **result.summary(),
+            "dense_perplexity": dense_ppl,
+            "pruned_perplexity": pruned_ppl,
+            "calibration": {
+                "source": calibration,
+                "samples": len(batches),
+                "seq_len": seq_len,
+                "seed": seed,
+            },
+            "evaluation": {"source": eval_text or calibration, "samples": eval_samples},
+            "dense_bytes": dense,
+            "compressed_bytes": now,
+            "total_seconds": round(time.perf_counter() - start, 3),
+        }
         # What is in the folder is of this run, also a model that it was saving when it was killed.
+        card = {**figures, "command": shlex.join(["s3tensor", *sys.argv[1:]])}
         saved = hf.save_pretrained(
-            loaded, directory, tokenizer, dense=form == "dense", overwrite=True
+            loaded, directory, tokenizer, dense=form == "dense", overwrite=True, card=card
         )
         llm.forget_run(directory)
-    now, dense = hf.weight_bytes(loaded)
-    figures = {
-        "model": model,
-        **result.summary(),
-        "dense_perplexity": dense_ppl,
-        "pruned_perplexity": pruned_ppl,
-        "calibration": {
-            "source": calibration,
-            "samples": len(batches),
-            "seq_len": seq_len,
-            "seed": seed,
-        },
-        "evaluation": {"source": eval_text or calibration, "samples": eval_samples},
-        "dense_bytes": dense,
-        "compressed_bytes": now,
-        "total_seconds": round(time.perf_counter() - start, 3),
-    }
     if report is not None:
         write_json(report, figures)
     _print_result(result, figures, saved)
