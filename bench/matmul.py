@@ -33,6 +33,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from replays import bandwidths, microseconds
 from s3tensor.kernels import matmul, tiles
 from s3tensor.kernels.skinny import Skinny
 from s3tensor.kernels.wide import Wide
@@ -59,38 +60,6 @@ def random_packed(
         low, high = NIBBLES.cuda()[pick.int()]
         codes = low | high << 4
     return values, codes, unpack(values, codes, bound)
-
-
-def microseconds(call: Callable[[int], Any], copies: int, repeats: int) -> float:
-    """Median time of ``call(i)`` over graph replays of all copies in turn."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for i in range(min(copies, 3)):
-            call(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(copies):
-            call(i)
-    times = []
-    for _ in range(repeats + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / copies)
-    return statistics.median(times[3:])
-
-
-def bandwidths() -> tuple[float, float]:
-    """Bytes a second of a device copy, read and write counted, and of a reduction, which only reads."""
-    source = torch.randn(2**29, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * source.nbytes / microseconds(lambda _: torch.neg(source, out=target), 1, 9)
-    read = source.nbytes / microseconds(lambda _: source.sum(), 1, 9)
-    return copy * 1e6, read * 1e6
 
 
 def cut_choices(n: int) -> list[Skinny | Wide]:

@@ -17,11 +17,11 @@ import json
 import math
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import replays
+from replays import bandwidths, eager_microseconds
 from s3tensor.kernels import pack as pack_kernels
 from s3tensor.kernels import tiles
 from s3tensor.kernels import unpack as unpack_kernels
@@ -38,6 +40,8 @@ from s3tensor.kernels import unpack as unpack_kernels
 import s3tensor as s3
 from s3tensor import packing
 from s3tensor.pattern import BoundPattern, Pattern
+
+microseconds = partial(replays.microseconds, keep=True)  # each copy has an output of its own
 
 SHAPES = "4096x4096,14336x4096,2560x9728,28672x8192"
 PACK_SHAPE = (14336, 4096)
@@ -164,51 +168,6 @@ def check(case: Case, data: Data, config: Any = None) -> None:
         raise SystemExit(f"wrong: {case} on {data.bound} {config}")
 
 
-def microseconds(call: Callable[[int], Any], copies: int, repeats: int) -> float:
-    """Median time of ``call(i)`` over graph replays of all copies in turn, each with its own output."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for i in range(min(copies, 3)):
-            call(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = [call(i) for i in range(copies)]
-    times = []
-    for _ in range(repeats + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / copies)
-    del outputs
-    return statistics.median(times[3:])
-
-
-def eager_microseconds(call: Callable[[], Any], repeats: int = 5) -> float:
-    """Median time of a call outside a graph, with what it waits for."""
-    call()
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1000)
-    return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second of a device copy, read and write counted."""
-    source = torch.randn(2**29, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / microseconds(lambda _: torch.neg(source, out=target), 1, 9) * 1e6
-
-
 def rivals(case: Case, data: Data) -> dict[str, float]:
     """Microseconds of what else does the same; what fails is left out, with a line that says why."""
     calls: dict[str, Callable[[], Any]] = {}
@@ -231,7 +190,7 @@ def rivals(case: Case, data: Data) -> dict[str, float]:
     found = {}
     for name, call in calls.items():
         try:
-            found[name] = eager_microseconds(call)
+            found[name] = eager_microseconds(lambda _, call=call: call(), 1, 5)
         except Exception as error:
             print(f"  no {name}: {str(error)[:100]}")
     return found
@@ -378,7 +337,7 @@ def main() -> None:
         for error in pool.imap_unordered(compile_one, jobs, chunksize=2):
             if error:
                 print("cannot run", error, flush=True)
-    copy = copy_bandwidth()
+    copy, _ = bandwidths()
     print(f"{device}, copy {copy / 1e9:.0f} GB/s, compiled in {time.time() - began:.0f} s")
     record: dict[str, Any] = {
         "device": device, "torch": torch.__version__, "triton": __import__("triton").__version__,

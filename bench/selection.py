@@ -21,10 +21,10 @@ import math
 import multiprocessing
 import os
 import pkgutil
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import replays
+from replays import bandwidths, eager_microseconds
 from s3tensor.kernels import masks, select
 
 import s3tensor as s3
 from s3tensor import mask as masking
 from s3tensor.pattern import Pattern
+
+microseconds = partial(replays.microseconds, keep=True)  # each copy has an output of its own
 
 BF16, F32 = torch.bfloat16, torch.float32
 SHAPE = (14336, 4096)
@@ -49,51 +53,6 @@ PROJECTIONS = (
 LENGTHS = (64, 256, 1024, 8192)
 MEGABYTES = 64  # of the rows of an order statistic
 BAR = 0.7  # of the copy's bandwidth, for 2:4
-
-
-def microseconds(call: Callable[[int], Any], copies: int, repeats: int) -> float:
-    """Median time of ``call(i)`` over graph replays of all copies in turn, whose results stay alive."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for i in range(min(copies, 3)):
-            call(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call(i) for i in range(copies)]
-    times = []
-    for _ in range(repeats + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / copies)
-    del kept
-    return statistics.median(times[3:])
-
-
-def eager_microseconds(call: Callable[[int], Any], copies: int, repeats: int) -> float:
-    """Median time of one call, launches included."""
-    call(0)
-    times = []
-    for i in range(repeats):
-        torch.cuda.synchronize()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call(i % copies)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1000)
-    return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second of a device copy, read and write counted."""
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    return 2e6 * source.nbytes / microseconds(lambda _: torch.neg(source, out=target), 1, 9)
 
 
 # Projections ------------------------------------------------------------------------------------------
@@ -342,7 +301,7 @@ def main() -> None:
             if error:
                 print("cannot run", error, flush=True)
     device = torch.cuda.get_device_name()
-    copy = copy_bandwidth()
+    copy, _ = bandwidths()
     print(
         f"{device}, copy {copy / 1e9:.0f} GB/s, compiled in {time.time() - began:.0f} s", flush=True
     )

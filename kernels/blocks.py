@@ -21,7 +21,6 @@ from torch import Tensor
 from .columns import (
     DTYPES,
     LARGEST,
-    MOST_ROWS,
     columns_together,
     gpu_refusal,
     mismatch,
@@ -290,26 +289,3 @@ def choose(dtype: torch.dtype, n: int, rows: int, processors: int) -> Blocks:
         return Blocks(4, 32, 64, batch)
     # Few rows: small programs, for there are hardly two for each processor.
     return Blocks(8, 32 if rows > 64 * processors else 16, 64, batch)
-
-
-def beats_dense(
-    block_rows: int,
-    block_columns: int,
-    keep: int,
-    dtype: torch.dtype,
-    n: int,
-    rows: int,
-    columns: int,
-    capability: tuple[int, int],
-) -> bool:
-    """Whether :func:`linear` is expected to be no slower than cuBLAS on the dense weight.
-
-    From counts of bytes and instructions on an H100, to be replaced by what ``bench/general.py`` measures.
-    """
-    density = keep * block_columns / columns
-    if rows * columns < 2**22 or n > MOST_ROWS or block_rows < 8 or density > 0.75:
-        return False
-    most = 16 if density > 0.3 else 32
-    if dtype == torch.float32 or block_rows < 16 or block_columns < 8 or capability != (9, 0):
-        most = 8
-    return n <= most

@@ -217,31 +217,6 @@ def choose(
     return Gather(warps, 1 if n == 1 else 2 if n == 2 else 4 if n <= 4 else 8)
 
 
-def beats_dense(
-    keep: int,
-    group: int,
-    dtype: torch.dtype,
-    n: int,
-    rows: int,
-    columns: int,
-    capability: tuple[int, int],
-) -> bool:
-    """Whether :func:`linear` is expected to be no slower than cuBLAS on the dense weight.
-
-    From counts of bytes and instructions on an H100, to be replaced by what ``bench/general.py`` measures.
-    """
-    if rows * columns < 2**22 or n > MOST_ROWS:
-        return False
-    sparse = 4 * keep <= group
-    if runs_take(keep, group, dtype, columns):
-        most = 32 if sparse else 16
-    elif dtype == torch.float32:
-        most = 16 if sparse else 8
-    else:
-        most = 8 if sparse else 2 if 2 * keep <= group else 1
-    return n <= (most if capability == (9, 0) else min(most, 8))
-
-
 @functools.lru_cache(maxsize=64)
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device."""

@@ -241,18 +241,6 @@ def _split(cut: Wide, rows: int, columns: int, programs: int, most: int) -> Wide
     return replace(cut, split=max(1, min(most, programs // blocks, steps // 4)))
 
 
-def beats_dense(n: int, rows: int, columns: int, capability: tuple[int, int]) -> bool:
-    """Whether :func:`linear` was measured to be no slower than cuBLAS on the dense weight (tile order).
-
-    On an H100 it is for up to 64 rows of x and weights from 4 M elements on, whatever the form; from 65 to
-    128 rows only for the largest weights. Other GPUs were not measured: there the answer is yes for up to
-    8 rows, where the bytes of the weight decide.
-    """
-    if capability != (9, 0):
-        return n <= 8 and rows * columns >= 2**22
-    return rows * columns >= (2**22 if n <= 64 else 2**27) and n <= MOST_ROWS
-
-
 @functools.lru_cache(maxsize=64)
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

@@ -387,15 +387,20 @@ def check(y: Tensor, x: Tensor, whole: Tensor, name: str) -> None:
 Calls = Sequence[Callable[[], Any]]
 
 
-def microseconds(calls: Calls, device: torch.device, repeats: int) -> float:
+def microseconds(calls: Calls, device: torch.device, repeats: int, keep: bool = False) -> float:
     """Median time of one of the calls, made in turn."""
-    return times({"": calls}, device, repeats)[""]
+    return times({"": calls}, device, repeats, keep)[""]
 
 
-def times(groups: Mapping[str, Calls], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median time of a call of each group; the groups take turns, so that a GPU that slows down slows all."""
+def times(
+    groups: Mapping[str, Calls], device: torch.device, repeats: int, keep: bool = False
+) -> dict[str, float]:
+    """Median time of a call of each group; the groups take turns, so that a GPU that slows down slows all.
+
+    With ``keep`` the results of a CUDA graph stay alive, so that each of its calls has memory of its own.
+    """
     if device.type == "cuda":
-        rounds = {name: _recorded(calls, device) for name, calls in groups.items()}
+        rounds = {name: _recorded(calls, device, keep) for name, calls in groups.items()}
     else:
         rounds = {name: partial(_on_host, calls) for name, calls in groups.items()}
     found: dict[str, list[float]] = {name: [] for name in groups}
@@ -405,7 +410,7 @@ def times(groups: Mapping[str, Calls], device: torch.device, repeats: int) -> di
     return {name: statistics.median(taken[2:]) for name, taken in found.items()}
 
 
-def _recorded(calls: Calls, device: torch.device) -> Callable[[], float]:
+def _recorded(calls: Calls, device: torch.device, keep: bool) -> Callable[[], float]:
     """The calls in a CUDA graph, as a function that replays it and gives microseconds for each call."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -414,19 +419,26 @@ def _recorded(calls: Calls, device: torch.device) -> Callable[[], float]:
             call()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
+    kept: list[Any] = []
     with torch.cuda.graph(graph):
         for call in calls:
-            call()
+            if keep:
+                kept.append(call())
+            else:
+                call()
+    return partial(_replay, graph, device, len(calls), kept)
 
-    def replay() -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) * 1000 / len(calls)
 
-    return replay
+def _replay(
+    graph: torch.cuda.CUDAGraph, device: torch.device, calls: int, kept: list[Any]
+) -> float:
+    """Microseconds for each call of a graph, whose results ``kept`` holds."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) * 1000 / calls
 
 
 def _on_host(calls: Calls) -> float:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3tensor.errors import CalibrationError, NonFiniteError
+from s3tensor.evaluate import next_token_logits
 from s3tensor.folder import unshared_state
 from s3tensor.hf import weight_bytes
 from s3tensor.llm.text import check_tokens
@@ -95,8 +96,7 @@ def compare(
 def _log_probabilities(name: str, model: nn.Module, window: Tensor) -> Tensor:
     """Log-probabilities of the next token at each position, (tokens, vocabulary) float32."""
     device = next(model.parameters()).device
-    given = model(input_ids=window[None].to(device, torch.int64), use_cache=False)
-    logits = given[0] if isinstance(given, tuple) else given.logits
+    logits = next_token_logits(model, window[None].to(device, torch.int64))
     logs = F.log_softmax(logits[0].float(), -1)
     if not bool(torch.isfinite(logs).all()):
         raise NonFiniteError(

@@ -58,8 +58,7 @@ def perplexity(
     try:
         for piece in pieces:
             piece = piece.to(device, torch.int64)
-            given = model(input_ids=piece, use_cache=False)
-            logits = given[0] if isinstance(given, tuple) else given.logits
+            logits = next_token_logits(model, piece)
             # One row at a time bounds the memory of the float32 copy.
             for row, target in zip(logits, piece, strict=True):
                 total += float(F.cross_entropy(row[:-1].float(), target[1:], reduction="sum"))
@@ -74,3 +73,13 @@ def perplexity(
             "the model's logits hold NaN or Inf; its weights or its dtype are at fault"
         )
     return math.exp(min(total / count, 700.0))
+
+
+def next_token_logits(
+    model: nn.Module,
+    ids: Tensor,  # (batch, tokens) int64
+) -> Tensor:  # (batch, tokens, vocabulary)
+    """The logits of a causal language model, which may give a tuple that begins with them."""
+    given = model(input_ids=ids, use_cache=False)
+    logits: Tensor = given[0] if isinstance(given, tuple) else given.logits
+    return logits

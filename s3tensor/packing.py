@@ -52,7 +52,7 @@ def pack(
         return packed
     if tiled:
         values, indices = pack(weight, mask, bound)
-        return _reorder(values, bound, "tile_values"), _reorder(indices, bound, "tile_codes")
+        return to_tiles(values, indices, bound)
     tiles = tile(mask, bound)
     blocks = blocks_in(tiles)
     if bound.block_size > 1 and not torch.equal(tiles.all(-1), blocks):
@@ -82,8 +82,7 @@ def unpack(
     if dense is not None:
         return dense
     if tiled:
-        values = _reorder(values, bound, "untile_values")
-        indices = _reorder(indices, bound, "untile_codes")
+        values, indices = to_tiles(values, indices, bound, backwards=True)
     tiles = values.new_zeros(bound.scopes, bound.blocks_per_scope, bound.block_size)
     numbers = block_indices(indices, bound).unsqueeze(-1)
     tiles.scatter_(1, numbers.expand(bound.packed_shape), values)
@@ -243,6 +242,18 @@ def columns_of(bound: BoundPattern) -> tuple[int, int] | None:
     if len(bound.shape) != 2 or bound.block_size != 1 or not _in_a_row(bound):
         return None
     return None if bound.shape[1] % of else (bound.keep, of)
+
+
+def to_tiles(
+    values: Tensor, indices: Tensor, bound: BoundPattern, backwards: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Packed parts in tile order, in their own shapes; ``backwards`` from tile order to canonical order.
+
+    Raises:
+        PatternError: a pattern that has no tile order.
+    """
+    how = "untile" if backwards else "tile"
+    return _reorder(values, bound, f"{how}_values"), _reorder(indices, bound, f"{how}_codes")
 
 
 def _reorder(part: Tensor, bound: BoundPattern, how: str) -> Tensor:

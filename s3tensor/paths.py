@@ -61,25 +61,11 @@ class Weight:
 # tile order -------------------------------------------------------------------------------------------
 
 
-def to_tiles(
-    packed: Tensor, indices: Tensor, bound: BoundPattern, backwards: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Packed parts in tile order, in their own shapes; ``backwards`` from tile order to canonical order."""
-    from s3tensor.kernels import tiles  # type: ignore[import-not-found]
-
-    form: Any = form_of(bound)
-    rows, columns = bound.shape
-    values = tiles.untile_values if backwards else tiles.tile_values
-    codes = tiles.untile_codes if backwards else tiles.tile_codes
-    # Parts that are empty_like others, as those of a graph's outputs, have any bytes: reshape alone.
-    return values(packed, form, rows, columns), codes(indices, form, rows, columns)
-
-
 def prefers_tiles(bound: BoundPattern, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the packed parts of a weight are best kept in tile order: where the packed kernels run."""
     if device.type != "cuda" or dtype not in _HALF or form_of(bound) is None or not _matmul():
         return False
-    from s3tensor.kernels import tiles
+    from s3tensor.kernels import tiles  # type: ignore[import-not-found]
 
     if not tiles.can_tile(*bound.shape):
         return False
@@ -321,21 +307,22 @@ def blocks_of(bound: BoundPattern) -> tuple[int, int] | None:
 
 def _general(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     rows, columns = weight.bound.shape
-    if bias is not None and bias.shape[0] != rows:
-        bias = bias.expand(rows)
     kernel = general(weight.bound, weight.packed.dtype, weight.packed.device)
-    y: Tensor = kernel(x.reshape(-1, columns), weight.packed, weight.indices, bias)
+    y: Tensor = kernel(x.reshape(-1, columns), weight.packed, weight.indices, _of_rows(bias, rows))
     return y.view(*x.shape[:-1], rows)
+
+
+def _of_rows(bias: Tensor | None, rows: int) -> Tensor | None:
+    """The bias with an element for each row: F.linear takes one of a single element too, kernels do not."""
+    return bias if bias is None or bias.shape[0] == rows else bias.expand(rows)
 
 
 def _packed(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     form: Any = form_of(weight.bound)
     rows, columns = weight.bound.shape
-    if bias is not None and bias.shape[0] != rows:
-        bias = bias.expand(rows)
     # A weight that is trained may be written by a kernel still in flight; one at rest is read early.
     y: Tensor = _matmul().linear(
-        x.reshape(-1, columns), weight.packed, weight.indices, bias, form=form, rows=rows,
+        x.reshape(-1, columns), weight.packed, weight.indices, _of_rows(bias, rows), form=form, rows=rows,
         columns=columns, tiled=weight.tiled, overlap=not weight.packed.requires_grad,
     )  # fmt: skip
     return y.view(*x.shape[:-1], rows)
@@ -385,9 +372,7 @@ def _vendor(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     batch = flat.shape[0]
     if batch % 16:
         flat = F.pad(flat, (0, 0, 0, -batch % 16))
-    if bias is not None and bias.shape[0] != rows:
-        bias = bias.expand(rows)
-    y = vendor_product(flat, weight, bias, _vendor_plan(weight, batch))
+    y = vendor_product(flat, weight, _of_rows(bias, rows), _vendor_plan(weight, batch))
     return y[:batch].reshape(*x.shape[:-1], rows)
 
 
@@ -433,7 +418,6 @@ _PATHS = {
     "vendor": _vendor,
     "scratch": _scratch,
 }
-PATHS = tuple(_PATHS)
 
 
 def forget() -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from s3tensor import ops, paths
 from s3tensor.errors import CheckpointError, PatternError, UnsupportedOpError
-from s3tensor.packing import check_packed, unpack_mask
+from s3tensor.packing import check_packed, to_tiles, unpack_mask
 from s3tensor.pattern import BoundPattern, Pattern
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class StructuredSparseTensor(Tensor):
         """``(packed, indices)`` in canonical order, as :func:`s3tensor.packing.pack` makes them."""
         if not self.tiled:
             return self.packed, self.indices
-        return paths.to_tiles(self.packed, self.indices, self.bound, backwards=True)
+        return to_tiles(self.packed, self.indices, self.bound, backwards=True)
 
     def as_parts(self) -> paths.Weight:
         """The weight as :mod:`s3tensor.paths` takes it."""
@@ -205,7 +205,7 @@ class StructuredSparseTensor(Tensor):
             tiled = paths.prefers_tiles(self.bound, self.dtype, self.device)
         if tiled == self.tiled:
             return self
-        packed, indices = paths.to_tiles(self.packed, self.indices, self.bound, not tiled)
+        packed, indices = to_tiles(self.packed, self.indices, self.bound, not tiled)
         rest = (self.pattern, self.bound_shape, self.transposed, tiled, self.dense, self.vendor)
         return type(self)(packed, indices, *rest)
 

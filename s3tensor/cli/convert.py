@@ -70,7 +70,7 @@ def _compress(model: nn.Module, pattern: Pattern | None) -> dict[str, int]:
     """Compress the linears that satisfy a pattern, in place; how many under each."""
     from s3tensor.errors import PatternError
     from s3tensor.mask import satisfies
-    from s3tensor.sparsify import sparsify_
+    from s3tensor.sparsify import is_conv1d, sparsify_
     from s3tensor.tensor import StructuredSparseTensor
 
     found: dict[str, int] = {}
@@ -81,7 +81,7 @@ def _compress(model: nn.Module, pattern: Pattern | None) -> dict[str, int]:
                 return False  # under a pattern before
             try:
                 weight = module.weight.detach()
-                upright = weight.t() if type(module).__name__ == "Conv1D" else weight
+                upright = weight.t() if is_conv1d(module) else weight
                 return bool((weight != 0).any()) and satisfies(upright, candidate)
             except PatternError:
                 return False
