@@ -34,7 +34,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from replays import bandwidths, microseconds
-from s3tensor.kernels import blocks, columns
+from s3tensor.kernels import blocks, columns, gpu
 from s3tensor.kernels.blocks import Blocks
 from s3tensor.kernels.gather import Gather
 
@@ -91,7 +91,7 @@ def _blocks(x: Tensor, values: Tensor, indices: Tensor, **ints: Any) -> Tensor:
 
 
 def chosen(bound: BoundPattern, dtype: torch.dtype, n: int) -> Any:
-    count = columns.processors(torch.device("cuda", torch.cuda.current_device()))
+    count = gpu.processors(torch.device("cuda", torch.cuda.current_device()))
     rows, width = bound.shape
     if bound.block != (1, 1):
         return blocks.choose(dtype, n, rows, count)

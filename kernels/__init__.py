@@ -11,6 +11,7 @@ imported by the file that needs it, when a CUDA kernel first runs. The callers, 
 ``skinny``    its kernel for few rows, from sm_80 on (Gluon)
 ``wide``      its kernel for 17 rows and more, on sm_90 (Gluon)
 ``expand``    what both share: packed words to tensor-core fragments, and sums in a fixed order
+``gpu``       whether the matmul kernels run on a device, and how large it is
 ``columns``   ``linear`` of 1 to 64 rows by any N:M of columns; its kernels are
 ``gather``    plain multiply-adds, any dtype
 ``runs``      tensor cores, 16-bit floats and the common N:M (Gluon)

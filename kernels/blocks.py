@@ -18,13 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import gpu
 from .columns import (
     DTYPES,
     LARGEST,
     columns_together,
-    gpu_refusal,
     mismatch,
-    processors,
 )
 
 
@@ -76,7 +75,7 @@ def refusal(
         return f"{keep} of {blocks} blocks in a row: one or more must be kept, but not all"
     if rows * columns > LARGEST or blocks > 2**16:
         return f"{rows} x {columns} is over 2**31 weights or 65536 blocks in a row"
-    return gpu_refusal(device)
+    return gpu.refusal(device)
 
 
 def linear(
@@ -119,7 +118,7 @@ def linear(
     )  # fmt: skip
     if reason is not None:
         raise ValueError(f"packed linear: {reason}")
-    config = config or choose(values.dtype, x.shape[0], rows, processors(x.device))
+    config = config or choose(values.dtype, x.shape[0], rows, gpu.processors(x.device))
     with torch.cuda.device(x.device):
         return launch(config, x, values, indices, bias, block_rows, block_columns, keep, rows)
 

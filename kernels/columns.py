@@ -10,13 +10,12 @@ and codes are those of ``s3tensor.packing``, nothing is reordered. Sums are floa
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import gather
+from . import gather, gpu
 from .gather import Gather
 
 runs: Any = None
@@ -58,14 +57,7 @@ def refusal(
         return f"{rows} x {columns}: columns must be a multiple of {group}"
     if rows * columns > LARGEST:
         return f"{rows} x {columns} is over 2**31 weights"
-    return gpu_refusal(device)
-
-
-def gpu_refusal(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device, or None."""
-    if device.type != "cuda" or torch.version.hip is not None or capability(device) < (8, 0):
-        return f"{device} is not an NVIDIA GPU of compute capability 8.0 or above"
-    return None
+    return gpu.refusal(device)
 
 
 def linear(
@@ -107,7 +99,9 @@ def linear(
     if reason is not None:
         raise ValueError(f"packed linear: {reason}")
     if config is None:
-        config = choose(keep, group, values.dtype, x.shape[0], rows, columns, processors(x.device))
+        config = choose(
+            keep, group, values.dtype, x.shape[0], rows, columns, gpu.processors(x.device)
+        )
     with torch.cuda.device(x.device):
         return launch(config, x, values, indices, bias, keep, group, rows, columns)
 
@@ -215,15 +209,3 @@ def choose(
     while warps > 1 and warps * 4 * run > columns:
         warps //= 2
     return Gather(warps, 1 if n == 1 else 2 if n == 2 else 4 if n <= 4 else 8)
-
-
-@functools.lru_cache(maxsize=64)
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device."""
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.lru_cache(maxsize=64)
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from . import skinny, wide
+from . import gpu, skinny, wide
 from .skinny import Skinny
 from .tiles import FORMS, Form, can_tile, code_bytes
 from .wide import Wide
@@ -41,9 +40,7 @@ def refusal(
         return f"{rows} x {columns}: columns must be a multiple of 16, and rows too for rowpair16"
     if rows * columns > 2**33:
         return f"{rows} x {columns} is over 2**33 weights"
-    if device.type != "cuda" or torch.version.hip is not None or _capability(device) < (8, 0):
-        return f"{device} is not an NVIDIA GPU of compute capability 8.0 or above"
-    return None
+    return gpu.refusal(device)
 
 
 def linear(
@@ -85,7 +82,7 @@ def linear(
         reason = f"{rows} x {columns} has no tile order"
     if reason is not None:
         raise ValueError(f"packed linear: {reason}")
-    capability = _capability(x.device)
+    capability = gpu.capability(x.device)
     if config is None:
         config = default(form, x.shape[0], rows, columns, tiled, x.device)
     if isinstance(config, Wide) and not (tiled and capability == (9, 0)):
@@ -156,7 +153,7 @@ def default(
     form: Form, n: int, rows: int, columns: int, tiled: bool, device: torch.device
 ) -> Skinny | Wide:
     """The cut that :func:`linear` takes on a device."""
-    return choose(form, n, rows, columns, tiled, _capability(device), _processors(device))
+    return choose(form, n, rows, columns, tiled, gpu.capability(device), gpu.processors(device))
 
 
 def choose(
@@ -239,16 +236,6 @@ def _split(cut: Wide, rows: int, columns: int, programs: int, most: int) -> Wide
     blocks = -(-rows // cut.rows)
     steps = -(-columns // cut.columns)
     return replace(cut, split=max(1, min(most, programs // blocks, steps // 4)))
-
-
-@functools.lru_cache(maxsize=64)
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.lru_cache(maxsize=64)
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _aligned(t: Tensor, alignment: int) -> Tensor:
