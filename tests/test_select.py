@@ -7,10 +7,8 @@ process of its own. What the kernels compile to is read where there is no GPU, t
 from __future__ import annotations
 
 import math
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import DEVICES, INTERPRETED, device_of, run_again
 from torch import Tensor
 
 import s3tensor as s3
@@ -35,28 +34,17 @@ if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
 
 from s3tensor.kernels import masks, select  # noqa: E402 (what they need is asked for first)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FEW = settings(max_examples=8 if INTERPRETED else 60)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)], scope="module")
+@pytest.fixture(params=DEVICES, scope="module")
 def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "interpreter" and not INTERPRETED:
-        pytest.skip("runs in the process of test_the_interpreter_runs_the_tests_of_this_file")
-    return "cpu" if request.param == "interpreter" else "cuda"
+    return device_of(request.param)
 
 
 def test_the_interpreter_runs_the_tests_of_this_file() -> None:
-    if INTERPRETED:
-        return
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "not compile", "-W", "ignore::RuntimeWarning"]
-    root = Path(s3.__file__).resolve().parents[1]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 40, done.stdout[-500:]  # type: ignore[union-attr]
+    run_again(__file__, 40)
 
 
 @contextmanager

@@ -6,10 +6,8 @@ process of its own. What the kernels compile to is read where there is no GPU, t
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import DEVICES, INTERPRETED, device_of, run_again
 from torch import Tensor
 
 import s3tensor as s3
@@ -35,7 +34,6 @@ from s3tensor.kernels import pack as pack_kernels
 from s3tensor.kernels import tiles
 from s3tensor.kernels import unpack as unpack_kernels
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FORMS = tiles.FORMS
 U8, BF16, F16, F32, F64 = (
     torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64,
@@ -54,23 +52,13 @@ BLOCKS = (
 HALF = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "interpreter" and not INTERPRETED:
-        pytest.skip("runs in the process of test_the_interpreter_runs_the_tests_of_this_file")
-    return "cpu" if request.param == "interpreter" else "cuda"
+    return device_of(request.param)
 
 
 def test_the_interpreter_runs_the_tests_of_this_file() -> None:
-    if INTERPRETED:
-        return
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "not compile", "-W", "ignore::RuntimeWarning"]
-    root = Path(s3.__file__).resolve().parents[1]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 80, done.stdout[-500:]  # type: ignore[union-attr]
+    run_again(__file__, 80)
 
 
 def bytes_of(t: Tensor) -> list[int]:
