@@ -25,12 +25,14 @@ from s3tensor.version import __version__ as __version__
 if TYPE_CHECKING:
     from s3tensor import llm, prune
     from s3tensor.compaction import compact
+    from s3tensor.distillation import distillation_loss
     from s3tensor.evaluate import perplexity
     from s3tensor.hessian import Factors, Hessian, compute_hessian, output_error
     from s3tensor.hf import from_pretrained, save_pretrained, verify
     from s3tensor.inductor import inductor_options
     from s3tensor.llm.calibrate import ModuleInputCatcher, transfer_to_device
     from s3tensor.llm.text import get_c4
+    from s3tensor.lora import lora_config
     from s3tensor.mask import project, satisfies
     from s3tensor.memory import set_memory_
     from s3tensor.parametrize import S3Sparse, finalize
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     )
     from s3tensor.tensor import StructuredSparseTensor
     from s3tensor.training import freeze, sparsify_training_, step
+    from s3tensor.transposing import transposable
     from s3tensor.viz import draw_layout
 
 # Loaded when first used, so that patterns and layouts cost no import of torch, and nothing but the
@@ -56,6 +59,7 @@ _LAZY = {
     "llm": "s3tensor.llm",
     "prune": "s3tensor.prune",
     "compact": "s3tensor.compaction",
+    "distillation_loss": "s3tensor.distillation",
     "perplexity": "s3tensor.evaluate",
     "Factors": "s3tensor.hessian",
     "Hessian": "s3tensor.hessian",
@@ -70,6 +74,7 @@ _LAZY = {
     "project": "s3tensor.mask",
     "satisfies": "s3tensor.mask",
     "inductor_options": "s3tensor.inductor",
+    "lora_config": "s3tensor.lora",
     "set_memory_": "s3tensor.memory",
     "S3Sparse": "s3tensor.parametrize",
     "finalize": "s3tensor.parametrize",
@@ -78,6 +83,7 @@ _LAZY = {
     "freeze": "s3tensor.training",
     "sparsify_training_": "s3tensor.training",
     "step": "s3tensor.training",
+    "transposable": "s3tensor.transposing",
     "StructuredOBS": "s3tensor.prune.structured",
     "kth_largest": "s3tensor.selection",
     "mid_kth_largest": "s3tensor.selection",

@@ -236,8 +236,11 @@ def _load_kernels() -> tuple[Any, Any] | None:
     return select, masks
 
 
-def _project_by_kernel(weight: Tensor, bound: BoundPattern) -> Tensor | None:
-    """The mask, or None where no kernel takes this weight and pattern."""
+def _project_by_kernel(weight: Tensor, bound: BoundPattern, look: bool = True) -> Tensor | None:
+    """The mask, or None where no kernel takes this weight and pattern.
+
+    Without ``look`` nothing waits for the GPU to find NaN or Inf, which then count as the largest.
+    """
     kernels = _load_kernels() if on_plain_gpu(weight) else None
     layout = None if kernels is None else stretches(bound)
     if kernels is None or layout is None or bound.keep == bound.blocks_per_scope:
@@ -247,7 +250,7 @@ def _project_by_kernel(weight: Tensor, bound: BoundPattern) -> Tensor | None:
     where = None if masks is None else masks.Stretches(**layout)
     if where is not None and masks.covers(where, dense.dtype) and bound.scopes < 2**31:
         mask, flags = masks.project(dense, where, bound.keep)
-        if not _is_captured(flags):
+        if look and not _is_captured(flags):
             _check_finite(not bool(flags.any()), bound)
         return mask
     alone = bound.block_size == 1 and layout == {"length": bound.blocks_per_scope}
@@ -256,7 +259,7 @@ def _project_by_kernel(weight: Tensor, bound: BoundPattern) -> Tensor | None:
     rows = dense.view(-1, bound.blocks_per_scope)
     if select.refusal(rows) is not None:  # float8, or rows beyond 2**31
         return None
-    if not _is_captured(dense):
+    if look and not _is_captured(dense):
         _check_finite(bool(torch.isfinite(dense).all()), bound)
     return select.top_blocks(rows, bound.keep, absolute=True).view(bound.shape)
 

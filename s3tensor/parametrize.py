@@ -14,105 +14,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from s3tensor import ops
 from s3tensor.errors import ModelError, PatternError
-from s3tensor.mask import blocks_in, count, expand_blocks, project, tile, tile_norms, untile
+from s3tensor.mask import project
+from s3tensor.masked import (
+    Masked,
+    StraightThrough,
+    check_mask,
+    flipped,
+    magnitude_mask,
+    run_length,
+    shrunk,
+)
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.schedule import Density
 from s3tensor.tensor import StructuredSparseTensor
+from s3tensor.transposing import check as check_transposable
+from s3tensor.transposing import transposable, transposable_mask
 
 MODES = ("fixed", "ste", "srste", "soft")
 
 Score = Callable[[Tensor, "S3Sparse"], Tensor]
 
 
-# the soft threshold of blocks -------------------------------------------------------------------------
-
-
-@torch.library.custom_op(
-    "s3tensor::shrink",
-    mutates_args=(),
-    schema="(Tensor weight, Tensor mask, str pattern) -> Tensor",
-)
-def shrink(weight: Tensor, mask: Tensor, pattern: str) -> Tensor:
-    """Kept blocks, shortened by the norm of the largest dropped block of their scope; the rest zero.
-
-    A kept block v becomes ``v max(0, 1 - t / ||v||)``, t the largest ``||u||`` of a dropped block u. For 2:4
-    it is the soft threshold of S-STE (Y. Hu et al., arXiv 2409.09099, equation 8): continuous in the weight,
-    also where a block changes places with another.
-
-    Args:
-        weight: any floating dtype; mask: bool, the same shape, whole blocks.
-    """
-    bound = Pattern.parse(pattern).bind(weight.shape)
-    tiles = tile(weight, bound)
-    norms = tile_norms(tiles, weight.abs().amax())  # (scopes, blocks_per_scope) float64
-    kept = tile(mask, bound)[..., 0]
-    dropped = norms.masked_fill(kept, 0).amax(-1, keepdim=True)
-    factor = torch.where(norms > dropped, 1 - dropped / norms, 0).unsqueeze(-1)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    shrunk = torch.where(kept.unsqueeze(-1), tiles.to(wide) * factor.to(wide), 0)
-    return untile(shrunk.to(weight.dtype), bound)
-
-
-@shrink.register_fake
-def _(weight: Tensor, mask: Tensor, pattern: str) -> Tensor:
-    Pattern.parse(pattern).bind(weight.shape)
-    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The masked weight, whose gradient passes to every weight, pruned ones too, with decay for those."""
-
-    @staticmethod
-    def forward(
-        weight: Tensor, mask: Tensor, beta: Tensor | None, decay: float, text: str, transposed: bool
-    ) -> Tensor:
-        if beta is not None:
-            return _shrunk(weight, mask, text, transposed) * beta
-        return torch.where(mask, weight, 0)  # not weight * mask: its pruned zeros carry a sign
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, mask, _, ctx.decay, *_ = inputs
-        if ctx.decay:
-            ctx.save_for_backward(weight, mask)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        if ctx.decay:
-            weight, mask = ctx.saved_tensors
-            grad = grad + ctx.decay * torch.where(mask, 0, weight)
-        return grad, *(None,) * 5
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        # Reached with a stack of weights alone: for inputs that are mapped over, torch does not ask.
-        raise NotImplementedError("S3Sparse maps over inputs only; loop over a stack of weights")
-
-
-def _shrunk(weight: Tensor, mask: Tensor, text: str, transposed: bool) -> Tensor:
-    if transposed:
-        return shrink(weight.t(), mask.t(), text).t()
-    return shrink(weight, mask, text)
-
-
-def _check_mask(mask: Tensor, bound: BoundPattern) -> None:
-    """Refuse a mask that splits blocks or keeps too many."""
-    blocks = blocks_in(tile(mask, bound))
-    if not torch.equal(expand_blocks(blocks, bound), mask):
-        raise PatternError(
-            f"the mask splits a block of {bound}: all {bound.block_size} weights of a block are kept or "
-            "pruned together; make masks with s3tensor.project"
-        )
-    if int(count(blocks).max()) > bound.keep:
-        raise PatternError(
-            f"the mask keeps {int(count(blocks).max())} blocks in a scope of {bound}, which keeps "
-            f"{bound.keep}; make masks with s3tensor.project"
-        )
-
-
-class S3Sparse(nn.Module):
+class S3Sparse(Masked):
     """A parametrization: the weight that a module uses satisfies a pattern, and its dense original trains.
 
     Args:
@@ -143,6 +67,8 @@ class S3Sparse(nn.Module):
         schedule: a falling :class:`Density`, counted by ``s3tensor.step``.
         decay: of ``"srste"``, default 2e-4.
         transposed: the weight is stored as (in_features, out_features), and the pattern is of its transpose.
+        transposable: of 1:4, 2:4 and 3:4: masks under which the transpose satisfies the pattern too, see
+            :func:`s3tensor.transposable`.
 
     A mask that is held (``"fixed"``, refresh above 1, a function as score, a schedule, frozen) is a buffer in
     the state dict; counts are in its extra state. Forwards change nothing.
@@ -157,11 +83,12 @@ class S3Sparse(nn.Module):
         PatternError: a pattern that does not parse; at registration, one that does not fit the weight, a
             weight that is not floating point, a mask that does not satisfy the pattern, or a schedule that
             ends at another density.
-        NonFiniteError: NaN or Inf in the weight, wherever a mask is taken.
+        NonFiniteError: NaN or Inf in the weight, wherever a mask is taken. Forwards on a GPU and compiled
+            ones do not wait to look: NaN counts as the largest there, and reaches the loss.
         ValueError: an unknown mode, or an option that is out of range or of another mode.
     """
 
-    mask: Tensor | None
+    pattern: Pattern
     beta: Tensor | None
 
     def __init__(
@@ -175,6 +102,7 @@ class S3Sparse(nn.Module):
         schedule: Density | None = None,
         decay: float | None = None,
         transposed: bool = False,
+        transposable: bool = False,
     ) -> None:
         super().__init__()
         if mode not in MODES:
@@ -202,10 +130,12 @@ class S3Sparse(nn.Module):
         self.schedule = schedule
         self.decay = (2e-4 if decay is None else float(decay)) if mode == "srste" else 0.0
         self.transposed = transposed
+        self.transposable = transposable
         self.steps = 0  # counted by advance()
         self.frozen = False
         self._text = str(self.pattern)  # what the ops take: a constant for torch.compile
         self._shape: tuple[int, ...] | None = None  # of the weight, as stored
+        self._run = self._budget = 0  # of the bound pattern: M of N:M, and N; constants too
         self._last: Tensor | None = None  # the mask of the last step, where none is held
         self._flips: Tensor | None = None
         self.register_buffer("mask", None if mask is None else mask.detach().clone())
@@ -227,7 +157,11 @@ class S3Sparse(nn.Module):
             if self.mask.device != weight.device:  # loaded before it was known
                 self.mask = self.mask.to(weight.device)
             return self.mask
-        mask = self._upright(ops.project(self._upright(weight.detach()), self._text))
+        dense = self.upright(weight.detach())
+        if self.transposable:
+            mask = self.upright(transposable_mask(dense, self._budget))
+        else:
+            mask = self.upright(magnitude_mask(dense, self._text, self._run, self._budget))
         if self.frozen:  # by freeze() without the weight
             self.mask = mask.contiguous()
         return mask
@@ -237,8 +171,8 @@ class S3Sparse(nn.Module):
         mask = self.current_mask(weight)
         if self.mode == "fixed":
             return torch.where(mask, weight, 0)
-        masked: Tensor = _StraightThrough.apply(
-            weight, mask, self.beta, self.decay, self._text, self.transposed
+        masked: Tensor = StraightThrough.apply(
+            weight, mask, self.beta, self.decay, self._text, self._run, self.transposed
         )
         return masked
 
@@ -248,7 +182,9 @@ class S3Sparse(nn.Module):
             raise PatternError("the weight is compressed already; parametrize weight.to_dense()")
         if not weight.is_floating_point():
             raise PatternError(f"S3Sparse needs a floating-point weight, got {weight.dtype}")
-        bound = self.pattern.bind(self._upright(weight).shape)
+        bound = self.pattern.bind(self.upright(weight).shape)
+        if self.transposable:
+            check_transposable(self.pattern, bound.shape)
         held = next((x for x in (self.mask, self._last) if x is not None), None)
         shape = (
             self._shape if held is None and self.beta is not None else getattr(held, "shape", None)
@@ -261,9 +197,12 @@ class S3Sparse(nn.Module):
         if self.schedule is not None:
             self.schedule.check(bound)
         if self.mask is not None and self._shape is None:
-            _check_mask(self._upright(self.mask), bound)
+            check_mask(self.upright(self.mask), bound)
+            if self.transposable:
+                check_mask(self.upright(self.mask).t(), self.pattern.bind(bound.shape[::-1]))
             self.mask = self.mask.to(weight.device)
         self._shape = tuple(weight.shape)
+        self._run, self._budget = run_length(bound), bound.keep
         if self.holds_mask and self.mask is None and not self.frozen:
             self.mask = self._select(weight)
         if self.mode == "soft" and self.beta is None:
@@ -271,15 +210,16 @@ class S3Sparse(nn.Module):
             self.beta = self._scale(weight.detach(), mask)
         return weight
 
-    def _upright(self, x: Tensor) -> Tensor:
+    def upright(self, x: Tensor) -> Tensor:
+        """``x``, laid out as the weight is stored, as the pattern sees it; its own inverse."""
         return x.t() if self.transposed else x
 
     def _scale(self, weight: Tensor, mask: Tensor) -> Tensor:
         """The factor of the shrunk weight that is nearest to the weight: 0-dim."""
         wide = torch.promote_types(weight.dtype, torch.float32)
-        shrunk = _shrunk(weight, mask, self._text, self.transposed).to(wide)
-        square = shrunk.square().sum()
-        scale = (weight.to(wide) * shrunk).sum() / square
+        short = shrunk(weight, mask, self._text, self._run, self.transposed).to(wide)
+        square = short.square().sum()
+        scale = (weight.to(wide) * short).sum() / square
         return torch.where(square > 0, scale, 1.0)
 
     # steps --------------------------------------------------------------------------------------------
@@ -308,10 +248,11 @@ class S3Sparse(nn.Module):
                     f"the score function returned {got} for a weight of shape {tuple(weight.shape)}; "
                     "return one score for each element"
                 )
-            scores = self._upright(scores.detach())
+            scores = self.upright(scores.detach())
         pattern = dataclasses.replace(self.pattern, keep=self._keep(self.steps))
-        mask = project(self._upright(weight.detach()), pattern, scores)
-        return self._upright(mask).contiguous()
+        choose = transposable if self.transposable else project
+        mask = choose(self.upright(weight.detach()), pattern, scores)
+        return self.upright(mask).contiguous()
 
     def advance(self, weight: Tensor) -> None:
         """Count one optimizer step, and refresh a held mask when it is due; ``s3tensor.step`` calls it.
@@ -325,14 +266,14 @@ class S3Sparse(nn.Module):
         if not self.holds_mask:  # each forward takes its own: this one is to count flips
             mask = self._select(weight)
             if self._last is not None:
-                self._flips = (mask != self._last.to(mask.device)).float().mean()
+                self._flips = flipped(mask, self._last)
             self._last = mask
             return
         moved = self._keep(self.steps) != self._keep(self.steps - 1)
         if moved or self.steps % self.refresh == 0:
             mask = self._select(weight)
             held = self.current_mask(weight)
-            self._flips = (mask != held).float().mean()
+            self._flips = flipped(mask, held)
             held.copy_(mask)  # in place: a compiled graph goes on reading it
             if moved and self.beta is not None:
                 self.beta.copy_(self._scale(weight.detach(), mask))
@@ -347,7 +288,7 @@ class S3Sparse(nn.Module):
         Raises:
             PatternError: a schedule that has not ended, so that the mask would never satisfy the pattern.
         """
-        if self._shape is not None and self._keep(self.steps) != self._bound().keep:
+        if self._shape is not None and not self.has_ended:
             raise PatternError(
                 f"the schedule is at density {self.density:g} after {self.steps} steps, above the "
                 f"{self._bound().density:g} of {self._bound()}; freeze once it has ended"
@@ -365,9 +306,9 @@ class S3Sparse(nn.Module):
         return self._keep(self.steps) / self._bound().blocks_per_scope
 
     @property
-    def flip_rate(self) -> float | None:
-        """Fraction of mask elements that the last refresh changed; None before there is one to compare."""
-        return None if self._flips is None else float(self._flips)
+    def has_ended(self) -> bool:
+        """Whether the density has come to the pattern's budget."""
+        return self._keep(self.steps) == self._bound().keep
 
     # the state dict -----------------------------------------------------------------------------------
 
@@ -376,6 +317,7 @@ class S3Sparse(nn.Module):
         facts = {
             "pattern": self.pattern.parts,
             "transposed": self.transposed,
+            "transposable": self.transposable,
             "shape": self._shape,
             "steps": self.steps,
             "frozen": self.frozen,
@@ -413,12 +355,11 @@ class S3Sparse(nn.Module):
             facts = _facts(saved)
         except (TypeError, ValueError):
             return f"{where}: the extra state of S3Sparse is damaged; it must be bytes of JSON"
-        theirs = facts["pattern"], facts["transposed"]
-        if theirs != (self.pattern.parts, self.transposed):
+        mine = _facts(self.get_extra_state())
+        if _name(facts) != _name(mine):
             return (
                 f"{where}: the state dict is of S3Sparse({_name(facts)}), this module of "
-                f"S3Sparse({_name({'pattern': self.pattern.parts, 'transposed': self.transposed})}); "
-                "register the pattern that it was saved with"
+                f"S3Sparse({_name(mine)}); register the pattern that it was saved with"
             )
         if None not in (facts["shape"], self._shape) and tuple(facts["shape"]) != self._shape:
             return (
@@ -437,7 +378,8 @@ class S3Sparse(nn.Module):
             parts.append(f"schedule={self.schedule}")
         if self.decay:
             parts.append(f"decay={self.decay:g}")
-        return ", ".join(parts + ["transposed"] * self.transposed + ["frozen"] * self.frozen)
+        flags = ("transposed", "transposable", "frozen")
+        return ", ".join(parts + [flag for flag in flags if getattr(self, flag)])
 
 
 def _facts(state: Tensor) -> dict[str, Any]:
@@ -449,7 +391,8 @@ def _facts(state: Tensor) -> dict[str, Any]:
 
 
 def _name(facts: dict[str, Any]) -> str:
-    return facts["pattern"] + (", transposed" if facts["transposed"] else "")
+    options = [name for name in ("transposed", "transposable") if facts.get(name)]
+    return ", ".join([facts["pattern"], *options])
 
 
 # leaving ----------------------------------------------------------------------------------------------
@@ -460,7 +403,9 @@ def finalize(module: nn.Module, compress: bool = True) -> nn.Module:
 
     Each parametrization is removed, and what the last forward used is left, value for value, as a
     ``StructuredSparseTensor`` parameter without gradient. Weights that shared a dense original share the
-    compressed one. Optimizers still hold the dense originals: drop them.
+    compressed one. Of a coupling, what has no compressed form of its own (biases, embeddings, weights whose
+    share of a scope's budget is not fixed) is left dense, with zeros in it. Optimizers still hold the dense
+    originals: drop them.
 
     Args:
         module: a module; those below it count too.
@@ -493,15 +438,15 @@ def finalize(module: nn.Module, compress: bool = True) -> nn.Module:
             original, sparse = site.chain.original, site.sparse
             weight = site.weight()
             value = sparse(weight).detach()
-            if compress:
-                upright = (sparse._upright(x) for x in (value, sparse.current_mask(weight)))
-                value, mask = upright
-                value = StructuredSparseTensor.from_dense(value, sparse.pattern, mask)
-                value = sparse._upright(value)
+            pattern = sparse.pattern_in(site.owner) if compress else None
+            if pattern is not None:
+                value, mask = (sparse.upright(x) for x in (value, sparse.current_mask(weight)))
+                value = StructuredSparseTensor.from_dense(value, pattern, mask)
+                value = sparse.upright(value)
             shared = made.setdefault(id(original), [])
             same = [p for p in shared if _equal(value, p)]
             if not same:
-                gradient = not compress and original.requires_grad
+                gradient = pattern is None and original.requires_grad
                 same = [nn.Parameter(value, requires_grad=gradient)]
                 shared.extend(same)
             _own_class(site.owner)
@@ -537,9 +482,9 @@ class Site:
     chain: Any  # ParametrizationList
 
     @property
-    def sparse(self) -> S3Sparse:
+    def sparse(self) -> Masked:
         last = self.chain[-1]
-        assert isinstance(last, S3Sparse)
+        assert isinstance(last, Masked)
         return last
 
     def weight(self) -> Tensor:
@@ -552,13 +497,13 @@ class Site:
 
 def _check_done(site: Site) -> None:
     sparse = site.sparse
-    if sparse.schedule is not None and sparse._keep(sparse.steps) != sparse._bound().keep:
+    if sparse.schedule is not None and not sparse.has_ended:
         raise ModelError(
             f"{site.path}: its density schedule is at {sparse.density:g} after {sparse.steps} of "
             f"{sparse.schedule.steps} steps; call s3tensor.step(model) after each optimizer step, until "
             "it ends"
         )
-    if sparse.refresh > 1 and sparse.steps == 0 and not sparse.frozen:
+    if sparse.needs_steps and sparse.steps == 0 and not sparse.frozen:
         warnings.warn(
             f"{site.path}: refresh={sparse.refresh}, but s3tensor.step(model) was never called, so its "
             "mask is the one of registration",
@@ -576,7 +521,7 @@ def parametrized(module: nn.Module) -> Iterator[Site]:
         if not parametrize.is_parametrized(owner):
             continue
         for name, chain in list(owner.parametrizations.items()):
-            at = [isinstance(step, S3Sparse) for step in chain]
+            at = [isinstance(step, Masked) for step in chain]
             if not any(at):
                 continue
             if sum(at) != 1 or not at[-1]:

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from s3tensor.errors import PatternError
-from s3tensor.pattern import BoundPattern
 
 SHAPES = ("cubic", "step", "constant")
+
+
+class Budget(Protocol):
+    """What a bound pattern, and a coupling, say of each scope."""
+
+    @property
+    def keep(self) -> int: ...
+    @property
+    def blocks_per_scope(self) -> int: ...
+    @property
+    def density(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -56,12 +67,12 @@ class Density:
             left = 0.0
         return end + (self.start - end) * left
 
-    def keep(self, step: int, bound: BoundPattern) -> int:
+    def keep(self, step: int, bound: Budget) -> int:
         """Blocks kept in each scope at a step, never fewer than the pattern's; rounded half up."""
         n = bound.blocks_per_scope
         return min(n, max(bound.keep, math.floor(self.at(step, bound.density) * n + 0.5)))
 
-    def check(self, bound: BoundPattern) -> None:
+    def check(self, bound: Budget) -> None:
         """Refuse a schedule that does not end at the budget of ``bound``.
 
         Raises:

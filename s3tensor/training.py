@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from s3tensor.coupled import CoupledSparse, Coupling
 from s3tensor.errors import ModelError, NonFiniteError
 from s3tensor.parametrize import S3Sparse, Site, parametrized
 from s3tensor.pattern import Pattern
 from s3tensor.sparsify import linear_layers, owners_of, reason_to_skip
+from s3tensor.specs import Scopes
 
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -56,7 +58,7 @@ class TrainingReport:
 
 def sparsify_training_(
     model: nn.Module,
-    pattern: Pattern | str,
+    pattern: Pattern | str | Scopes | Sequence[Scopes],
     mode: str = "ste",
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     **options: Any,
@@ -69,14 +71,19 @@ def sparsify_training_(
     one is changed. Train, call :func:`step` after each optimizer step where the options need it, and end
     with :func:`s3tensor.finalize`.
 
+    In place of a pattern, a coupling, or several, whose blocks are bound to parameters of the model: one
+    decision over all tensors of each, taken once in :func:`step`, which must be called. The budget is then
+    ``keep=``, and there is no filter. See :class:`s3tensor.coupled.Coupling`.
+
     Args:
         model: a module; its own weight counts too.
-        pattern: a pattern or its string.
-        mode: ``"fixed"``, ``"ste"``, ``"srste"`` or ``"soft"``.
+        pattern: a pattern or its string; or :class:`s3tensor.ScopeSpec` and ``ScopeCoupling`` objects.
+        mode: ``"fixed"``, ``"ste"``, ``"srste"`` or ``"soft"`` (which couplings do not have).
         filter_fn: ``filter_fn(module, name)`` is True for the layers to take. By default all but output
             heads (``lm_head`` and the like) and weights that several modules share. With a filter, a shared
             weight is taken if every module that holds it is chosen, under one S3Sparse, else skipped.
-        options: of :class:`s3tensor.S3Sparse`: refresh, score, schedule, decay.
+        options: of :class:`s3tensor.S3Sparse`: refresh, score, schedule, decay, transposable. Of a
+            coupling: keep, refresh, schedule, decay.
 
     Returns:
         One row for each layer: what was done, and why it was skipped. Layers that the pattern does not fit
@@ -84,17 +91,23 @@ def sparsify_training_(
 
     Raises:
         PatternError: a pattern that does not parse, or a schedule that ends at another density.
-        ModelError: a model without such layers.
+        ModelError: a model without such layers; a coupled parameter that is not in the model, or that is
+            parametrized already.
         NonFiniteError: NaN or Inf in a weight that is to be trained.
         ValueError: an unknown mode, or an option that is out of range.
         TypeError: ``mask`` or ``transposed``, which are of one weight.
     """
+    scopes = [pattern] if isinstance(pattern, Scopes) else pattern
+    if not isinstance(scopes, (Pattern, str)):
+        if filter_fn is not None:
+            raise TypeError("a coupling names its weights itself: give no filter_fn")
+        return _couple_(model, scopes, mode, **options)
     own = {"mask", "transposed"} & options.keys()
     if own:
         raise TypeError(
             f"sparsify_training_ takes no {own.pop()}: it is of one weight; use S3Sparse"
         )
-    pattern = Pattern.parse(pattern)
+    pattern = Pattern.parse(scopes)
     S3Sparse(pattern, mode, **options)  # refuses wrong options before anything is changed
     kind = _CONVOLUTIONS.get(len(pattern.rule.inputs), nn.Linear)
     layers = [
@@ -139,23 +152,93 @@ def sparsify_training_(
     return TrainingReport(tuple(rows))
 
 
+def _couple_(
+    model: nn.Module, scopes: Sequence[Scopes], mode: str, **options: Any
+) -> TrainingReport:
+    """:func:`sparsify_training_` for couplings."""
+    wrong = options.keys() - {"keep", "refresh", "schedule", "decay"}
+    if wrong:
+        raise TypeError(
+            f"a coupling takes no {wrong.pop()}; it takes keep, refresh, schedule, decay"
+        )
+    if "keep" not in options:
+        raise TypeError("a coupling needs keep=, the blocks of each scope that stay, or a density")
+    if not scopes or not all(isinstance(each, Scopes) for each in scopes):
+        raise TypeError("give a pattern, or a ScopeSpec or ScopeCoupling, or several in a list")
+    holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            where = f"{path}.{name}" if path else name
+            holders.setdefault(id(parameter), []).append((where, module, name))
+    taken: dict[int, str] = {}
+    owners = []
+    for number, each in enumerate(scopes):
+        owner = Coupling(each, mode=mode, name=each.name or f"coupling {number}", **options)
+        for weight in owner.weights:
+            if id(weight) not in holders:
+                raise ModelError(
+                    f"{owner.name}: its tensor of shape {tuple(weight.shape)} is no parameter of this "
+                    f"{type(model).__name__}; bind blocks to the model's own parameters"
+                )
+            where = holders[id(weight)][0][0]
+            if "parametrizations." in where:
+                raise ModelError(
+                    f"{where.replace('parametrizations.', '')} is parametrized already"
+                )
+            if id(weight) in taken:
+                raise ModelError(
+                    f"{where} is in {taken[id(weight)]} and in {owner.name}; a weight has one owner"
+                )
+            taken[id(weight)] = owner.name
+        owners.append(owner)
+    rows = []
+    for owner in owners:
+        for weight, member in zip(owner.weights, owner.members, strict=True):
+            for where, module, name in holders[id(weight)]:
+                parametrize.register_parametrization(module, name, member)
+                facts = (mode, "parametrized", member.density, weight.numel())
+                rows.append(TrainingRow(where, str(owner.budget), *facts))
+        owner.weights.clear()  # the model holds them
+    return TrainingReport(tuple(rows))
+
+
 def step(model: nn.Module) -> None:
     """Count one optimizer step for every S3Sparse of a model, and refresh the masks that are due.
 
     Call it once after each ``optimizer.step()``, before gradients are cleared if a score reads them. It is
-    needed with ``refresh`` above 1, a schedule or a function as score; elsewhere it measures ``flip_rate``,
-    for the price of one more mask.
+    needed with ``refresh`` above 1, a schedule, a function as score or a coupling; elsewhere it measures
+    ``flip_rate``, for the price of one more mask.
 
     Raises:
-        ModelError: a model without S3Sparse.
+        ModelError: a model without S3Sparse, or with a part of a coupling only.
         NonFiniteError: NaN or Inf in a weight whose mask is refreshed, with its name.
     """
-    for site in _sites(model):
-        try:
-            with torch.no_grad():
-                site.sparse.advance(site.weight())
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{site.path}: {error}") from None
+    sites = _sites(model)
+    for site in sites:
+        if isinstance(site.sparse, S3Sparse):
+            try:
+                with torch.no_grad():
+                    site.sparse.advance(site.weight())
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{site.path}: {error}") from None
+    for owner, members in _couplings(sites):
+        if len(members) != len(owner.members):
+            raise ModelError(
+                f"{members[0].path} is one of {len(owner.members)} weights of {owner.name}, of which this "
+                f"module holds {len(members)}; call s3tensor.step on the model that holds all"
+            )
+        with torch.no_grad():
+            owner.advance([site.weight() for site in members])
+
+
+def _couplings(sites: list[Site]) -> list[tuple[Coupling, list[Site]]]:
+    """Each coupling, with its weights in its own order."""
+    found: dict[int, tuple[Coupling, dict[int, Site]]] = {}
+    for site in sites:
+        if isinstance(site.sparse, CoupledSparse):
+            owner = site.sparse.owner
+            found.setdefault(id(owner), (owner, {}))[1][site.sparse.place] = site
+    return [(owner, [by[i] for i in sorted(by)]) for owner, by in found.values()]
 
 
 def freeze(model: nn.Module) -> None:
@@ -165,9 +248,13 @@ def freeze(model: nn.Module) -> None:
         ModelError: a model without S3Sparse.
         PatternError: a density schedule that has not ended.
     """
-    for site in _sites(model):
-        with torch.no_grad():
-            site.sparse.freeze(site.weight())
+    sites = _sites(model)
+    for site in sites:
+        if isinstance(site.sparse, S3Sparse):
+            with torch.no_grad():
+                site.sparse.freeze(site.weight())
+    for owner, _ in _couplings(sites):
+        owner.freeze()
 
 
 def metrics(model: nn.Module) -> dict[str, dict[str, float]]:

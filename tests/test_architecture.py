@@ -32,6 +32,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "inductor",
         "specs",
         "parametrize",
+        "masked",
+        "coupled",
+        "transposing",
+        "distillation",
+        "lora",
         "schedule",
         "sparsify",
         "training",
@@ -52,6 +57,7 @@ GUESTS = {
     "matplotlib": {"viz"},
     "hypothesis": {"testing"},
     "triton": {"kernels"},
+    "peft": {"lora"},
 }
 STDLIB_ONLY = FLOORS[0]
 # Who may import kernels, and only inside functions: they meet CUDA tensors, and the file needs Triton.

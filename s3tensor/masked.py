@@ -1,0 +1,218 @@
+"""A masked weight in use, and its gradients: what the parametrizations of training share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s3tensor import mask as masks
+from s3tensor import ops
+from s3tensor.errors import PatternError
+from s3tensor.mask import blocks_in, count, expand_blocks, tile, tile_norms, untile
+from s3tensor.pattern import BoundPattern, Pattern
+from s3tensor.schedule import Density
+
+# Up to this many competing weights the compiler unrolls a sum, so that a mask is taken where it is used.
+_UNROLLED = 8
+
+
+class Masked(nn.Module):
+    """The base of the parametrizations that multiply a weight by a mask, see :class:`s3tensor.S3Sparse`.
+
+    Attributes:
+        mask: bool, of the weight's shape, True where kept; None where each forward takes its own.
+        steps: counted by ``s3tensor.step``.
+        pattern: what a compressed weight is packed under; None where the mask is of no pattern.
+    """
+
+    mask: Tensor | None
+    mode: str
+    pattern: Pattern | None
+    refresh: int
+    schedule: Density | None
+    steps: int
+    frozen: bool
+    _flips: Tensor | None
+
+    def current_mask(self, weight: Tensor) -> Tensor:
+        """The mask that :meth:`forward` applies to ``weight``."""
+        raise NotImplementedError
+
+    def pattern_in(self, owner: nn.Module) -> Pattern | None:
+        """What the weight is packed under when it is compressed in a module; None if it must stay dense."""
+        return self.pattern
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether the mask never changes unless ``s3tensor.step`` is called."""
+        return self.refresh > 1
+
+    def upright(self, x: Tensor) -> Tensor:
+        """``x``, laid out as the weight is stored, as the pattern sees it; its own inverse."""
+        return x
+
+    @property
+    def density(self) -> float:
+        """Kept fraction of the weight now."""
+        raise NotImplementedError
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the density has come to the budget."""
+        raise NotImplementedError
+
+    @property
+    def flip_rate(self) -> float | None:
+        """Fraction of mask elements that the last refresh changed; None before there is one to compare."""
+        return None if self._flips is None else float(self._flips)
+
+
+# masks ------------------------------------------------------------------------------------------------
+
+
+def run_length(bound: BoundPattern) -> int:
+    """M of an N:M pattern, whose scopes are M neighbours in memory; 0 for all other patterns."""
+    n = bound.blocks_per_scope
+    alone = bound.block_size == 1 and masks.stretches(bound) == {"length": n}
+    return n if alone and n <= 16 else 0
+
+
+def magnitude_mask(weight: Tensor, text: str, run: int, keep: int) -> Tensor:
+    """The mask of the largest magnitudes, as a forward takes it: ``s3tensor.project`` at no cost.
+
+    A compiled graph computes that of N:M where it multiplies by it: one read of the weight, no mask in
+    memory. On a GPU nobody waits to hear whether the weight is finite; NaN counts as the largest.
+
+    Args:
+        text: the pattern; run: of :func:`run_length`; keep: blocks of a scope.
+    """
+    if torch.compiler.is_compiling():
+        if 0 < run <= _UNROLLED:
+            return ranked(weight, run, keep)
+    elif masks.on_plain_gpu(weight):
+        mask = masks._project_by_kernel(weight, Pattern.parse(text).bind(weight.shape), look=False)
+        if mask is not None:
+            return mask
+    return ops.project(weight, text)
+
+
+def ranked(weight: Tensor, run: int, keep: int) -> Tensor:
+    """The mask of the ``keep`` largest of each ``run`` neighbours, in operators that a compiler fuses."""
+    magnitude = weight.detach().abs().reshape(-1, run)
+    mine, other = magnitude.unsqueeze(-1), magnitude.unsqueeze(-2)
+    place = torch.arange(run, device=weight.device)
+    first = place.unsqueeze(0) < place.unsqueeze(1)  # of equals the lowest index is kept
+    better = (other > mine) | ((other == mine) & first)
+    return (better.sum(-1, dtype=torch.int32) < keep).reshape(weight.shape)
+
+
+def check_mask(mask: Tensor, bound: BoundPattern) -> None:
+    """Refuse a mask that splits blocks or keeps too many."""
+    blocks = blocks_in(tile(mask, bound))
+    if not torch.equal(expand_blocks(blocks, bound), mask):
+        raise PatternError(
+            f"the mask splits a block of {bound}: all {bound.block_size} weights of a block are kept or "
+            "pruned together; make masks with s3tensor.project"
+        )
+    if int(count(blocks).max()) > bound.keep:
+        raise PatternError(
+            f"the mask keeps {int(count(blocks).max())} blocks in a scope of {bound}, which keeps "
+            f"{bound.keep}; make masks with s3tensor.project"
+        )
+
+
+def flipped(mask: Tensor, before: Tensor) -> Tensor:
+    """Fraction of elements that differ, 0-dim float32."""
+    return (mask != before.to(mask.device)).mean(dtype=torch.float32)
+
+
+# the soft threshold of blocks -------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "s3tensor::shrink",
+    mutates_args=(),
+    schema="(Tensor weight, Tensor mask, str pattern) -> Tensor",
+)
+def shrink(weight: Tensor, mask: Tensor, pattern: str) -> Tensor:
+    """Kept blocks, shortened by the norm of the largest dropped block of their scope; the rest zero.
+
+    A kept block v becomes ``v max(0, 1 - t / ||v||)``, t the largest ``||u||`` of a dropped block u. For 2:4
+    it is the soft threshold of S-STE (Y. Hu et al., arXiv 2409.09099, equation 8): continuous in the weight,
+    also where a block changes places with another.
+
+    Args:
+        weight: any floating dtype; mask: bool, the same shape, whole blocks.
+    """
+    bound = Pattern.parse(pattern).bind(weight.shape)
+    tiles = tile(weight, bound)
+    norms = tile_norms(tiles, weight.abs().amax())  # (scopes, blocks_per_scope) float64
+    kept = tile(mask, bound)[..., 0]
+    dropped = norms.masked_fill(kept, 0).amax(-1, keepdim=True)
+    factor = torch.where(norms > dropped, 1 - dropped / norms, 0).unsqueeze(-1)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    shrunk = torch.where(kept.unsqueeze(-1), tiles.to(wide) * factor.to(wide), 0)
+    return untile(shrunk.to(weight.dtype), bound)
+
+
+@shrink.register_fake
+def _(weight: Tensor, mask: Tensor, pattern: str) -> Tensor:
+    Pattern.parse(pattern).bind(weight.shape)
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+def shrink_run(weight: Tensor, mask: Tensor, run: int) -> Tensor:
+    """:func:`shrink` of an N:M pattern, in operators that a compiler fuses: ``sign(w) max(|w| - t, 0)``."""
+    magnitude = weight.abs().reshape(-1, run)
+    kept = mask.reshape(-1, run)
+    dropped = torch.where(kept, 0, magnitude).amax(-1, keepdim=True)
+    shrunk = torch.copysign(magnitude - dropped, weight.reshape(-1, run))
+    return torch.where(kept & (magnitude > dropped), shrunk, 0).reshape(weight.shape)
+
+
+def shrunk(weight: Tensor, mask: Tensor, text: str, run: int, transposed: bool) -> Tensor:
+    """The soft threshold of a weight as it is stored."""
+    if transposed:
+        return shrunk(weight.t(), mask.t(), text, run, False).t()
+    return shrink_run(weight, mask, run) if run else shrink(weight, mask, text)
+
+
+# gradients --------------------------------------------------------------------------------------------
+
+
+class StraightThrough(torch.autograd.Function):
+    """The masked weight, whose gradient passes to every weight, pruned ones too, with decay for those."""
+
+    @staticmethod
+    def forward(
+        weight: Tensor,
+        mask: Tensor,
+        beta: Tensor | None = None,
+        decay: float = 0.0,
+        text: str = "",
+        run: int = 0,
+        transposed: bool = False,
+    ) -> Tensor:
+        if beta is not None:
+            return shrunk(weight, mask, text, run, transposed) * beta
+        return torch.where(mask, weight, 0)  # not weight * mask: its pruned zeros carry a sign
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, mask, _, ctx.decay, *_ = inputs
+        if ctx.decay:
+            ctx.save_for_backward(weight, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if ctx.decay:
+            weight, mask = ctx.saved_tensors
+            grad = grad.add(torch.where(mask, 0, weight), alpha=ctx.decay)
+        return grad, *(None,) * 6
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        # Reached with a stack of weights alone: for inputs that are mapped over, torch does not ask.
+        raise NotImplementedError("S3Sparse maps over inputs only; loop over a stack of weights")

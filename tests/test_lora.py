@@ -1,0 +1,213 @@
+"""LoRA through peft on compressed weights: what is trained is what is merged, and masks stay."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import s3tensor as s3
+
+
+def test_without_peft_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 's3tensor\[peft\]'"):
+        s3.lora_config(r=4)
+
+
+peft = pytest.importorskip("peft")
+PATTERNS = ("2:4", "rowpair16")
+
+
+class Net(nn.Module):
+    def __init__(self, pattern: str = "2:4", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(32, 64)
+        self.down = nn.Linear(64, 32)
+        self.out = nn.Linear(32, 8)  # stays dense
+        self.to(dtype)
+        for layer in (self.up, self.down):
+            s3.sparsify_(layer, pattern)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.down(nn.functional.gelu(self.up(x))))
+
+
+def adapted(net: nn.Module, seed: int = 1, **options: Any) -> Any:
+    """A model with adapters that are not zero."""
+    chosen = {"r": 4, "target_modules": ["up", "down", "out"]} | options
+    model = peft.get_peft_model(net, s3.lora_config(**chosen))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return model.eval()
+
+
+def layer_of(model: Any, name: str) -> Any:
+    return getattr(model.base_model.model, name)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_forward_is_that_of_the_weight_with_the_masked_update(pattern: str) -> None:
+    net = Net(pattern)
+    x = torch.randn(5, 32)
+    model = adapted(net)
+    for name in ("up", "down"):
+        layer = layer_of(model, name)
+        weight = layer.base_layer.weight
+        update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        update = update * layer.scaling["default"] * weight.mask()
+        z = torch.randn(3, layer.in_features)
+        expected = nn.functional.linear(z, weight.to_dense() + update, layer.base_layer.bias)
+        torch.testing.assert_close(layer(z), expected)
+    assert type(layer_of(model, "out")).__name__ == "Linear"  # peft's own, for a dense weight
+    with model.disable_adapter():
+        assert torch.equal(model(x), Net(pattern)(x))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_keeps_mask_and_outputs_bit_for_bit(pattern: str, dtype: torch.dtype) -> None:
+    model = adapted(Net(pattern, dtype), target_modules=["up", "down"])
+    x = torch.randn(5, 32, dtype=dtype)
+    before = model(x)
+    masks = [layer_of(model, name).base_layer.weight.mask() for name in ("up", "down")]
+    old = layer_of(model, "up").base_layer.weight.to_dense()
+    merged = model.merge_and_unload()
+    assert torch.equal(merged(x), before)
+    for name, mask in zip(("up", "down"), masks, strict=True):
+        layer = getattr(merged, name)
+        assert type(layer) is nn.Linear and isinstance(layer.weight, s3.StructuredSparseTensor)
+        assert torch.equal(layer.weight.mask(), mask)
+        assert s3.satisfies(layer.weight.to_dense(), pattern)
+    assert not torch.equal(merged.up.weight.to_dense(), old)
+
+
+def test_unmerging_gives_the_weights_back_up_to_rounding() -> None:
+    model = adapted(Net())
+    x = torch.randn(5, 32)
+    before, old = model(x), layer_of(model, "up").base_layer.weight.to_dense()
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), before)
+    with model.disable_adapter():  # peft unmerges for it
+        torch.testing.assert_close(model(x), Net()(x))
+    torch.testing.assert_close(layer_of(model, "up").base_layer.weight.to_dense(), old)
+    torch.testing.assert_close(model(x), before)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layer_of(model, "up").unmerge()
+
+
+def test_gradients_are_those_of_the_masked_update() -> None:
+    model = adapted(Net(), target_modules=["up"]).train()
+    layer = layer_of(model, "up")
+    x = torch.randn(5, 32, requires_grad=True)
+    layer(x).square().sum().backward()
+    a, b = (getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B"))
+    found = x.grad, a.grad, b.grad
+    wide = [each.detach().double().requires_grad_() for each in (x, a, b)]
+    weight = layer.base_layer.weight
+    update = (wide[2] @ wide[1]) * layer.scaling["default"] * weight.mask()
+    bias = layer.base_layer.bias.double()
+    nn.functional.linear(
+        wide[0], weight.to_dense().double() + update, bias
+    ).square().sum().backward()
+    for got, expected in zip(found, wide, strict=True):
+        torch.testing.assert_close(got.double(), expected.grad, rtol=1e-4, atol=1e-4)
+    assert not weight.requires_grad
+
+
+def test_training_lowers_the_loss_and_a_saved_adapter_comes_back(tmp_path: Path) -> None:
+    net = Net()
+    model = adapted(copy.deepcopy(net), lora_dropout=0.1).train()
+    x = torch.randn(64, 32)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(30):
+        loss = (model(x) - x[:, :8]).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    model.save_pretrained(tmp_path)
+    config = s3.lora_config(peft.LoraConfig.from_pretrained(tmp_path))
+    again = peft.PeftModel.from_pretrained(net, tmp_path, config=config).eval()
+    assert torch.equal(again(x), model.eval()(x))
+
+
+def test_autocast_and_compile_and_the_transposed_weights_of_gpt2() -> None:
+    model = adapted(Net(), target_modules=["up", "down"])
+    x = torch.randn(5, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), model(x), rtol=0.05, atol=0.05)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    torch.manual_seed(0)
+    net = nn.Sequential(conv1d(16, 32))
+    s3.sparsify_(net, "2:4")
+    model = adapted(net, target_modules=["0"], fan_in_fan_out=True)
+    layer = model.base_model.model[0]
+    weight = layer.base_layer.weight
+    update = layer.get_delta_weight("default") * weight.mask()
+    expected = x @ (weight.to_dense() + update) + layer.base_layer.bias
+    before = model(x)
+    torch.testing.assert_close(before, expected)
+    assert torch.equal(model.merge_and_unload()(x), before)
+
+
+def test_two_adapters_add_up_and_switch() -> None:
+    model = adapted(Net(), target_modules=["up", "down"])
+    model.add_adapter("second", s3.lora_config(r=2, target_modules=["up"]))
+    with torch.no_grad():
+        layer_of(model, "up").lora_B["second"].weight.normal_(0, 0.1)
+    x = torch.randn(5, 32)
+    first = model(x)
+    model.base_model.set_adapter(["default", "second"])
+    both = model(x)
+    assert not torch.equal(first, both)
+    assert torch.equal(copy.deepcopy(model).merge_and_unload()(x), both)
+    model.base_model.set_adapter(["default"])
+    assert torch.equal(model(x), first)
+
+
+def test_what_needs_a_dense_weight_is_refused_by_name() -> None:
+    for options, word in (
+        ({"use_dora": True}, "use_dora is not supported"),
+        ({"lora_bias": True}, "lora_bias is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' on a compressed weight"),
+    ):
+        config = s3.lora_config(r=4, target_modules=["up"], **options)
+        with pytest.raises(ValueError, match=word):
+            peft.get_peft_model(Net(), config)
+    with pytest.raises(TypeError, match="not both"):
+        s3.lora_config(peft.LoraConfig(), r=4)
+    model = adapted(Net(), target_modules=["up"])
+    with pytest.raises(ValueError, match="batches of their own"):
+        layer_of(model, "up")(torch.randn(2, 32), adapter_names=["default", "__base__"])
+    with torch.no_grad():
+        layer_of(model, "up").lora_B["default"].weight.fill_(float("inf"))
+    old = layer_of(model, "up").base_layer.weight.to_dense()
+    with pytest.raises(ValueError, match="merged with default hold NaN or Inf"):
+        model.merge_and_unload(safe_merge=True)
+    assert torch.equal(layer_of(model, "up").base_layer.weight.to_dense(), old)
+
+
+def test_peft_alone_runs_on_compressed_weights_and_its_merge_says_why_not() -> None:
+    config = peft.LoraConfig(r=4, target_modules=["up"])
+    model = peft.get_peft_model(Net(), config)
+    x = torch.randn(5, 32)
+    assert torch.equal(model(x), Net()(x))  # B is zero
+    with pytest.raises(s3.UnsupportedOpError, match=r"aten\.add_"):
+        model.merge_and_unload()
