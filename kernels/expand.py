@@ -5,7 +5,9 @@ rows, one of which they belong to). A dense group of four columns is two fragmen
 one byte permutation (``prmt``) of the group's word: a selector picks, for each of four bytes, a byte of
 the first value, of the second, or of zero. The selectors come from the codes by table look-up, which
 ``prmt`` does as well: four codes at once, one column of the group a look-up. That is 5 to 6 integer
-operations for a group of four; at an H100's full bandwidth there is time for 22.
+operations for a group of four; at an H100's full bandwidth there is time for 22. Where pairs of
+columns are kept whole, a fragment register is one word or zero: products of the words with 0 or 1 from a
+table, on the units that multiply, which are idle otherwise.
 
 The codes are nibbles ``c = i0 | i1 << 2``; ``(c ^ c >> 1) & 7`` tells the six apart in three bits.
 """
@@ -46,7 +48,26 @@ def _look_up() -> str:
     return "\n".join([*lines, "}"])
 
 
+def _look_up_pairs() -> str:
+    """Assembly: from four hashed codes a byte of 0 or 1 of each: is the first word block 0, 1 or 2 (outputs
+    0 to 2), is the second word block 1, 2 or 3 (outputs 3 to 5)."""
+    lines = ["{", ".reg .b32 lo, hi;"]
+    for output in range(6):
+        table = [0] * 8
+        for second in range(4):
+            for first in range(second):
+                code = first + 4 * second
+                here = first == output if output < 3 else second == output - 2
+                table[(code ^ code >> 1) & 7] = int(here)
+        lo, hi = (
+            sum(byte << 8 * i for i, byte in enumerate(half)) for half in (table[:4], table[4:])
+        )
+        lines.append(f"mov.b32 lo, {lo}; mov.b32 hi, {hi}; prmt.b32 ${output}, lo, hi, $6;")
+    return "\n".join([*lines, "}"])
+
+
 _LOOK_UP = gl.constexpr(_look_up())
+_LOOK_UP_PAIRS = gl.constexpr(_look_up_pairs())
 # $4 a word of two values; $5 to $8 the look-ups; $9 picks one of four codes. Out: columns 0 to 3.
 _GROUP = gl.constexpr("""
 {
@@ -59,7 +80,7 @@ mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b;
 }
 """)
 # $8, $9 two blocks of two columns each. Both columns' halves, regrouped, are 2:4 under the one code.
-_BLOCKS = """
+_COUPLED_BLOCKS = gl.constexpr("""
 {
 .reg .b32 s, t, e, o, a, b, c, d;
 prmt.b32 s, $10, $11, $14;
@@ -70,19 +91,28 @@ prmt.b32 a, e, 0, s;
 prmt.b32 b, e, 0, t;
 prmt.b32 c, o, 0, s;
 prmt.b32 d, o, 0, t;
-%s
+mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; mov.b32 {$4, $5}, c; mov.b32 {$6, $7}, d;
 }
-"""
-_COUPLED_BLOCKS = gl.constexpr(
-    _BLOCKS % "mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; mov.b32 {$4, $5}, c; mov.b32 {$6, $7}, d;"
-)
-# Even columns came out in a and b, odd ones in c and d: interleave them.
-_PAIR_BLOCKS = gl.constexpr(
-    _BLOCKS
-    % """prmt.b32 s, a, c, 0x5410; prmt.b32 t, a, c, 0x7632;
-prmt.b32 e, b, d, 0x5410; prmt.b32 o, b, d, 0x7632;
-mov.b32 {$0, $1}, s; mov.b32 {$2, $3}, t; mov.b32 {$4, $5}, e; mov.b32 {$6, $7}, o;"""
-)
+""")
+# $8, $9 two of four blocks, of two columns each; $10 to $15 the look-ups; $16 picks one of four codes.
+_PAIR_BLOCKS = gl.constexpr("""
+{
+.reg .b32 p, q, a, b, c, d;
+prmt.b32 p, $10, 0, $16;
+mul.lo.u32 a, $8, p;
+prmt.b32 p, $11, 0, $16;
+prmt.b32 q, $13, 0, $16;
+mul.lo.u32 b, $8, p;
+mad.lo.u32 b, $9, q, b;
+prmt.b32 p, $12, 0, $16;
+prmt.b32 q, $14, 0, $16;
+mul.lo.u32 c, $8, p;
+mad.lo.u32 c, $9, q, c;
+prmt.b32 q, $15, 0, $16;
+mul.lo.u32 d, $9, q;
+mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; mov.b32 {$4, $5}, c; mov.b32 {$6, $7}, d;
+}
+""")
 # $4 a word of two columns, $5 all ones where it belongs to row r + 8. Out: row r, row r + 8.
 _ROWS = gl.constexpr("""
 {
@@ -135,7 +165,7 @@ def halves(words):
 
 @gluon.jit
 def _selectors(codes, L: gl.constexpr, COUNT: gl.constexpr):
-    """Look-ups of hashed codes, (items, threads), and which of COUNT codes each last index takes."""
+    """Look-ups of hashed codes, (items, threads), and the last index, of COUNT."""
     s0, s1, s2, s3 = gl.inline_asm_elementwise(
         _LOOK_UP,
         "=r,=r,=r,=r,r",
@@ -144,63 +174,119 @@ def _selectors(codes, L: gl.constexpr, COUNT: gl.constexpr):
         is_pure=True,
         pack=1,
     )
-    S: gl.constexpr = gl.SliceLayout(2, L)
-    s0 = gl.convert_layout(s0, S, assert_trivial=True)[:, :, None]
-    s1 = gl.convert_layout(s1, S, assert_trivial=True)[:, :, None]
-    s2 = gl.convert_layout(s2, S, assert_trivial=True)[:, :, None]
-    s3 = gl.convert_layout(s3, S, assert_trivial=True)[:, :, None]
-    which = gl.arange(0, COUNT, layout=gl.SliceLayout(0, gl.SliceLayout(1, L))) * 0x11 + 0x40
-    return s0, s1, s2, s3, which[None, :][:, None, :]
+    s0, s1, s2, s3 = _beside(s0, L), _beside(s1, L), _beside(s2, L), _beside(s3, L)
+    return s0, s1, s2, s3, _index(L, COUNT)
 
 
 @gluon.jit
-def _groups(words, codes, FORM: gl.constexpr):
+def _beside(looked_up, L: gl.constexpr):
+    """(items, threads, 1), to be broadcast over the last dim of layout L."""
+    S: gl.constexpr = gl.SliceLayout(2, L)
+    return gl.convert_layout(looked_up, S, assert_trivial=True)[:, :, None]
+
+
+@gluon.jit
+def _index(L: gl.constexpr, COUNT: gl.constexpr):
+    """(1, 1, COUNT): the last index, in layout L."""
+    return gl.arange(0, COUNT, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, :][:, None, :]
+
+
+@gluon.jit
+def _half_row(L: gl.constexpr, ITEMS: gl.constexpr, UNITS: gl.constexpr):
+    """(items, 1, 1): 0 for an item of the first half row of a tile, 1 for one of the second."""
+    item = gl.arange(0, ITEMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))
+    return (item // UNITS % 2)[:, None][:, :, None]
+
+
+@gluon.jit
+def _groups(words, codes, FORM: gl.constexpr, UNITS: gl.constexpr, BOTH: gl.constexpr):
     """(items, threads, 4) words and (items, threads) codes to (items, threads, 16 columns), as int16."""
     ITEMS: gl.constexpr = words.shape[0]
     T: gl.constexpr = words.shape[1]
     if FORM == _PLAIN:
         L: gl.constexpr = words.type.layout
-        s0, s1, s2, s3, which = _selectors(codes, L, 4)
+        s0, s1, s2, s3, group = _selectors(codes, L, 4)
         w0, w1, w2, w3 = gl.inline_asm_elementwise(
             _GROUP,
             "=h,=h,=h,=h,r,r,r,r,r,r",
-            [words, s0, s1, s2, s3, which],
+            [words, s0, s1, s2, s3, group * 0x11 + 0x40],
             dtype=(gl.int16, gl.int16, gl.int16, gl.int16),
             is_pure=True,
             pack=1,
         )
         return gl.join(gl.join(w0, w2), gl.join(w1, w3)).reshape([ITEMS, T, 16])
-    else:
+    elif FORM == _COUPLED:
         first, second = gl.split(words.reshape([ITEMS, T, 2, 2]))
         L2: gl.constexpr = first.type.layout
-        s0, s1, s2, s3, which = _selectors(codes, L2, 2)
-        asm: gl.constexpr = _COUPLED_BLOCKS if FORM == _COUPLED else _PAIR_BLOCKS
+        s0, s1, s2, s3, group = _selectors(codes, L2, 2)
+        if BOTH:
+            group += 2 * _half_row(L2, ITEMS, UNITS)
         w0, w1, w2, w3, w4, w5, w6, w7 = gl.inline_asm_elementwise(
-            asm,
+            _COUPLED_BLOCKS,
             "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r,r,r",
-            [first, second, s0, s1, s2, s3, which],
+            [first, second, s0, s1, s2, s3, group * 0x11 + 0x40],
             dtype=(
                 gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16,
             ),
             is_pure=True,
             pack=1,
         )  # fmt: skip
-        low = gl.join(gl.join(w0, w2), gl.join(w1, w3))  # (ITEMS, T, scope, 2, 2)
-        high = gl.join(gl.join(w4, w6), gl.join(w5, w7))
-        both = gl.join(low, high)  # (ITEMS, T, scope, 2, 2, 2)
-        if FORM == _COUPLED:  # high: columns 8 to 15
-            return both.permute(0, 1, 5, 2, 3, 4).reshape([ITEMS, T, 16])
-        else:  # high: columns 4 to 7 of each 8
-            return both.permute(0, 1, 2, 5, 3, 4).reshape([ITEMS, T, 16])
+        both = _eight(w0, w1, w2, w3, w4, w5, w6, w7)  # the last index: columns 8 to 15
+        return both.permute(0, 1, 5, 2, 3, 4).reshape([ITEMS, T, 16])
+    else:
+        first, second = gl.split(words.reshape([ITEMS, T, 2, 2]))
+        L4: gl.constexpr = first.type.layout
+        f0, f1, f2, g1, g2, g3 = gl.inline_asm_elementwise(
+            _LOOK_UP_PAIRS,
+            "=r,=r,=r,=r,=r,=r,r",
+            [codes],
+            dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        f0, f1, f2 = _beside(f0, L4), _beside(f1, L4), _beside(f2, L4)
+        g1, g2, g3 = _beside(g1, L4), _beside(g2, L4), _beside(g3, L4)
+        group = _index(L4, 2)
+        if BOTH:
+            group += 2 * _half_row(L4, ITEMS, UNITS)
+        w0, w1, w2, w3, w4, w5, w6, w7 = gl.inline_asm_elementwise(
+            _PAIR_BLOCKS,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r,r,r,r,r",
+            [first, second, f0, f1, f2, g1, g2, g3, group + 0x4440],
+            dtype=(
+                gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16,
+            ),
+            is_pure=True,
+            pack=1,
+        )  # fmt: skip
+        both = _eight(w0, w1, w2, w3, w4, w5, w6, w7)  # the last index: columns 4 to 7 of each 8
+        return both.permute(0, 1, 2, 5, 3, 4).reshape([ITEMS, T, 16])
 
 
 @gluon.jit
-def dense_rows(words, codes, FORM: gl.constexpr, TILES: gl.constexpr, UNITS: gl.constexpr):
+def _eight(w0, w1, w2, w3, w4, w5, w6, w7):
+    """(items, threads, scope) each, to (items, threads, scope, 2, 2, 2)."""
+    low = gl.join(gl.join(w0, w2), gl.join(w1, w3))
+    high = gl.join(gl.join(w4, w6), gl.join(w5, w7))
+    return gl.join(low, high)
+
+
+@gluon.jit
+def dense_rows(
+    words,
+    codes,
+    FORM: gl.constexpr,
+    TILES: gl.constexpr,
+    UNITS: gl.constexpr,
+    BOTH: gl.constexpr,
+):
     """Dense int16 (TILES, half row, UNITS, threads, 16 columns) of packed words in registers.
 
     ``words`` is (TILES * 2 * UNITS, threads, 4): by half row and unit, or for rowpair16 by unit and half
-    columns. ``codes`` is int32 of (TILES * 2 * UNITS, threads): hashed nibbles in its low bits; or for
-    rowpair16 (TILES * UNITS, threads): all ones where the kept row is r + 8, else zero.
+    columns. ``codes`` is int32 of (TILES * 2 * UNITS, threads): hashed nibbles in its low bits; with
+    BOTH those of coupled2:4 and pair4:8 are the two of the first half row, then the two of the second, so
+    that both halves' look-ups are the same. Or for rowpair16 (TILES * UNITS, threads): all ones where the
+    kept row is r + 8, else zero.
     """
     T: gl.constexpr = words.shape[1]
     if FORM == _ROWPAIR:
@@ -221,7 +307,7 @@ def dense_rows(words, codes, FORM: gl.constexpr, TILES: gl.constexpr, UNITS: gl.
         rows = rows.reshape([TILES, UNITS, 2, T, 4, 2, 2]).permute(0, 5, 1, 3, 2, 4, 6)
         return rows.reshape([TILES, 2, UNITS, T, 16])
     else:
-        return _groups(words, codes, FORM).reshape([TILES, 2, UNITS, T, 16])
+        return _groups(words, codes, FORM, UNITS, BOTH).reshape([TILES, 2, UNITS, T, 16])
 
 
 @constexpr_function

@@ -99,7 +99,7 @@ def _expand_codes(
     else:
         c = (c ^ (c >> 1)) & 0x77777777
         if TILED:  # both half rows' codes in one word
-            other = c >> 16 if FORM == _PLAIN else c >> 8
+            other = c >> 16 if FORM == _PLAIN else c
             c = gl.join(c, other).reshape([ITEMS // (2 * UNITS), UNITS, T, 2]).permute(0, 3, 1, 2)
             c = c.reshape([ITEMS, T])
         return c
@@ -261,7 +261,8 @@ def skinny_kernel(
             c_chunk += STEP * 4
             next_c = gl.load(cp, mask=c_in & (c_chunk < chunks) & more, other=0)
             next_v = gl.load(vp, mask=(v_in & (v_chunk < chunks) & more)[:, :, None], other=0)
-        w = dense_rows(v, _expand_codes(c, shift, FORM, TILED, ITEMS, UNITS), FORM, TILES, UNITS)
+        codes = _expand_codes(c, shift, FORM, TILED, ITEMS, UNITS)
+        w = dense_rows(v, codes, FORM, TILES, UNITS, TILED)
         w = w.reshape([TILES, 2, UNITS, WK, WM, 8, 4, 2, 8])
         w = w.permute(3, 0, 4, 1, 5, 2, 7, 6, 8).reshape([WK, R, UNITS * 64])
         a = gl.convert_layout(w.to(DTYPE, bitcast=True), LA, assert_trivial=True)

@@ -106,7 +106,7 @@ def _lane_codes(smem, FORM: gl.constexpr, WM: gl.constexpr, UNITS: gl.constexpr)
     else:
         c = smem.load(_row_layout(WM, UNITS)).to(gl.int32).reshape([WM, UNITS, 32])
         c = (c ^ (c >> 1)) & 0x77777777
-        other = c >> 16 if FORM == _PLAIN else c >> 8
+        other = c >> 16 if FORM == _PLAIN else c
         return gl.join(c, other).permute(3, 1, 0, 2).reshape([2 * UNITS, WM * 32])
 
 
@@ -240,7 +240,7 @@ def wide_kernel(
         async_copy.commit_group()
         v = v_smem.index(k % STAGES).load(LV)
         c = _lane_codes(c_smem.index(k % STAGES), FORM, WM, UNITS)
-        w = dense_rows(v, c, FORM, 1, UNITS)
+        w = dense_rows(v, c, FORM, 1, UNITS, True)
         w = w.reshape([2, UNITS, WM, 8, 4, 4, 2, 2]).permute(2, 0, 3, 1, 5, 6, 4, 7)
         w = w.reshape([R, COLUMNS]).to(DTYPE, bitcast=True)
         w = gl.convert_layout(w, LA, assert_trivial=True)

@@ -208,7 +208,7 @@ def rows(
     batches: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
-    repeats: int = 9,
+    repeats: int = 10,
 ) -> Iterator[Row]:
     """Measure F.linear on a dense weight, the lean and the fast compressed one, one batch after the other.
 
@@ -395,7 +395,8 @@ def microseconds(calls: Calls, device: torch.device, repeats: int, keep: bool = 
 def times(
     groups: Mapping[str, Calls], device: torch.device, repeats: int, keep: bool = False
 ) -> dict[str, float]:
-    """Median time of a call of each group; the groups take turns, so that a GPU that slows down slows all.
+    """Median time of a call of each group; the groups take turns, so that a GPU that slows down slows all,
+    and every other round in the opposite order, so that none always follows the same one.
 
     With ``keep`` the results of a CUDA graph stay alive, so that each of its calls has memory of its own.
     """
@@ -404,9 +405,11 @@ def times(
     else:
         rounds = {name: partial(_on_host, calls) for name, calls in groups.items()}
     found: dict[str, list[float]] = {name: [] for name in groups}
+    order = list(rounds)
     for _ in range(repeats + 2):
-        for name, one_round in rounds.items():
-            found[name].append(one_round())
+        for name in order:
+            found[name].append(rounds[name]())
+        order.reverse()
     return {name: statistics.median(taken[2:]) for name, taken in found.items()}
 
 
