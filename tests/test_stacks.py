@@ -121,7 +121,7 @@ def test_a_model_is_pruned_alike_in_stacks_and_alone(monkeypatch: pytest.MonkeyP
     for names in (prune.ROW_WISE, frozenset[str]()):
         monkeypatch.setattr(prune, "ROW_WISE", names)
         torch.manual_seed(0)
-        models.append(transformers.LlamaForCausalLM(config))
+        models.append(transformers.LlamaForCausalLM(config).double())  # rounding flips no mask
         calibration = [torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(1))]
         report = llm.prune_model(models[-1], calibration, "2:4", progress=False, compress=False)
         assert [row.name.rpartition(".")[2] for row in report.linears[:3]] == [
@@ -130,6 +130,4 @@ def test_a_model_is_pruned_alike_in_stacks_and_alone(monkeypatch: pytest.MonkeyP
     stacked, alone = calls[: len(calls) - 14], calls[len(calls) - 14 :]
     assert len(alone) == 14 and len(stacked) == 8 and sum(stacked) == sum(alone)
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert (
-            one - other
-        ).norm() <= 1e-3 * other.norm()  # ADMM's refit ends at a residual of 3e-4
+        assert (one - other).norm() <= 1e-5 * other.norm()  # Hessians are summed in float32
