@@ -1,0 +1,210 @@
+"""What training under 2:4 costs a step: dense against every mode of S3Sparse, eager and compiled, as ratios.
+
+    python bench/training.py            # one H100: about 90 s, most of it compilation
+    python bench/training.py --tiny     # on a CPU, to see that it runs
+
+A block of three linears, width 4096 to 4096, 4096 to 14336 and 14336 to 4096, is trained with float32
+masters, bfloat16 autocast and fused AdamW. A step is forward, backward, optimizer and, where the mode needs
+it, s3.step. All variants take turns in every round of ten steps, so that "refresh 10" refreshes once in
+each; a ratio is the median over rounds of a variant's time to dense's in the same round. The file is
+written after each part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import s3tensor as s3
+
+STEPS = 10  # of a round
+VARIANTS: dict[str, tuple[str, dict[str, Any]] | None] = {
+    "dense": None,
+    "fixed": ("fixed", {}),
+    "ste": ("ste", {}),
+    "srste": ("srste", {}),
+    "soft": ("soft", {}),
+    "ste, refresh 10": ("ste", {"refresh": 10}),
+    "srste, refresh 10": ("srste", {"refresh": 10}),
+    "soft, refresh 10": ("soft", {"refresh": 10}),
+    "ste, transposable, refresh 10": ("ste", {"refresh": 10, "transposable": True}),
+}
+
+
+@dataclass
+class Trainer:
+    """One variant: its block, its forward, its optimizer."""
+
+    model: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    counts: bool  # whether s3.step is part of a step
+
+    def step(self, x: Tensor, grad: Tensor) -> None:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            y = self.forward(x)
+        y.backward(grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.counts:
+            s3.step(self.model)
+
+
+def build(
+    variant: tuple[str, dict[str, Any]] | None,
+    pattern: str,
+    widths: tuple[int, int],
+    device: torch.device,
+    compiled: bool,
+) -> Trainer:
+    torch.manual_seed(0)
+    narrow, wide = widths
+    with device:
+        model = nn.Sequential(
+            nn.Linear(narrow, narrow, bias=False),
+            nn.Linear(narrow, wide, bias=False),
+            nn.GELU(),
+            nn.Linear(wide, narrow, bias=False),
+        )
+    if variant is not None:
+        s3.sparsify_training_(model, pattern, variant[0], **variant[1])
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+    forward = torch.compile(model, fullgraph=True, dynamic=True) if compiled else model
+    return Trainer(model, forward, optimizer, variant is not None and "refresh" in variant[1])
+
+
+def seconds(run: Callable[[], None], device: torch.device) -> Callable[[], float]:
+    """Run, and give what tells the seconds once the device is idle."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        spent = time.perf_counter() - start
+        return lambda: spent
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    run()
+    last.record()
+    return lambda: first.elapsed_time(last) / 1000
+
+
+def compare(
+    trainers: dict[str, Trainer], tokens: int, width: int, rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of a step by variant, for each round."""
+    x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
+    grad = torch.randn_like(x)
+    x.requires_grad_()  # as inside a network: the gradient goes on
+    times: dict[str, list[float]] = {name: [] for name in trainers}
+
+    def ten(trainer: Trainer) -> None:
+        for _ in range(STEPS):
+            trainer.step(x, grad)
+            x.grad = None
+
+    for trainer in trainers.values():
+        ten(trainer)  # compiles, and warms up
+    names = list(trainers)
+    for number in range(rounds):
+        turn = number % len(names)
+        told = {}
+        for name in names[turn:] + names[:turn]:
+            told[name] = seconds(lambda name=name: ten(trainers[name]), device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        for name, tell in told.items():
+            times[name].append(tell() / STEPS)
+    return times
+
+
+def check(trainers: dict[str, Trainer], pattern: str, device: torch.device, width: int) -> None:
+    """Weights satisfy the pattern, and the two forwards agree."""
+    x = torch.randn(32, width, device=device, dtype=torch.bfloat16)
+    for name, trainer in trainers.items():
+        if name != "dense":
+            assert s3.satisfies(trainer.model[0].weight, pattern), name
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            y, expected = trainer.forward(x).float(), trainer.model(x).float()
+        error = float((y - expected).norm() / expected.norm())
+        assert error < 0.02, f"{name}: compiled differs from eager by {error}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--tokens", help="of a step [4096,16384]")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", default="eager,compiled")
+    parser.add_argument("--variants", help=f"of {'; '.join(VARIANTS)} [all, dense always]")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=Path, help="[bench/results/training.json]")
+    args = parser.parse_args()
+    torch._dynamo.config.cache_size_limit = 64
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    widths = (64, 128) if args.tiny else (4096, 14336)
+    batches = [int(n) for n in (args.tokens or ("32" if args.tiny else "4096,16384")).split(",")]
+    chosen = dict(VARIANTS)
+    if args.variants:
+        wanted = {"dense", *(name.strip() for name in args.variants.split(";"))}
+        if wanted - VARIANTS.keys():
+            parser.error(f"unknown variant {(wanted - VARIANTS.keys()).pop()!r}")
+        chosen = {name: VARIANTS[name] for name in VARIANTS if name in wanted}
+    record: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "s3tensor")},
+        },
+        "date": time.strftime("%Y-%m-%d"),
+        "pattern": args.pattern,
+        "linears": [[widths[0], widths[0]], [widths[1], widths[0]], [widths[0], widths[1]]],
+        "rows": [],
+    }
+    out = args.out or (None if args.tiny else Path("bench/results/training.json"))
+    for way in args.ways.split(","):
+        start = time.perf_counter()
+        trainers = {
+            name: build(variant, args.pattern, widths, device, way == "compiled")
+            for name, variant in chosen.items()
+        }
+        for tokens in batches:
+            times = compare(trainers, tokens, widths[0], args.rounds, device)
+            for name in trainers:
+                ratios = [t / d for t, d in zip(times[name], times["dense"], strict=True)]
+                row = {
+                    "way": way,
+                    "tokens": tokens,
+                    "variant": name,
+                    "ms": 1e3 * statistics.median(times[name]),
+                    "ratio": statistics.median(ratios),
+                    "ratios": [round(r, 4) for r in ratios],
+                }
+                record["rows"].append(row)
+                print(
+                    f"{way:<9} {tokens:>6} tokens  {name:<30} {row['ms']:9.3f} ms  {row['ratio']:.3f} "
+                    f"of dense ({min(ratios):.3f} to {max(ratios):.3f})",
+                    flush=True,
+                )
+            if out is not None:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        check(trainers, args.pattern, device, widths[0])
+        print(f"{way}: {time.perf_counter() - start:.0f} s", flush=True)
+        del trainers
+        torch._dynamo.reset()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""examples/finetune.py on a model of toy size: trained under masks, saved, reloaded, compiled."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from s3tensor import llm
+
+transformers = pytest.importorskip("transformers")
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def save_toy(folder: Path) -> None:
+    """A random Llama with room for 512 positions, and a tokenizer of bytes and some merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([llm.load_text("pydoc")[:20_000]], trainer)
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    transformers.set_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.save_pretrained(folder)
+
+
+def test_the_example_trains_saves_reloads_and_compiles(tmp_path: Path) -> None:
+    save_toy(tmp_path / "toy")
+    arguments = [
+        "--model", "toy", "--pruner", "magnitude", "--samples", "1", "--steps", "6", "--batch", "2",
+        "--sequences", "6", "--seq-len", "64", "--eval-samples", "2", "--rates", "1e-6,1e-2",
+        "--device", "cpu", "--out", "finetune.json",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "finetune.py"), *arguments],
+        cwd=tmp_path, capture_output=True, text=True, timeout=250,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "finetune.json").read_text())
+    assert record["pruned_linears"] == 14
+    assert [row["method"] for row in record["rows"]] == [
+        "fine-tuning",
+        "fine-tuning + distillation",
+    ]
+    for row in record["rows"]:
+        assert row["masks_unchanged"] and row["reload_equal"] and row["verified_weights"] == 14
+        assert row["compiled"]["relative_difference"] < 1e-5
+        best = min(row["tried"], key=lambda each: each["development_perplexity"])
+        assert row["rate"] == best["rate"] and len(row["tried"]) == 2
+    assert record["rows"][0]["perplexity"] < record["pruned_perplexity"]
+
+
+def test_the_learning_rate_warms_up_and_falls_by_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from finetune import learning_rate
+
+    rates = [learning_rate(count, 100, 2.0, 0.1) for count in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == 2.0 and max(rates) == 2.0
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[55] == pytest.approx(1.1, abs=0.02) and rates[-1] == pytest.approx(0.2, abs=0.01)
