@@ -175,7 +175,7 @@ def choose(
     waves = rows / (16 * processors)
     if hopper and n > 16:
         return _choose_wide(n, rows, columns, processors)
-    if hopper and n > 8 and waves > 4:
+    if hopper and n > 8 and waves > (4 if form == "2:4" else 5):
         return _split(Wide(8, 2, 16), rows, columns, 2 * processors, 2)
     if n > 8:
         cut = _sixteen(form, waves)
@@ -207,12 +207,15 @@ def _eight_plain(waves: float) -> Skinny:
 
 
 def _sixteen(form: Form, waves: float) -> Skinny:
+    if waves <= 0.4:
+        return Skinny(1, 4, 1, 4, 16, ahead=True)
+    if waves <= 1:
+        return Skinny(1, 8, 1, 4, 16, ahead=True)
     if waves <= 2:
-        wide_steps = form == "2:4" and waves > 1
-        return (
-            Skinny(1, 4, 1, 4, 16, ahead=True) if wide_steps else Skinny(1, 8, 1, 2, 16, ahead=True)
-        )
-    if waves <= 4:
+        if form == "2:4":
+            return Skinny(1, 4, 1, 4, 16, ahead=True)
+        return Skinny(1, 8, 1, 2, 16, ahead=True)
+    if waves <= 5:
         return Skinny(1, 4, 1, 2, 16, ahead=True)
     return Skinny(1, 2, 1, 2, 16, ahead=True)
 

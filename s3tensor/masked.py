@@ -209,7 +209,8 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.decay:
             weight, mask = ctx.saved_tensors
-            grad = grad.add(torch.where(mask, 0, weight), alpha=ctx.decay)
+            # Not add(..., alpha=decay): compiled for CUDA by torch 2.11, that takes alpha for 1.
+            grad = grad + torch.where(mask, 0, weight) * ctx.decay
         return grad, *(None,) * 6
 
     @staticmethod
