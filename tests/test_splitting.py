@@ -182,8 +182,8 @@ def test_a_gpus_arithmetic_costs_no_error(
     exact = losses()
     addmm, real_round = torch.addmm, splitting._Rows.round
 
-    def rounded(x: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> Tensor:
-        return addmm(x, tf32(a), tf32(b), alpha=alpha)
+    def rounded(x: Tensor, a: Tensor, b: Tensor, *, alpha: float, out: Tensor) -> Tensor:
+        return addmm(x, tf32(a), tf32(b), alpha=alpha, out=out)
 
     def coarse_round(self: splitting._Rows, rho: float, inverse: Tensor, hold: int) -> None:
         with pytest.MonkeyPatch.context() as patch:

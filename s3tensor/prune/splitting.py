@@ -230,12 +230,13 @@ class _Rows:
         changed = torch.zeros_like(self.mask)
         with tensor_cores(inverse):
             for _ in range(hold):
-                point = torch.sub(self.kept, self.dropped).sub_(self.free)
-                whole = torch.addmm(self.free + self.dropped, point, inverse, alpha=rho)
+                base = self.dropped.add_(self.free)
+                point = self.kept.sub_(base)
+                whole = torch.addmm(base, point, inverse, alpha=rho, out=base)  # B + V / rho
                 previous, self.mask = self.mask, select(whole.square(), self.bound)
                 changed |= self.mask != previous
-                self.kept = whole * self.mask
-                self.dropped = whole - self.kept
+                self.kept = torch.mul(whole, self.mask, out=point)
+                self.dropped = whole.sub_(self.kept)
         self.changed = changed
 
     def settle(self, result: Pruned) -> bool:
