@@ -15,6 +15,7 @@ The JSON is written after every row.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -61,13 +62,16 @@ def main() -> None:
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--widths", type=int, nargs="+", default=[576, 1536, 4096])
     parser.add_argument(
-        "--large", default="4096x14336", help="MxK measured once beside its estimate; '' for none"
+        "--large",
+        nargs="*",
+        default=["2560x9728", "4096x14336"],
+        help="MxK measured once",
     )
     parser.add_argument("--quick", action="store_true", help="a sixth of every size, nothing large")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--store", type=Path, default=Path("bench/results/solver_time.json"))
     args = parser.parse_args()
-    large = [] if args.quick or not args.large else [_shape(args.large)]
+    large = [] if args.quick else [_shape(text) for text in args.large]
     small = 6 if args.quick else 1
     widths = [width // small // 16 * 16 for width in args.widths]
     device = torch.device(args.device)
@@ -85,7 +89,7 @@ def main() -> None:
 
     inverses: list[dict[str, Any]] = []
     print(f"{document['device']}\n\nmilliseconds of an inverse, and of a product (K, K) x (K, K)")
-    for width in widths:
+    for width in (*widths, *(columns for _, columns in large)):
         row = {"K": width, **inverse_times(hessian(width, device))}
         inverses.append(row)
         save("inverses", inverses)
@@ -105,7 +109,7 @@ def main() -> None:
         save("solves", solves)
         print("  ".join(f"{name} {_figure(value)}" for name, value in row.items()), flush=True)
 
-    model = fit([row for row in solves if (row["M"], row["K"]) not in large])
+    model = fit(solves)
     for row in solves:
         row["estimate"] = estimate(model, (row["M"], row["K"]))
     save("solves", solves)
@@ -126,6 +130,7 @@ def main() -> None:
     print(f"stored in {args.store}")
 
 
+@functools.cache
 def hessian(width: int, device: torch.device) -> Tensor:
     """Correlated, heavy-tailed inputs (K, K)."""
     samples = 8 * width if width <= 4096 else 2 * width
