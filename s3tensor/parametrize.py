@@ -418,7 +418,7 @@ def finalize(module: nn.Module, compress: bool = True) -> nn.Module:
     Raises:
         ModelError: nothing to finalize: no ``S3Sparse`` and no compressed weight. (With compressed
             weights only, as after an earlier call, nothing is done.) Or a density schedule that has not
-            ended. Nothing is changed then.
+            ended, or sharded weights. Nothing is changed then.
         PatternError: an ``S3Sparse`` under another parametrization, so that the weight that the module
             uses need not satisfy the pattern. Nothing is changed then.
     """
@@ -487,9 +487,19 @@ class Site:
         assert isinstance(last, Masked)
         return last
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the original is a DTensor, as FSDP2 keeps it between forwards."""
+        return hasattr(self.chain.original, "full_tensor")
+
     def weight(self) -> Tensor:
-        """The dense weight that S3Sparse is given: the original, or what comes of it before."""
+        """The dense weight that S3Sparse is given: the original, or what comes of it before.
+
+        Of a sharded original all ranks gather the whole.
+        """
         weight: Tensor = self.chain.original
+        if self.is_sharded:
+            weight = weight.full_tensor()  # type: ignore[attr-defined]
         for step in list(self.chain)[:-1]:
             weight = step(weight)
         return weight
@@ -497,6 +507,12 @@ class Site:
 
 def _check_done(site: Site) -> None:
     sparse = site.sparse
+    if site.is_sharded:
+        raise ModelError(
+            f"{site.path} is sharded: gather the state dict (torch.distributed.checkpoint.state_dict."
+            "get_model_state_dict with full_state_dict=True), load it into an unsharded model under the same "
+            "patterns, and finalize that"
+        )
     if sparse.schedule is not None and not sparse.has_ended:
         raise ModelError(
             f"{site.path}: its density schedule is at {sparse.density:g} after {sparse.steps} of "
