@@ -46,14 +46,27 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "card",
         "testing",
     ),
-    ("llm", "hf", "quantizer", "evaluate", "viz", "compaction", "compare", "benchmark", "cli"),
+    (
+        "llm",
+        "hf",
+        "quantizer",
+        "evaluate",
+        "tasks",
+        "harness",
+        "viz",
+        "compaction",
+        "compare",
+        "benchmark",
+        "cli",
+    ),
 )
 
 # What only these modules may import, and only inside functions where they are optional.
 GUESTS = {
     "transformers": {"llm", "hf", "quantizer", "cli", "evaluate", "training"},
     "accelerate": {"hf"},
-    "datasets": {"llm"},
+    "datasets": {"llm", "tasks", "harness"},
+    "lm_eval": {"harness"},
     "matplotlib": {"viz"},
     "hypothesis": {"testing"},
     "triton": {"kernels"},

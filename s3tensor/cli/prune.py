@@ -46,6 +46,7 @@ SAMPLES = 128  # calibration sequences when none are asked for, or all that the 
 \b
   s3tensor prune HuggingFaceTB/SmolLM2-135M --pattern 2:4 --out sparse
   s3tensor prune ./model --pattern rowpair16 --pruner sparsegpt --calibration text.txt --out sparse
+  s3tensor prune ./model --calibration articles.jsonl:body --out sparse
   s3tensor prune model.gguf --calibration wikitext2 --samples 64 --device cuda --out sparse
   s3tensor prune ./model --recover 300 --recover-seconds 600 --out sparse
   s3tensor prune ./model --blocks 2 --samples 4 --eval-samples 0 --out trial --report trial.json
@@ -66,7 +67,13 @@ A run that was broken off goes on when the same command is given again."""
     "--calibration",
     default="pydoc",
     show_default=True,
-    help="pydoc, c4, wikitext2 or a path to text",
+    help="pydoc, c4, wikitext2, a file or folder of text, or FILE:COLUMN of a table (.jsonl, .json, .csv, "
+    ".tsv, .parquet)",
+)
+@click.option(
+    "--text-column",
+    metavar="COLUMN",
+    help="the column of --calibration's table [text, or the only one that holds text]",
 )
 @click.option(
     "--samples",
@@ -153,6 +160,7 @@ def prune(
     pattern: Pattern,
     pruner: str,
     calibration: str,
+    text_column: str | None,
     samples: int | None,
     seq_len: int,
     alpha: float | None,
@@ -181,11 +189,11 @@ def prune(
         recovery = _recovery(recover, recover_seconds, seed)
     llm.check_out(directory)
     if report is not None:
-        _check_writable(report)
+        check_writable(report)
     where = device or default_device()
     loaded, tokenizer = load(model, dtype)
     batches, held_out = _texts(
-        tokenizer, calibration, samples, seq_len, seed, eval_text, eval_samples
+        tokenizer, calibration, samples, seq_len, seed, eval_text, eval_samples, text_column
     )
     with llm.locked(directory), _says_how_to_go_on():
         dense_ppl = perplexity_on(loaded, held_out, seq_len, where, "dense perplexity")
@@ -250,7 +258,7 @@ def _says_how_to_go_on() -> Iterator[None]:
         raise
 
 
-def _check_writable(report: Path) -> None:
+def check_writable(report: Path) -> None:
     """Refuse at the start a report that could not be written at the end."""
     folder = next(p for p in report.resolve().parents if p.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -265,11 +273,12 @@ def _texts(
     seed: int,
     eval_text: str | None,
     eval_samples: int,
+    text_column: str | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """Calibration batches of one sequence, and the sequences for perplexity: never the same ones."""
     from s3tensor import llm
 
-    tokens = llm.tokenize(llm.load_text(calibration), tokenizer)
+    tokens = llm.load_tokens(calibration, tokenizer, column=text_column)
     same = eval_text is None and not llm.has_parts(calibration)
     # A text without parts of its own gives both: different windows of one random order.
     extra = eval_samples if same else 0
@@ -279,7 +288,7 @@ def _texts(
     batches = list(picked[:samples].split(1))
     if same or eval_samples == 0:
         return batches, picked[samples:] if extra else None
-    held_out = llm.tokenize(llm.load_text(eval_text or calibration, "held-out"), tokenizer)
+    held_out = llm.load_tokens(eval_text or calibration, tokenizer, "held-out")
     return batches, llm.windows(held_out, eval_samples, seq_len)
 
 

@@ -6,7 +6,15 @@ from s3tensor.llm.recover import Recovery
 from s3tensor.llm.report import BlockRow, LinearRow, PruneReport
 from s3tensor.llm.resume import check_out, forget_run, locked
 from s3tensor.llm.structure import decoder_blocks, prunable_layers
-from s3tensor.llm.text import calibration_tokens, get_c4, has_parts, load_text, tokenize, windows
+from s3tensor.llm.text import (
+    calibration_tokens,
+    get_c4,
+    has_parts,
+    load_text,
+    load_tokens,
+    tokenize,
+    windows,
+)
 
 __all__ = [
     "BlockRow",
@@ -22,6 +30,7 @@ __all__ = [
     "get_c4",
     "has_parts",
     "load_text",
+    "load_tokens",
     "locked",
     "prunable_layers",
     "prune_model",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import zlib
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s3tensor.errors import CalibrationError
+from s3tensor.llm.files import read_texts
+from s3tensor.llm.token_cache import cached
 
 # Parts of the Python documentation topics, by a checksum of the topic's name modulo 10: the split
 # does not move when Python adds a topic.
 _PYDOC_PARTS = {"calibration": range(7), "development": range(7, 8), "held-out": range(8, 10)}
+_WORTH_KEEPING = 2**20  # characters; fewer are tokenized in about a second
 _HUB = {  # name: (repository, configuration, splits by part, column)
     "c4": (
         "allenai/c4",
@@ -38,51 +40,80 @@ def has_parts(source: str) -> bool:
     return source == "pydoc" or source in _HUB
 
 
-def load_text(source: str, part: str = "calibration", documents: int = 4096) -> str:
+def load_text(
+    source: str,
+    part: str = "calibration",
+    documents: int = 4096,
+    column: str | None = None,
+) -> str:
     """Text of one part of a source.
 
     Args:
         source: ``pydoc`` (the standard library's documentation topics, offline), ``c4`` or ``wikitext2``
-            (through ``datasets``, online or from its cache), or a path: a text file, or a folder of
-            ``.txt`` and ``.md`` files. A path has no parts of its own: all of it is used.
+            (through ``datasets``, online or from its cache), or a path: a text file, a table
+            (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``), or a folder of ``.txt`` and ``.md``
+            files. ``FILE:COLUMN`` names the column of a table. A path has no parts of its own: all of it
+            is used.
         part: ``calibration``, ``development`` or ``held-out``; of pydoc, disjoint sets of topics.
         documents: at most this many documents of ``c4``.
+        column: of a table or of a folder of tables [``text``, or the only one that holds text].
 
     Raises:
-        CalibrationError: an unknown source or part, or a source without text.
+        CalibrationError: an unknown source, part or column, or a source without text.
     """
-    if part not in _PYDOC_PARTS:
-        raise CalibrationError(f"unknown part {part!r}; use one of {', '.join(_PYDOC_PARTS)}")
+    _check(source, part, column)
     if source == "pydoc":
-        from pydoc_data.topics import topics
-
-        keys = _PYDOC_PARTS[part]
-        return "\n\n".join(topics[t] for t in sorted(topics) if zlib.crc32(t.encode()) % 10 in keys)
+        return "\n\n".join(pydoc_topics(part).values())
     if source in _HUB:
         return _hub_text(source, part, documents)
-    return _path_text(Path(source))
+    return "\n\n".join(read_texts(source, column))
 
 
-def _path_text(path: Path) -> str:
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md") and f.is_file())
-    elif path.is_file():
-        files = [path]
-    else:
-        raise CalibrationError(
-            f"no text at {str(path)!r}; give pydoc, c4, wikitext2, a text file, or a folder of .txt or .md"
+def load_tokens(
+    source: str,
+    tokenizer: Any,
+    part: str = "calibration",
+    documents: int = 4096,
+    column: str | None = None,
+) -> Tensor:  # (tokens,) int64
+    """Tokens of :func:`load_text`, kept on the disk for the next run.
+
+    What is kept is found by the tokenizer, the source and these settings: C4 and WikiText-2 are then
+    read without a network and without ``datasets``. The folder is ``tokens`` under ``S3TENSOR_CACHE``, or
+    under ``s3tensor`` in the system's cache folder; it can be deleted at any time. Texts below a
+    million characters are tokenized each time.
+
+    Raises:
+        CalibrationError: as :func:`load_text`.
+    """
+    _check(source, part, column)
+    if source in _HUB:
+        # By name: the data set itself is not asked for where its tokens are known.
+        key = repr((_HUB[source], part, documents))
+        return cached(
+            key, tokenizer, lambda: tokenize(_hub_text(source, part, documents), tokenizer)
         )
-    try:
-        text = "\n\n".join(f.read_text(encoding="utf-8") for f in files)
-    except UnicodeDecodeError as error:
+    text = load_text(source, part, documents, column)
+    if len(text) < _WORTH_KEEPING:
+        return tokenize(text, tokenizer)
+    return cached(text, tokenizer, lambda: tokenize(text, tokenizer))
+
+
+def pydoc_topics(part: str) -> dict[str, str]:
+    """The standard library's documentation topics of one part, by name, in order."""
+    from pydoc_data.topics import topics
+
+    keys = _PYDOC_PARTS[part]
+    return {t: topics[t] for t in sorted(topics) if zlib.crc32(t.encode()) % 10 in keys}
+
+
+def _check(source: str, part: str, column: str | None) -> None:
+    if part not in _PYDOC_PARTS:
+        raise CalibrationError(f"unknown part {part!r}; use one of {', '.join(_PYDOC_PARTS)}")
+    if column is not None and has_parts(source):
         raise CalibrationError(
-            f"{str(path)!r} is not UTF-8 text ({error.reason} at {error.start})"
-        ) from None
-    except OSError as error:
-        raise CalibrationError(f"{str(path)!r} cannot be read ({error.strerror})") from None
-    if not text.strip():
-        raise CalibrationError(f"{str(path)!r} holds no text")
-    return text
+            f"{source} has no columns to choose; leave out the column {column!r}"
+        )
 
 
 def _hub_text(source: str, part: str, documents: int) -> str:
@@ -102,11 +133,19 @@ def _hub_text(source: str, part: str, documents: int) -> str:
             data_files={split: files[split]} if files else None,
         )
     except Exception as error:  # the library raises many kinds; all mean that there is no data
+        from datasets.config import HF_DATASETS_CACHE
+
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CalibrationError(
-            f"cannot load {source} ({first_line}); without a network use pydoc or a path to text"
+            f"cannot load {source} ({first_line}); it is neither in the cache {HF_DATASETS_CACHE} nor "
+            "to be had from the network: use pydoc or a path to text, or load it once where there is one"
         ) from error
-    return "\n\n".join(data[: min(documents, len(data))]["text"])
+    text = "\n\n".join(
+        data[: min(documents, len(data))]["text"] if source == "c4" else data["text"]
+    )
+    if not text.strip():
+        raise CalibrationError(f"{source} holds no text in its split {split}")
+    return text
 
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:
@@ -156,10 +195,17 @@ def check_tokens(model: nn.Module, token_ids: Tensor, length: int) -> None:
 
 
 def calibration_tokens(
-    source: str, tokenizer: Any, samples: int, seq_len: int, seed: int = 0, batch: int = 1
+    source: str,
+    tokenizer: Any,
+    samples: int,
+    seq_len: int,
+    seed: int = 0,
+    batch: int = 1,
+    column: str | None = None,
 ) -> list[Tensor]:
     """Calibration batches, each (batch, seq_len) int64, from a source that :func:`load_text` knows."""
-    picked = windows(tokenize(load_text(source), tokenizer), samples, seq_len, seed)
+    tokens = load_tokens(source, tokenizer, column=column)
+    picked = windows(tokens, samples, seq_len, seed)
     return list(picked.split(batch))
 
 
@@ -176,5 +222,5 @@ def get_c4(
     parts = {"train": "calibration", "validation": "held-out"}
     if split not in parts:
         raise CalibrationError(f"unknown split {split!r} of C4; use train or validation")
-    tokens = tokenize(load_text("c4", parts[split]), tokenizer)
+    tokens = load_tokens("c4", tokenizer, parts[split])
     return list(windows(tokens, num_samples, seq_len, seed).split(1))
