@@ -2,6 +2,7 @@
 #   make demo    the main job on a real model, offline, on a CPU   (DEMO="--pattern rowpair16 --samples 8")
 #   make test    the tests                                         (PYTEST="-k pattern -x")
 #   make lint    formatting, lint and types
+#   make docs    the documentation, into build/docs; broken links are errors
 #
 # PYTHON, VENV and TORCH can be given: make test TORCH='torch==2.6.*' VENV=/tmp/torch26
 
@@ -17,7 +18,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo tor
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint docs docs-serve format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(DEMO)
@@ -30,6 +31,12 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 format: $(VENV)/.lint
 	$(BIN)/ruff format .
@@ -51,6 +58,10 @@ $(VENV)/.test: $(VENV)/.python pyproject.toml
 
 $(VENV)/.lint: $(VENV)/.test
 	$(PIP) "$(TORCH)" -e '.[test,lint]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.lint
+	$(PIP) "$(TORCH)" -e '.[test,lint,docs]'
 	touch $@
 
 # The model is data in a package whose own dependency, a C++ build of llama.cpp, is not needed.
