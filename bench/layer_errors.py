@@ -176,21 +176,7 @@ def run(path: Path, store: Path) -> None:
     for method in methods.values():  # compile and load whatever the first call needs
         small = first["weight"][:16, :64].to(device, torch.float32).clone()
         measure(method, small, torch.eye(64, device=device), torch.eye(64, device=device), "2:4")
-    rows = []
-    for name, layer in record["layers"].items():
-        weight, hessian, held_out = (
-            layer[key].to(device, torch.float32) for key in ("weight", "calibration", "held-out")
-        )
-        for pattern in PATTERNS:
-            for label, method in methods.items():
-                row = measure(method, weight, hessian, held_out, pattern)
-                rows.append({"layer": name, "pattern": pattern, "method": label, **row})
-                figures = row.get("failed") or (
-                    f"error {row['error']:.4f}  held out {row['held_out_error']:.4f}  "
-                    f"{row['seconds']:7.2f} s" + ("" if row["satisfies"] else "  PATTERN BROKEN")
-                )
-                print(f"{name:8} {pattern:10} {label:20} {figures}", flush=True)
-    document = {
+    document: dict[str, Any] = {
         "model": record["model"],
         "tokens": {name: layer["calibration tokens"] for name, layer in record["layers"].items()},
         "device": torch.cuda.get_device_name()
@@ -198,10 +184,23 @@ def run(path: Path, store: Path) -> None:
         else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in ("torch", "triton", "s3tensor", "sparsekit")},
-        "rows": rows,
+        "rows": [],
     }
     store.parent.mkdir(parents=True, exist_ok=True)
-    store.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    for name, layer in record["layers"].items():
+        weight, hessian, held_out = (
+            layer[key].to(device, torch.float32) for key in ("weight", "calibration", "held-out")
+        )
+        for pattern in PATTERNS:
+            for label, method in methods.items():
+                row = measure(method, weight, hessian, held_out, pattern)
+                document["rows"].append({"layer": name, "pattern": pattern, "method": label, **row})
+                figures = row.get("failed") or (
+                    f"error {row['error']:.4f}  held out {row['held_out_error']:.4f}  "
+                    f"{row['seconds']:7.2f} s" + ("" if row["satisfies"] else "  PATTERN BROKEN")
+                )
+                print(f"{name:8} {pattern:10} {label:20} {figures}", flush=True)
+            store.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"stored in {store}")
 
 
