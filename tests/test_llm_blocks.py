@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 import s3tensor as s3
 from s3tensor import llm
-from s3tensor.llm import calibrate
+from s3tensor.llm import calibrate, driver
 
 transformers = pytest.importorskip("transformers")
 
@@ -453,3 +453,43 @@ def test_blocks_of_a_model_on_the_cpu_are_pruned_on_the_gpu_one_at_a_time(kind: 
     expected = llm.prune_model(family(kind), batches, "2:4", progress=False)
     for row, other in zip(report.blocks, expected.blocks, strict=True):
         assert row.error == pytest.approx(other.error, rel=0.05)
+
+
+def test_activations_wait_on_the_gpu_where_it_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def has_room(device: torch.device, nbytes: int, share: float) -> bool:
+        asked.append((device, nbytes, share))
+        return nbytes < 10**6
+
+    monkeypatch.setattr(driver, "has_room", has_room)
+    blocks = llm.decoder_blocks(family("llama"))[1]
+    plan = [(llm.structure.prunable_layers(b, "", s3.Pattern.parse("2:4"), None)) for b in blocks]
+    cuda = torch.device("cuda", 0)
+    few, many = token_batches((2, 24), (1, 7)), token_batches((64, 60))
+    assert driver._cache(cuda, plan, few) == cuda
+    assert driver._cache(cuda, plan, many) == CPU
+    # Six linears have 32 inputs, down has 64, of float32; hidden states are counted as wide as that.
+    assert asked == [(cuda, n * 4 * (6 * 32 + 64 + 4 * 64), 0.5) for n in (55, 3840)]
+
+
+def test_a_cpu_has_no_room_of_its_own() -> None:
+    assert not calibrate.has_room(CPU, 1, 0.5)
+
+
+@pytest.mark.gpu
+def test_weights_are_the_same_wherever_activations_wait() -> None:
+    found = []
+    for cache in (None, "cpu", "cuda"):
+        model = family("llama").cuda()
+        llm.prune_model(
+            model, token_batches((2, 24), (1, 7)), "2:4", cache_device=cache, progress=False
+        )
+        found.append(model.state_dict())
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            left, right = (
+                x.to_dense() if isinstance(x, s3.StructuredSparseTensor) else x
+                for x in (tensor, other[name])
+            )
+            assert torch.equal(left, right), name

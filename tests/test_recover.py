@@ -628,27 +628,14 @@ def test_a_time_budget_ends_recovery_early_with_the_schedule_at_its_end(
 
 
 def test_the_time_of_a_run_is_shared_out_over_its_blocks() -> None:
-    run = driver._settings(
-        family(), s3.Pattern.parse("2:4"), "wanda", None, 0.01, None, "cpu", True, None, {}
-    )
-    assert driver._seconds_left(run, [], 4) is None
-    limited_run = driver._settings(
-        family(),
-        s3.Pattern.parse("2:4"),
-        "wanda",
-        None,
-        0.01,
-        None,
-        "cpu",
-        True,
-        Recovery(seconds=40.0),
-        {},
-    )
+    assert driver._seconds_left(None, [], 4) is None
+    assert driver._seconds_left(Recovery(), [], 4) is None
+    limited = Recovery(seconds=40.0)
     assert Case().recover(seconds=0.0).steps == 0
     done = [llm.BlockRow(0, 1, 0.0, 0.0, 0.0, 0, recovery_seconds=16.0)]
-    assert driver._seconds_left(limited_run, [], 4) == 10.0
-    assert driver._seconds_left(limited_run, done, 3) == 8.0
-    assert driver._seconds_left(limited_run, done * 4, 1) == 0.0
+    assert driver._seconds_left(limited, [], 4) == 10.0
+    assert driver._seconds_left(limited, done, 3) == 8.0
+    assert driver._seconds_left(limited, done * 4, 1) == 0.0
 
 
 def test_progress_tells_steps_loss_and_time_left() -> None:

@@ -299,6 +299,15 @@ class _Shared:
         return tensor
 
 
+def has_room(device: torch.device, nbytes: int, share: float) -> bool:
+    """Whether a share of a GPU's free memory holds so many bytes; False for other devices."""
+    if device.type != "cuda":
+        return False
+    free = torch.cuda.mem_get_info(device)[0]
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return nbytes <= share * (free + unused)
+
+
 @contextmanager
 def _passing_on(blocks: Sequence[nn.Module], tuples: Sequence[bool]) -> Iterator[None]:
     """Blocks whose forward returns the hidden states that it is given, in a tuple where they do so."""

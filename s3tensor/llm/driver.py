@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from s3tensor import prune
 from s3tensor.errors import ModelError, NonFiniteError, PatternError, PrunerError
 from s3tensor.hessian import Factors, Hessian, output_error
-from s3tensor.llm.calibrate import BlockRunner, Chunk, catch_chunks, check_batches
+from s3tensor.llm.calibrate import BlockRunner, Chunk, catch_chunks, check_batches, has_room
 from s3tensor.llm.progress import PruneProgress
 from s3tensor.llm.recover import Recovered, Recovery, recover_block, shared_parameters
 from s3tensor.llm.report import BlockRow, LinearRow, PeakMemory, PruneReport
@@ -73,7 +73,7 @@ def prune_model(
     alpha: float | None = None,
     damp: float = 0.01,
     device: torch.device | str | None = None,
-    cache_device: torch.device | str = "cpu",
+    cache_device: torch.device | str | None = None,
     blocks: int | None = None,
     filter_fn: LayerFilter | None = None,
     on_misfit: Literal["skip", "error"] = "skip",
@@ -105,7 +105,8 @@ def prune_model(
             pruned stream alone; default 0.5.
         damp: share of the mean of the Hessian's diagonal added to its diagonal.
         device: where blocks are pruned, one at a time; default is where they are.
-        cache_device: where calibration activations wait.
+        cache_device: where calibration activations wait; default is ``device`` if half of its free memory
+            holds them, else the CPU. The weights are the same.
         blocks: only the first so many blocks.
         filter_fn: ``(module, full name) -> bool``; False leaves a linear dense.
         on_misfit: a linear whose shape the pattern does not fit is reported and skipped, or refused.
@@ -139,13 +140,14 @@ def prune_model(
     check_options(pruner, alpha, damp)
     prefix, found = decoder_blocks(model)
     recovery = Recovery.of(recover)
-    run = _settings(
-        model, pattern, pruner, alpha, damp, device, cache_device, compress, recovery, options
-    )
     chosen = list(found)[: _block_count(blocks, len(found))]
+    where = torch.device(device) if device is not None else next(model.parameters()).device
+    accepted = _options(pruner, alpha, options)
     plan = _plan(model, chosen, prefix, pattern, filter_fn, on_misfit)
     batches = list(calibration)
     check_batches(model, batches)
+    cache = _cache(where, plan, batches) if cache_device is None else torch.device(cache_device)
+    run = _Run(pattern, pruner, accepted, damp, options, where, cache, compress, recovery)
     report = PruneReport(str(pattern), pruner)
     was_training = model.training
     model.eval()
@@ -168,7 +170,7 @@ def prune_model(
                     bar.resumed(sum(layer.weight.numel() for layer in layers))
                     report.resumed += 1
                 else:
-                    left = _seconds_left(run, report.blocks, len(chosen) - index)
+                    left = _seconds_left(recovery, report.blocks, len(chosen) - index)
                     row, linears = _prune_block(runner, layers, streams, run, bar, shared, left)
                     if folder is not None:
                         folder.save(index, block, row, linears)
@@ -261,31 +263,31 @@ def _check_weight(layer: LinearLayer) -> None:
         raise NonFiniteError(f"{layer.name} has NaN or Inf in its weight; repair the model first")
 
 
-def _settings(
-    model: nn.Module,
-    pattern: Pattern,
-    pruner: str,
-    alpha: float | None,
-    damp: float,
-    device: torch.device | str | None,
-    cache_device: torch.device | str,
-    compress: bool,
-    recovery: Recovery | None,
-    options: dict[str, Any],
-) -> _Run:
+def _options(pruner: str, alpha: float | None, options: dict[str, Any]) -> float:
+    """The share of the dense target; TypeError for an option that the pruner does not have."""
     accepts = inspect.signature(prune.get(pruner)).parameters
-    takes_target = "target" in accepts
-    if alpha is None:
-        alpha = DEFAULT_ALPHA if takes_target else 0.0
     unknown = sorted(set(options) - set(accepts))
     if unknown:
         known = [name for name in accepts if name not in ("weight", "hessian", "pattern")]
         raise TypeError(
             f"pruner {pruner!r} has no option {unknown[0]!r}; it has {', '.join(known)}"
         )
-    where = torch.device(device) if device is not None else next(model.parameters()).device
-    cache = torch.device(cache_device)
-    return _Run(pattern, pruner, alpha, damp, options, where, cache, compress, recovery)
+    if alpha is None:
+        return DEFAULT_ALPHA if "target" in accepts else 0.0
+    return alpha
+
+
+def _cache(device: torch.device, plan: _Plan, batches: list[Tensor]) -> torch.device:
+    """The device itself where there is room for the streams and a block's dense inputs, else the CPU.
+
+    Through the CPU and back, activations take several times as long as all that is computed from them.
+    """
+    blocks = [[layer.weight for layer in layers] for layers, _ in plan if layers]
+    widths = [sum(weight.shape[1] for weight in weights) for weights in blocks]
+    hidden = max(weight.shape[1] for weights in blocks for weight in weights)  # or what is wider
+    tokens = sum(batch.numel() for batch in batches)
+    nbytes = tokens * (max(widths) + 4 * hidden) * blocks[0][0].element_size()
+    return device if has_room(device, nbytes, 0.5) else torch.device("cpu")
 
 
 def check_options(pruner: str, alpha: float | None = None, damp: float = 0.01) -> None:
@@ -407,12 +409,12 @@ def _prune_block(
     return row, rows
 
 
-def _seconds_left(run: _Run, done: list[BlockRow], blocks: int) -> float | None:
+def _seconds_left(recovery: Recovery | None, done: list[BlockRow], blocks: int) -> float | None:
     """An even share for one block of the time that the blocks to come have for recovery."""
-    if run.recovery is None or run.recovery.seconds is None:
+    if recovery is None or recovery.seconds is None:
         return None
     spent = sum(row.recovery_seconds for row in done)
-    return max(run.recovery.seconds - spent, 0.0) / blocks
+    return max(recovery.seconds - spent, 0.0) / blocks
 
 
 def _goals(runner: BlockRunner, streams: _Streams, recovery: Recovery) -> list[Tensor]:

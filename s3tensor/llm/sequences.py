@@ -16,6 +16,7 @@ from s3tensor.llm.calibrate import (
     BlockRunner,
     Chunk,
     equal_arguments,
+    has_room,
     hidden_of,
     map_tensors,
     transfer_to_device,
@@ -181,9 +182,5 @@ def _sliced(call: Any, row: int, size: int) -> Any:
 
 def _place(runner: BlockRunner, chunks: Sequence[Chunk], targets: Sequence[Tensor]) -> torch.device:
     """The GPU where there is room enough: in every step sequences would be copied to it else."""
-    if runner.device.type != "cuda":
-        return runner.cache
     wanted = sum(chunk.hidden.nbytes for chunk in chunks) + sum(x.nbytes for x in targets)
-    free = torch.cuda.mem_get_info(runner.device)[0]
-    unused = torch.cuda.memory_reserved(runner.device) - torch.cuda.memory_allocated(runner.device)
-    return runner.device if wanted <= _RESIDENT * (free + unused) else runner.cache
+    return runner.device if has_room(runner.device, wanted, _RESIDENT) else runner.cache
