@@ -198,9 +198,10 @@ def forget_run(folder: str | Path) -> None:
     """
     folder = Path(folder)
     try:
-        # The settings last: until then the folder is that of a run, which may be started again.
-        for pattern in ("block-*.safetensors", "block-*.json", _RUN):
-            for path in folder.glob(pattern):
+        # A block's rows, which say that it is finished, before its tensors, and the last block first: what
+        # is left at any moment are the first blocks of a run. The settings last: until then it may go on.
+        for pattern in ("block-*.json", "block-*.safetensors", _RUN):
+            for path in sorted(folder.glob(pattern), reverse=True):
                 path.unlink()
     except OSError as error:
         raise CheckpointError(f"cannot delete what a finished run left ({error})") from None
