@@ -2,7 +2,7 @@
 
 A kernel file holds one kernel family and its launcher and imports nothing of s3tensor. Triton is
 imported by the file that needs it, when a CUDA kernel first runs. The callers, ``s3tensor.paths``, ``mask``,
-``selection`` and ``packing``, import a file inside the function that runs its kernel.
+``masked``, ``selection`` and ``packing``, import a file inside the function that runs its kernel.
 
 ============  ==========================================================================================
 ``tiles``     the order of values and codes that the matmul kernels read fastest; torch only
@@ -20,8 +20,9 @@ imported by the file that needs it, when a CUDA kernel first runs. The callers, 
 ``pack``      dense to packed
 ``select``    order statistics and top-k masks of rows, which stay in registers
 ``masks``     projections onto N:M and its relatives: one read of the weight, one write of the mask
+``masked``    the weight in use under N:4: choose the mask, apply it and shorten what stays, in one pass
 ============  ==========================================================================================
 
 Gluon needs Triton 3.6 or later; importing ``matmul`` without it raises ImportError. Plain Triton kernels
-compile from 3.2 on, ``masks`` from 3.3 on.
+compile from 3.2 on, ``masks`` and ``masked`` from 3.3 on.
 """

@@ -217,3 +217,39 @@ class StraightThrough(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         # Reached with a stack of weights alone: for inputs that are mapped over, torch does not ask.
         raise NotImplementedError("S3Sparse maps over inputs only; loop over a stack of weights")
+
+
+class Fused(torch.autograd.Function):
+    """:class:`StraightThrough` by the kernel that chooses the mask and applies it in one pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: Any,  # of fused_kernel
+        weight: Tensor,
+        mask: Tensor | None,
+        beta: Tensor | None,
+        decay: float,
+        keep: int,
+    ) -> Tensor:
+        ctx.decay = decay
+        out, chosen = kernel.masked(weight.detach(), keep, mask, beta, write=bool(decay))
+        if decay:
+            ctx.save_for_backward(weight, chosen)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, StraightThrough.backward(ctx, grad)[0], None, None, None, None
+
+
+def fused_kernel(weight: Tensor) -> Any:
+    """The module of the kernel of N:4 where it takes a weight, contiguous on a GPU; else None."""
+    if torch.compiler.is_compiling() or not masks.on_plain_gpu(weight):
+        return None
+    kernels = masks._load_kernels()
+    if kernels is None or kernels[1] is None:  # no Triton, or 3.2
+        return None
+    from s3tensor.kernels import masked  # type: ignore[import-not-found]
+
+    return masked if masked.covers(weight) else None

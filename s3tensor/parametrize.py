@@ -17,10 +17,12 @@ from torch.nn.utils import parametrize
 from s3tensor.errors import ModelError, PatternError
 from s3tensor.mask import project
 from s3tensor.masked import (
+    Fused,
     Masked,
     StraightThrough,
     check_mask,
     flipped,
+    fused_kernel,
     magnitude_mask,
     run_length,
     shrunk,
@@ -168,6 +170,11 @@ class S3Sparse(Masked):
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` with pruned blocks zero; same shape, dtype and device."""
+        kernel = fused_kernel(weight) if self._fuses() else None
+        if kernel is not None:
+            held = None if self.mask is None else self.current_mask(weight)
+            used: Tensor = Fused.apply(kernel, weight, held, self.beta, self.decay, self._budget)
+            return used
         mask = self.current_mask(weight)
         if self.mode == "fixed":
             return torch.where(mask, weight, 0)
@@ -175,6 +182,12 @@ class S3Sparse(Masked):
             weight, mask, self.beta, self.decay, self._text, self._run, self.transposed
         )
         return masked
+
+    def _fuses(self) -> bool:
+        """Whether one kernel may choose the mask, or shorten the weight, and multiply."""
+        chooses = self.mask is None and not (self.frozen or self.transposable)
+        shortens = self.mask is not None and self.beta is not None
+        return self._run == 4 and not self.transposed and (chooses or shortens)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The dense original of a weight that is registered, or assigned later: the weight itself."""

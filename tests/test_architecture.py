@@ -74,7 +74,7 @@ GUESTS = {
 }
 STDLIB_ONLY = FLOORS[0]
 # Who may import kernels, and only inside functions: they meet CUDA tensors, and the file needs Triton.
-KERNEL_CALLERS = {"paths", "mask", "selection", "packing"}
+KERNEL_CALLERS = {"paths", "mask", "masked", "selection", "packing"}
 
 
 def sources() -> list[tuple[str, Path]]:

@@ -1,0 +1,147 @@
+"""The weight in use under N:4, in one pass: choose the mask, or read it, and write what it leaves.
+
+A lane owns whole scopes of four neighbours: it loads them together, ranks them by comparing every two of
+their magnitudes as integers, and stores the four that remain, plain or shortened by the largest that was
+dropped. Against a mask, a product and a threshold of their own that is 8 bytes a float32 weight in place of
+14, and of about 70 for the soft threshold.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+RUN = 4  # weights of a scope
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PROGRAM = 4096  # weights of a program: 32 a thread
+_WARPS = 4
+
+
+@triton.jit
+def _apart(x, SCOPES: tl.constexpr):
+    """The four of each scope, as four tensors of (SCOPES,)."""
+    even, odd = tl.split(tl.reshape(x, (SCOPES, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _together(first, second, third, fourth, SCOPES: tl.constexpr):
+    """The inverse: (4 SCOPES,)."""
+    return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (4 * SCOPES,))
+
+
+@triton.jit
+def masked_kernel(
+    w_ptr,
+    mask_ptr,  # int8
+    out_ptr,
+    beta_ptr,  # one float32
+    total,  # weights
+    KEEP: tl.constexpr,
+    HELD: tl.constexpr,  # the mask is read, and not chosen
+    WRITE: tl.constexpr,  # the mask is written
+    SOFT: tl.constexpr,
+    SCOPES: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * (4 * SCOPES) + tl.arange(0, 4 * SCOPES)
+    live = at < total
+    w = tl.load(w_ptr + at, mask=live, other=0.0)
+    if HELD:
+        kept = tl.load(mask_ptr + at, mask=live, other=0) != 0
+    else:
+        if w.dtype == tl.float32:
+            bits = w.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        else:
+            bits = w.to(tl.int16, bitcast=True) & 0x7FFF
+        a, b, c, d = _apart(bits, SCOPES)
+        # Of the lower index over the higher, also of equals.
+        ab, ac, ad = (a >= b).to(tl.int32), (a >= c).to(tl.int32), (a >= d).to(tl.int32)
+        bc, bd, cd = (b >= c).to(tl.int32), (b >= d).to(tl.int32), (c >= d).to(tl.int32)
+        ka = (3 - ab - ac - ad < KEEP).to(tl.int32)
+        kb = (2 + ab - bc - bd < KEEP).to(tl.int32)
+        kc = (1 + ac + bc - cd < KEEP).to(tl.int32)
+        kd = (ad + bd + cd < KEEP).to(tl.int32)
+        kept = _together(ka, kb, kc, kd, SCOPES) != 0
+    if WRITE:
+        tl.store(mask_ptr + at, kept.to(tl.int8), mask=live)
+    if SOFT:
+        size = tl.abs(w)
+        a, b, c, d = _apart(tl.where(kept, 0.0, size.to(tl.float32)), SCOPES)
+        most = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
+        dropped = _together(most, most, most, most, SCOPES).to(w.dtype)
+        short = (size.to(tl.float32) - dropped.to(tl.float32)).to(w.dtype).to(tl.float32)
+        signed = tl.where(w < 0, -short, short) * tl.load(beta_ptr)
+        out = tl.where(kept & (size > dropped), signed, 0.0).to(w.dtype)
+    else:
+        out = tl.where(kept, w, 0.0)
+    tl.store(out_ptr + at, out, mask=live)
+
+
+def covers(weight: Tensor) -> bool:
+    """Whether the kernel takes a weight whose scopes are four neighbours each."""
+    return weight.dtype in DTYPES and weight.is_contiguous() and weight.numel() % RUN == 0
+
+
+def masked(
+    weight: Tensor,  # contiguous, whole scopes
+    keep: int,
+    mask: Tensor | None = None,  # bool, the weight's shape
+    beta: Tensor | None = None,  # one float32 on the weight's device
+    write: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``(weight in use, mask)``: pruned weights zero, and with ``beta`` the others shortened, times beta.
+
+    Args:
+        mask: True where kept; None chooses the ``keep`` largest of each scope, the lowest index first.
+            NaN counts as the largest.
+        write: return the mask that was chosen; else the one that was given, or None.
+
+    Raises:
+        ValueError: what :func:`covers` refuses.
+    """
+    if not covers(weight) or not 1 <= keep <= RUN:
+        raise ValueError(
+            f"{keep} of {RUN} of a {weight.dtype} weight of shape {tuple(weight.shape)} and strides "
+            f"{weight.stride()}; the kernel takes contiguous float32, bfloat16 or float16 in whole scopes"
+        )
+    out = torch.empty_like(weight)
+    write = write and mask is None
+    if write:
+        mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    with _device(weight):
+        _launch(weight, out, mask, beta, keep, write)
+    return out, mask
+
+
+def _device(x: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()  # the interpreter's
+
+
+def _launch(
+    weight: Tensor, out: Tensor, mask: Tensor | None, beta: Tensor | None, keep: int, write: bool
+) -> None:
+    flat = weight.view(-1)
+    bytes_ = out.view(-1) if mask is None else mask.view(-1).view(torch.int8)
+    found = constants(keep, mask is not None and not write, write, beta is not None)
+    grid = (triton.cdiv(flat.numel(), _PROGRAM),)
+    scale = flat if beta is None else beta
+    masked_kernel[grid](flat, bytes_, out.view(-1), scale, flat.numel(), **found)
+
+
+def constants(keep: int, held: bool, write: bool, soft: bool) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    return {
+        "KEEP": keep,
+        "HELD": held,
+        "WRITE": write,
+        "SOFT": soft,
+        "SCOPES": _PROGRAM // RUN,
+        "num_warps": _WARPS,
+    }

@@ -1,0 +1,147 @@
+"""The kernel of the weight in use: what mask, product and threshold give, in the interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interpreter import DEVICES, INTERPRETED, device_of, run_again
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import s3tensor as s3
+from s3tensor import mask as masking
+from s3tensor.masked import shrink_run
+
+triton = pytest.importorskip("triton", reason="needs Triton")
+if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
+    pytest.skip("the mask kernels need Triton 3.3", allow_module_level=True)
+
+from s3tensor.kernels import masked as kernel  # noqa: E402 (what it needs is asked for first)
+
+FEW = settings(max_examples=12 if INTERPRETED else 60)
+
+
+@pytest.fixture(params=DEVICES, scope="module")
+def device(request: pytest.FixtureRequest) -> str:
+    return device_of(request.param)
+
+
+def test_the_interpreter_runs_the_tests_of_this_file() -> None:
+    run_again(__file__, 9)
+
+
+def weight_of(ties: bool, rows: int, dtype: torch.dtype, seed: int) -> Tensor:
+    weight = torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed))
+    return (weight.mul(2).round() if ties else weight).to(dtype)
+
+
+cases = st.tuples(
+    st.booleans(),
+    st.sampled_from([1, 3, 300]),
+    st.sampled_from(kernel.DTYPES),
+    st.integers(1, 4),
+    st.integers(0, 999),
+)
+
+
+@FEW
+@given(cases, st.booleans())
+def test_the_masked_weight_is_that_of_project(device: str, case: Any, write: bool) -> None:
+    ties, rows, dtype, keep, seed = case
+    weight = weight_of(ties, rows, dtype, seed)
+    expected = s3.project(weight, f"{keep}:4")
+    out, mask = kernel.masked(weight.to(device), keep, write=write)
+    assert torch.equal(out.cpu(), torch.where(expected, weight, 0))
+    if bool((weight != 0).all()):  # then all zeros are pruned ones
+        assert not bool(torch.signbit(out[out == 0]).any())
+    assert (mask is None) != write
+    if mask is not None:
+        assert torch.equal(mask.cpu(), expected)
+
+
+@FEW
+@given(cases, st.booleans())
+def test_the_soft_weight_is_the_threshold_times_beta(device: str, case: Any, held: bool) -> None:
+    ties, rows, dtype, keep, seed = case
+    weight = weight_of(ties, rows, dtype, seed)
+    mask = s3.project(weight, f"{keep}:4")
+    beta = torch.tensor(1.37)
+    given_mask = mask.to(device) if held else None
+    out, _ = kernel.masked(weight.to(device), keep, given_mask, beta.to(device))
+    expected = shrink_run(weight, mask, 4) * beta
+    # Of 16 bits, torch rounds the factor too on a CPU, and the interpreter cuts bits off.
+    exact = {"rtol": 0, "atol": 0} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0}
+    torch.testing.assert_close(out.cpu(), expected, **exact)
+    assert torch.equal(out.cpu() == 0, expected == 0)
+
+
+def test_nan_counts_as_the_largest_and_refusals_say_what_is_taken(device: str) -> None:
+    weight = torch.tensor([[1.0, float("nan"), 3.0, 2.0]], device=device)
+    out, mask = kernel.masked(weight, 2, write=True)
+    assert mask is not None and mask.tolist() == [[False, True, True, False]]
+    assert out[0, 2] == 3 and bool(out[0, 1].isnan())
+    for wrong in (weight.double(), torch.ones(3, 2, device=device), torch.ones(4, 4).t()):
+        with pytest.raises(ValueError, match="whole scopes"):
+            kernel.masked(wrong, 2)
+
+
+@pytest.mark.parametrize("mode", ["ste", "srste", "soft"])
+@pytest.mark.parametrize("options", [{}, {"refresh": 2}])
+def test_training_through_the_kernel_is_training_without(
+    device: str, mode: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(16, 8, bias=False).to(device)
+    parametrize.register_parametrization(plain, "weight", s3.S3Sparse("2:4", mode, **options))
+    layer = copy.deepcopy(plain)
+    calls: list[int] = []
+    masked = kernel.masked
+    monkeypatch.setattr(kernel, "masked", lambda *a, **k: (calls.append(1), masked(*a, **k))[1])
+    for on, each in ((False, plain), (True, layer)):
+        monkeypatch.setattr(masking, "on_plain_gpu", lambda x, on=on: on)
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.5)
+        for seed in range(3):
+            x = torch.randn(5, 16, generator=torch.Generator().manual_seed(seed)).to(device)
+            each(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            s3.step(each)
+        assert len(calls) == (3 if on and (mode == "soft" or not options) else 0)
+    for left, right in zip(plain.parameters(), layer.parameters(), strict=True):
+        torch.testing.assert_close(right, left, rtol=1e-6, atol=1e-7)
+    last = layer.weight.detach().clone()
+    s3.finalize(layer)
+    monkeypatch.undo()
+    assert torch.equal(layer.weight.to_dense(), last)
+
+
+@pytest.mark.parametrize(
+    ("held", "write", "soft"), [(False, False, False), (False, True, False), (True, False, True)]
+)
+def test_it_compiles_to_wide_loads_and_stores_of_what_stays_in_registers(
+    held: bool, write: bool, soft: bool
+) -> None:
+    if INTERPRETED:
+        pytest.skip("the compiler's")
+    from triton.backends.compiler import GPUTarget
+
+    signature = {
+        "w_ptr": "*fp32", "mask_ptr": "*i8", "out_ptr": "*fp32", "beta_ptr": "*fp32", "total": "i32",
+    }  # fmt: skip
+    found = kernel.constants(2, held, write, soft)
+    warps = found.pop("num_warps")
+    divisible = {(i,): [["tt.divisibility", 16]] for i in range(5)}
+    source = triton.compiler.ASTSource(
+        kernel.masked_kernel, signature | dict.fromkeys(found, "constexpr"), found, divisible
+    )
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    code = built.asm["ptx"]
+    assert re.search(r"ld\.global\S*\.v4\.b32", code) and re.search(r"st\.global\S*\.v4\.b32", code)
+    # Bytes of the mask alone change lanes, so that sixteen are stored together.
+    assert built.metadata.shared == (2048 if held or write else 0)
