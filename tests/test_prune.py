@@ -39,6 +39,7 @@ DAMP = 0.01
 
 # Of the profile's examples, for tests that solve several problems in each.
 fewer = settings(max_examples=max(10, settings().max_examples // 6))
+fewest = settings(max_examples=max(10, settings().max_examples // 16))
 seeds = st.integers(0, 2**16)
 pruners = st.sampled_from(NAMES)
 patterns = st.sampled_from(PATTERNS)
@@ -133,7 +134,7 @@ def test_strides_do_not_matter(name: str, pattern: str, seed: int) -> None:
     torch.testing.assert_close(first.weight, again.weight, rtol=1e-9, atol=1e-9)
 
 
-@fewer
+@fewest
 @given(pruners, patterns, seeds, st.sampled_from((1, 50_000)))
 def test_chunks_of_rows_do_not_matter(name: str, pattern: str, seed: int, budget: int) -> None:
     weight, hessian = layer(32, 16, seed)
@@ -447,7 +448,7 @@ def test_a_dense_target_is_the_normal_equation_of_the_dense_streams_outputs(
     torch.testing.assert_close(pruned.weight, expected, rtol=1e-6, atol=1e-7)
 
 
-@fewer
+@fewest
 @given(patterns, seeds)
 def test_a_target_of_no_share_or_of_the_same_stream_is_none(pattern: str, seed: int) -> None:
     weight, hessian = layer(16, 16, seed)
@@ -538,7 +539,7 @@ def test_admm_beats_other_masks_with_their_exact_weights(pattern: str, tokens: i
         assert ours <= error(prune.refit(weight, factors, mask)) * 1.001, name
 
 
-@fewer
+@fewest
 @given(st.sampled_from(("2:4", "rowpair16", "block:2x4@0.5", "column@0.5")), seeds)
 def test_of_several_starts_each_group_of_rows_keeps_the_best(pattern: str, seed: int) -> None:
     weight, hessian = layer(32, 16, seed)

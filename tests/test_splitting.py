@@ -23,7 +23,7 @@ from s3tensor.prune import splitting
 from s3tensor.prune.product import Product
 from s3tensor.prune.splitting import block_scale
 
-fewer = settings(max_examples=max(10, settings().max_examples // 8))
+fewer = settings(max_examples=max(10, settings().max_examples // 14))
 seeds = st.integers(0, 2**16)
 PATTERNS = ("2:4", "pair4:8", "coupled2:4", "rowpair16", "unstructured@0.5", "block:2x4@0.5")
 
