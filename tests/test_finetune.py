@@ -1,4 +1,4 @@
-"""examples/finetune.py on a model of toy size: trained under masks, saved, reloaded, compiled."""
+"""examples/finetune.py and bench/training.py at toy size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 from s3tensor import llm
 
 transformers = pytest.importorskip("transformers")
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
 
 
 def save_toy(folder: Path) -> None:
@@ -71,3 +72,23 @@ def test_the_learning_rate_warms_up_and_falls_by_a_cosine(monkeypatch: pytest.Mo
     assert rates[0] == pytest.approx(0.2) and rates[9] == 2.0 and max(rates) == 2.0
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert rates[55] == pytest.approx(1.1, abs=0.02) and rates[-1] == pytest.approx(0.2, abs=0.01)
+
+
+def test_the_benchmark_of_steps_stores_a_row_for_each_variant(tmp_path: Path) -> None:
+    arguments = [
+        "--tiny",
+        "--ways",
+        "eager",
+        "--rounds",
+        "1",
+        "--out",
+        str(tmp_path / "steps.json"),
+    ]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "training.py"), *arguments],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert len(rows) == 9 and rows[0]["variant"] == "dense" and rows[0]["ratio"] == 1.0
+    assert all(row["ms"] > 0 and row["way"] == "eager" for row in rows)
