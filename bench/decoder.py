@@ -159,6 +159,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", default="lean", choices=("lean", "fast"))
+    parser.add_argument(
+        "--apart", action="store_true", help="a launch for each linear, those of one input too"
+    )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, help="[bench/results/decoder.json]")
     args = parser.parse_args()
@@ -179,7 +182,8 @@ def main() -> None:
         report = s3.sparsify_(model, pattern)
         s3.set_memory_(model, args.memory, (1, max(map(int, args.batches.split(",")))))
         sizes[pattern] = {"dense": report.bytes_before, "compressed": report.bytes_after}
-        models[pattern] = model, s3.inductor_options(triton__cudagraphs=False)
+        options = {"post_grad_custom_post_pass": GroupLinears(merge=False)} if args.apart else {}
+        models[pattern] = model, s3.inductor_options(triton__cudagraphs=False, **options)
     record: dict[str, Any] = {
         "device": name,
         "versions": {
@@ -189,7 +193,8 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "model": "toy" if args.tiny else "Qwen3-4B shapes, random weights",
         "layers": args.layers, "vocabulary": dense.config.vocab_size, "prompt": args.prompt,
-        "tokens": args.tokens, "memory": args.memory, "bytes_of_linears": sizes, "rows": [],
+        "tokens": args.tokens, "memory": args.memory, "apart": args.apart,
+        "bytes_of_linears": sizes, "rows": [],
     }  # fmt: skip
     for batch in map(int, args.batches.split(",")):
         length = args.prompt + args.tokens + 8

@@ -105,11 +105,8 @@ def _expand_codes(
         return c
 
 
-@gluon.jit(
-    do_not_specialize=["N", "chunks", "sx8", "all_steps"],
-    do_not_specialize_on_alignment=["c_ptr", "b_ptr", "cnt_ptr"],
-)
-def skinny_kernel(
+@gluon.jit
+def _rows(
     x_ptr,  # (N, K) as 32-bit words, rows sx8 * 16 bytes apart
     v_ptr,  # values, 32-bit words
     c_ptr,  # codes: a lane's of half a row, 16-bit for 2:4 and 8-bit for other groups, or of both in
@@ -123,6 +120,9 @@ def skinny_kernel(
     chunks,  # K / 16
     sx8,
     all_steps,  # of all splits
+    pm,  # which rows of W
+    row_blocks,
+    ps,  # which columns
     FORM: gl.constexpr,
     TILED: gl.constexpr,
     EVEN: gl.constexpr,
@@ -136,6 +136,7 @@ def skinny_kernel(
     SPLIT: gl.constexpr,
     AHEAD: gl.constexpr,
 ):
+    """One program's rows of W times its rows of x."""
     DTYPE: gl.constexpr = y_ptr.dtype.element_ty
     T: gl.constexpr = WM * WK * 32
     R: gl.constexpr = WM * TILES * 16
@@ -148,8 +149,6 @@ def skinny_kernel(
     LB: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
     LV: gl.constexpr = word_layout(ITEMS, T)
     LX: gl.constexpr = _x_layout(WM, WK, UNITS, BN)
-    ps = gl.program_id(0) % SPLIT
-    pm = gl.program_id(0) // SPLIT
     pn = gl.program_id(1)
     step0 = all_steps * ps // SPLIT
     steps = all_steps * (ps + 1) // SPLIT - step0
@@ -272,8 +271,55 @@ def skinny_kernel(
         v = next_v
         c = next_c
     sums = gl.sum(acc, 0) if WK > 1 else acc.reshape([R, BN])
-    row_blocks = gl.num_programs(0) // SPLIT
     store_sums(sums, b_ptr, y_ptr, ws_ptr, cnt_ptr, pm, pn, row_blocks, ps, M, N, T, SPLIT, BIAS)
+
+
+@gluon.jit(
+    do_not_specialize=["N", "chunks", "sx8", "all_steps"],
+    do_not_specialize_on_alignment=["c_ptr", "b_ptr", "cnt_ptr"],
+)
+def skinny_kernel(
+    x_ptr, v_ptr, c_ptr, b_ptr, y_ptr, ws_ptr, cnt_ptr, M, N, chunks, sx8, all_steps,
+    FORM: gl.constexpr, TILED: gl.constexpr, EVEN: gl.constexpr, BIAS: gl.constexpr,
+    OVERLAP: gl.constexpr, WM: gl.constexpr, WK: gl.constexpr, TILES: gl.constexpr,
+    UNITS: gl.constexpr, BN: gl.constexpr, SPLIT: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
+    _rows(
+        x_ptr, v_ptr, c_ptr, b_ptr, y_ptr, ws_ptr, cnt_ptr, M, N, chunks, sx8, all_steps,
+        gl.program_id(0) // SPLIT, gl.num_programs(0) // SPLIT, gl.program_id(0) % SPLIT,
+        FORM, TILED, EVEN, BIAS, OVERLAP, WM, WK, TILES, UNITS, BN, SPLIT, AHEAD,
+    )  # fmt: skip
+
+
+@gluon.jit(
+    do_not_specialize=["N", "chunks", "sx8", "all_steps", "first_blocks", "second_blocks"],
+    do_not_specialize_on_alignment=["c_ptr", "c2_ptr", "c3_ptr"],
+)
+def group_kernel(
+    x_ptr,  # of all weights
+    v_ptr, c_ptr, y_ptr, M,  # as in _rows, of the first weight
+    v2_ptr, c2_ptr, y2_ptr, M2,
+    v3_ptr, c3_ptr, y3_ptr, M3,  # of two weights the second's once more
+    N, chunks, sx8, all_steps,
+    first_blocks,  # programs of the first weight
+    second_blocks,
+    FORM: gl.constexpr, EVEN: gl.constexpr, OVERLAP: gl.constexpr, WM: gl.constexpr,
+    WK: gl.constexpr, TILES: gl.constexpr, UNITS: gl.constexpr, BN: gl.constexpr,
+    AHEAD: gl.constexpr,
+):  # fmt: skip
+    """Weights in tile order that are multiplied by the same x, without a bias."""
+    pm = gl.program_id(0)
+    is_second = pm >= first_blocks
+    is_third = pm >= first_blocks + second_blocks
+    pm -= gl.where(is_third, first_blocks + second_blocks, gl.where(is_second, first_blocks, 0))
+    v_ptr = gl.where(is_third, v3_ptr, gl.where(is_second, v2_ptr, v_ptr))
+    c_ptr = gl.where(is_third, c3_ptr, gl.where(is_second, c2_ptr, c_ptr))
+    y_ptr = gl.where(is_third, y3_ptr, gl.where(is_second, y2_ptr, y_ptr))
+    M = gl.where(is_third, M3, gl.where(is_second, M2, M))
+    _rows(
+        x_ptr, v_ptr, c_ptr, y_ptr, y_ptr, y_ptr, y_ptr, M, N, chunks, sx8, all_steps, pm, 1, 0,
+        FORM, True, EVEN, False, OVERLAP, WM, WK, TILES, UNITS, BN, 1, AHEAD,
+    )  # fmt: skip
 
 
 def launch(
@@ -301,21 +347,61 @@ def launch(
         m, n, columns // 16, x.stride(0) // 4, steps,
     )  # fmt: skip
     constants = {
-        "FORM": form,
+        **_constants(config, form, m % config.rows == 0 and columns == steps * config.columns),
         "TILED": tiled,
-        "EVEN": m % config.rows == 0 and columns == steps * config.columns,
         "BIAS": bias is not None,
-        "OVERLAP": overlap,
+        "SPLIT": config.split,
+        **_launching(config, overlap),
+    }
+    if warmup:
+        return skinny_kernel.warmup(*arguments, grid=grid, **constants)
+    return skinny_kernel[grid](*arguments, **constants)
+
+
+def launch_group(
+    config: Skinny,  # of one split
+    x: Tensor,  # (N, K) as int32 words
+    parts: list[tuple[Tensor, Tensor, Tensor]],  # of two or three weights: values, codes, y (N, M)
+    form: int,
+    overlap: bool,
+    warmup: bool = False,
+) -> object:
+    """Launch products of one x by weights in tile order as one, or with ``warmup`` compile only."""
+    n, columns = x.shape[0], x.shape[1] * 2
+    blocks = [-(-y.shape[1] // config.rows) for _, _, y in parts]
+    steps = -(-columns // config.columns)
+    even = all(y.shape[1] % config.rows == 0 for _, _, y in parts)
+    three = [*parts, parts[-1]][:3]
+    arguments = [x]
+    for values, codes, y in three:
+        arguments += [values, codes, y, y.shape[1]]
+    arguments += [n, columns // 16, x.stride(0) // 4, steps, *blocks[:2]]
+    constants = {
+        **_constants(config, form, even and columns == steps * config.columns),
+        **_launching(config, overlap),
+    }
+    grid = (sum(blocks), -(-n // config.batch))
+    if warmup:
+        return group_kernel.warmup(*arguments, grid=grid, **constants)
+    return group_kernel[grid](*arguments, **constants)
+
+
+def _constants(config: Skinny, form: int, even: bool) -> dict[str, Any]:
+    return {
+        "FORM": form,
+        "EVEN": even,
         "WM": config.warps_m,
         "WK": config.warps_k,
         "TILES": config.tiles,
         "UNITS": config.units,
         "BN": config.batch,
-        "SPLIT": config.split,
         "AHEAD": config.ahead,
+    }
+
+
+def _launching(config: Skinny, overlap: bool) -> dict[str, Any]:
+    return {
+        "OVERLAP": overlap,
         "num_warps": config.warps_m * config.warps_k,
         "launch_pdl": overlap,
     }
-    if warmup:
-        return skinny_kernel.warmup(*arguments, grid=grid, **constants)
-    return skinny_kernel[grid](*arguments, **constants)

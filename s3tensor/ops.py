@@ -291,6 +291,49 @@ def _(
     return x.new_empty(*x.shape[:-1], bound.shape[1] if transposed else bound.shape[0])
 
 
+@torch.library.custom_op(
+    "s3tensor::linear_group",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor[] packed, Tensor[] indices, str pattern, SymInt[] out_features, bool tiled) "
+        "-> Tensor[]"
+    ),
+)
+def linear_group(
+    x: Tensor,  # (..., in_features)
+    packed: Sequence[Tensor],  # (scopes, keep, block_size) each
+    indices: Sequence[Tensor],  # (index_bytes,) uint8 each
+    pattern: str,
+    out_features: Sequence[int],
+    tiled: bool,
+) -> list[Tensor]:  # (..., out_features) each, contiguous
+    """:func:`linear` of one x by several weights that have one pattern, no bias and no copies beside.
+
+    What :class:`s3tensor.inductor.GroupLinears` makes of the query, key and value, or the gate and up of a
+    layer: one launch in place of two or three. Raises what :func:`linear` does.
+    """
+    weights = []
+    for values, codes, rows in zip(packed, indices, out_features, strict=True):
+        bound = _bound(pattern, (rows, x.shape[-1]))
+        _check_linear(x, values, None, bound, False)
+        weights.append(paths.Weight(values, codes, bound, tiled))
+    return paths.linear_group(x, weights)
+
+
+@linear_group.register_fake
+def _(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    pattern: str,
+    out_features: Sequence[int],
+    tiled: bool,
+) -> list[Tensor]:
+    for values, rows in zip(packed, out_features, strict=True):
+        _check_linear(x, values, None, _bound(pattern, (rows, x.shape[-1])), False)
+    return [x.new_empty(*x.shape[:-1], rows) for rows in out_features]
+
+
 def _check_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, bound: BoundPattern, transposed: bool
 ) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -326,6 +327,29 @@ def _packed(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         columns=columns, tiled=weight.tiled, overlap=not weight.packed.requires_grad,
     )  # fmt: skip
     return y.view(*x.shape[:-1], rows)
+
+
+def linear_group(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
+    """:func:`linear` of one x by several weights, without a bias: in one launch where there is one."""
+    batch = x.numel() // x.shape[-1]
+    graph = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    first = weights[0]
+    form: Any = form_of(first.bound)
+    columns = first.bound.shape[-1]
+    alike = x.is_cuda and x.numel() > 0 and form is not None
+    for weight in weights:
+        alike = alike and weight.tiled and form_of(weight.bound) == form
+        alike = alike and weight.bound.shape[-1] == columns
+        alike = alike and choose(weight, batch, graph) == "packed"
+    if not alike:
+        path = None if x.is_cuda else "scratch"
+        return [linear(x, weight, None, path) for weight in weights]
+    ys: list[Tensor] = _matmul().linear_group(
+        x.reshape(-1, columns), [(weight.packed, weight.indices) for weight in weights], form=form,
+        rows=[weight.bound.shape[0] for weight in weights], columns=columns,
+        overlap=not any(weight.packed.requires_grad for weight in weights),
+    )  # fmt: skip
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 # cuSPARSELt -------------------------------------------------------------------------------------------

@@ -108,3 +108,107 @@ def test_options_are_those_that_this_torch_knows_and_the_users_count_first() -> 
     assert same.uuid() == GroupLinears().uuid() != other.uuid()
     with pytest.raises(RuntimeError, match="no_such_option"):
         torch.compile(nn.Linear(2, 2), options=inductor_options(no_such_option=1))
+
+
+# one launch ---------------------------------------------------------------------------------------------
+
+
+def tiled_parts(rows: int, columns: int, pattern: str = "2:4") -> tuple[Tensor, Tensor]:
+    """Packed values and indices, in tile order, of a random weight."""
+    from s3tensor.kernels import tiles
+
+    weight = s3.StructuredSparseTensor.from_dense(torch.randn(rows, columns), pattern)
+    values = tiles.tile_values(weight.packed, pattern, rows, columns).reshape(weight.packed.shape)
+    return values, tiles.tile_codes(weight.indices, pattern, rows, columns)
+
+
+def counts(module: fx.GraphModule) -> dict[str, int]:
+    """How often each operator of this library is in a graph."""
+    names = [str(node.target) for node in module.graph.nodes if "s3tensor" in str(node.target)]
+    return {name.split(".")[1]: names.count(name) for name in names}
+
+
+def linears(
+    kinds: list[tuple[int, dict[int, Any]]],  # rows of each weight, and arguments that differ
+    between: bool = False,
+) -> tuple[fx.GraphModule, list[Tensor]]:
+    """A graph of linears of one x, each followed by tanh, and its inputs."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    inputs = [torch.randn(3, 64)]
+    outs = []
+    for number, (rows, other) in enumerate(kinds):
+        packed, indices = (graph.placeholder(f"{name}{number}") for name in ("packed", "indices"))
+        inputs.extend(tiled_parts(rows, 64, other.get(4, "2:4")))
+        args = [x, packed, indices, None, "2:4", [rows, 64], False, True]
+        for place, value in other.items():
+            args[place] = value
+        outs.append((args, rows))
+    done = []
+    for args, _ in outs:
+        if between:  # a weight that is made on the way
+            args[1] = graph.call_function(torch.neg, (args[1],))
+        done.append(graph.call_function(torch.tanh, (graph.call_function(LINEAR, tuple(args)),)))
+    graph.output(tuple(done))
+    return fx.GraphModule(torch.nn.Module(), graph), inputs
+
+
+def merged(module: fx.GraphModule, inputs: list[Tensor]) -> dict[str, int]:
+    """What is left of the graph's operators; its results must be what they were."""
+    before = module(*inputs)
+    GroupLinears()(module.graph)
+    module.graph.lint()
+    module.recompile()
+    for left, right in zip(module(*inputs), before, strict=True):
+        assert torch.equal(left, right)
+    return counts(module)
+
+
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize(
+    ("count", "left"),
+    [
+        (1, {"linear": 1}),
+        (2, {"linear_group": 1}),
+        (3, {"linear_group": 1}),
+        (4, {"linear_group": 1, "linear": 1}),
+        (5, {"linear_group": 2}),
+    ],
+)
+def test_up_to_three_linears_of_one_x_become_one_operator(
+    count: int, left: dict[str, int], between: bool
+) -> None:
+    module, inputs = linears([(16 * (n + 1), {}) for n in range(count)], between)
+    assert merged(module, inputs) == left
+
+
+@pytest.mark.parametrize("other", [{7: False}, {4: "pair4:8"}, {3: "bias"}])
+def test_a_linear_that_no_launch_takes_with_others_stays_alone(other: dict[int, Any]) -> None:
+    module, inputs = linears([(16, {}), (32, {k: v for k, v in other.items() if k != 3}), (16, {})])
+    if 3 in other:
+        second = [node for node in module.graph.nodes if node.target is LINEAR][1]
+        with module.graph.inserting_before(second):
+            bias = module.graph.call_function(torch.ones, (32,))
+        second.update_arg(3, bias)
+        module.recompile()
+    if other.get(7) is False:  # in canonical order
+        weight = s3.StructuredSparseTensor.from_dense(torch.randn(32, 64), "2:4")
+        inputs[3:5] = [weight.packed, weight.indices]
+    assert merged(module, inputs) == {"linear_group": 1, "linear": 1}
+
+
+def test_linears_stay_operators_of_their_own_where_that_is_asked() -> None:
+    module, _ = linears([(16, {}), (32, {})])
+    GroupLinears(merge=False)(module.graph)
+    assert counts(module) == {"linear": 2}
+    assert GroupLinears().uuid() != GroupLinears(merge=False).uuid()
+
+
+def test_the_operator_of_a_group_is_sound() -> None:
+    parts = [tiled_parts(rows, 64) for rows in (16, 48)]
+    arguments = (
+        torch.randn(2, 3, 64), [p for p, _ in parts], [i for _, i in parts], "2:4", [16, 48], True,
+    )  # fmt: skip
+    torch.library.opcheck(ops.linear_group._opoverload, arguments)
+    with pytest.raises(RuntimeError, match=r"the weight torch\.float32; convert one"):
+        ops.linear_group(arguments[0].double(), *arguments[1:])

@@ -149,6 +149,7 @@ def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], a
         name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names
     }
     aligned = {"x_ptr", "v_ptr", "c_ptr", "y_ptr", "ws_ptr", "M"}
+    aligned |= {name + n for name in ("v", "y") for n in ("2_ptr", "3_ptr")} | {"M2", "M3"}
     source = GluonASTSource(
         kernel,
         signature,
@@ -206,6 +207,23 @@ def test_skinny_compiles_to_wide_loads_and_tensor_cores(
     assert len(re.findall(r"LDG\.E\.128", sass)) >= 8  # a step's values, twice
     if form != 3:
         assert "PRMT" in sass
+
+
+@pytest.mark.parametrize(("form", "even"), [(0, True), (1, False), (3, True)])
+def test_the_kernel_of_a_group_loads_as_that_of_one_weight(form: int, even: bool) -> None:
+    pytest.importorskip("triton.experimental.gluon", reason="needs Triton with Gluon")
+    from s3tensor.kernels import skinny
+
+    codes = "*i32" if form in (0, 3) else "*i16"
+    pointers = {"x_ptr": "*i32"}
+    for n in ("", "2", "3"):
+        pointers |= {f"v{n}_ptr": "*i32", f"c{n}_ptr": codes, f"y{n}_ptr": "*bf16"}
+    constants = {
+        "FORM": form, "EVEN": even, "OVERLAP": True, "WM": 1, "WK": 4, "TILES": 1, "UNITS": 2, "BN": 8,
+        "AHEAD": True, "num_warps": 4,
+    }  # fmt: skip
+    sass = compiled(skinny.group_kernel, pointers, constants, 90)
+    assert len(re.findall(r"LDG\.E\.128", sass)) >= 8
 
 
 @pytest.mark.parametrize(
@@ -468,3 +486,44 @@ def test_bad_arguments_are_refused_by_name() -> None:
     short = random_packed("2:4", 32, 48, torch.bfloat16, "cuda")
     with pytest.raises(ValueError, match="has no tile order"):
         matmul.linear(x[:, :48], *short[:2], None, **{**good, "columns": 48, "tiled": True})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("n", [1, 3, 8, 16, 17])
+def test_a_group_is_the_product_of_each(form: str, n: int, dtype: torch.dtype) -> None:
+    from s3tensor.kernels import matmul
+
+    columns = 192
+    for heights in ((48, 16), (16, 64, 208), (4096, 1024, 1024), (16, 16, 16, 16)):
+        packed = [random_packed(form, rows, columns, dtype, "cuda") for rows in heights]
+        x = torch.randn(n, columns + 8, device="cuda").to(dtype)[:, :columns]
+        parts = [
+            (tiles.tile_values(v, form, *d.shape), tiles.tile_codes(c, form, *d.shape))
+            for v, c, d in packed
+        ]  # type: ignore[arg-type]
+        for overlap in (False, True):
+            ys = matmul.linear_group(
+                x, parts, form=form, rows=heights, columns=columns, overlap=overlap
+            )  # type: ignore[arg-type]
+            for y, rows, (_, _, dense) in zip(ys, heights, packed, strict=True):
+                assert y.shape == (n, rows) and y.is_contiguous()
+                close(y, x, dense, None)
+
+
+@pytest.mark.gpu
+def test_a_group_refuses_what_one_product_does() -> None:
+    from s3tensor.kernels import matmul
+
+    packed = [random_packed("2:4", 32, 64, torch.bfloat16, "cuda") for _ in range(2)]
+    parts = [
+        (tiles.tile_values(v, "2:4", 32, 64), tiles.tile_codes(c, "2:4", 32, 64))
+        for v, c, _ in packed
+    ]
+    x = torch.randn(2, 64, device="cuda", dtype=torch.bfloat16)
+    for wrong, match in ((x.half(), "float16"), (x[:, :32], "x is"), (x.cpu(), "cpu")):
+        with pytest.raises(ValueError, match=match):
+            matmul.linear_group(wrong, parts, form="2:4", rows=[32, 32], columns=64)
+    with pytest.raises(ValueError, match="values and"):
+        matmul.linear_group(x, parts, form="2:4", rows=[32, 48], columns=64)

@@ -402,6 +402,10 @@ def test_opcheck_on_cuda_tensors(pattern: str) -> None:
     for copy_ in (None, dense):
         arguments = (x, weight.packed, weight.indices, None, pattern, shape, False)
         torch.library.opcheck(ops.linear, (*arguments, weight.tiled, copy_, None))
+    twice = ([weight.packed] * 2, [weight.indices] * 2, pattern, [shape[0]] * 2, weight.tiled)
+    torch.library.opcheck(ops.linear_group, (x.detach(), *twice))
+    for y in ops.linear_group(x.detach(), *twice):
+        torch.testing.assert_close(y, F.linear(x.detach(), dense), rtol=0.02, atol=0.02)
     torch.library.opcheck(ops.unpack, (weight.packed, weight.indices, pattern, shape, weight.tiled))
     torch.library.opcheck(ops.gather, (dense, weight.indices, pattern, weight.tiled))
     torch.library.opcheck(ops.project, (dense, pattern))
