@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 import s3tensor as s3
 from s3tensor import hf, llm, prune
+from s3tensor.harness import evaluate_tasks
 from s3tensor.llm.structure import is_linear
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -291,23 +292,18 @@ def perplexity_by_block(
 def harness(
     model: nn.Module, tokenizer: Any, tasks: Sequence[str], folder: Path | None = None
 ) -> dict[str, float]:
-    """Figures of lm_eval tasks, ``TASK/METRIC``; ``folder`` holds YAML files of tasks of one's own."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    """Figures of lm_eval tasks, ``TASK/METRIC``; ``folder`` holds YAML files of tasks of one's own.
 
-    found = simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer),
-        tasks=list(tasks),
-        task_manager=TaskManager(include_path=None if folder is None else str(folder)),
-        verbosity="ERROR",
-    )
-    return {
-        f"{task}/{metric.partition(',')[0]}": value
-        for task, metrics in found["results"].items()
-        for metric, value in metrics.items()
-        if isinstance(value, float)
-    }
+    Without tasks, WikiText-2 as lm_eval has it or, where it cannot be had, Python's documentation.
+    """
+    try:
+        report = evaluate_tasks(model, tokenizer, tasks or ["wikitext"], include_path=folder)
+    except s3.CalibrationError as error:
+        if tasks:
+            raise
+        print(f"  lm_eval: s3_pydoc, because {error}")
+        report = evaluate_tasks(model, tokenizer, ["s3_pydoc"])
+    return {f"{score.task}/{score.metric}": score.value for score in report.scores}
 
 
 # results ------------------------------------------------------------------------------------------
@@ -391,7 +387,12 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--alpha", type=float, help="share of the dense target, for true_obs and admm [0; default]")
     add("--damp", type=float, default=0.01, help="share of the mean diagonal of the Hessian [0.01]")
     add("--blocks", type=int, help="only the first so many blocks")
-    add("--lm_eval", nargs="+", default=[], metavar="TASK", help="lm_eval tasks, after pruning")
+    add(
+        "--lm_eval",
+        nargs="*",
+        metavar="TASK",
+        help="lm_eval tasks, after pruning [with no name: wikitext, else s3_pydoc]",
+    )
     add("--lm_eval_path", type=Path, help="folder of task YAML files")
     add(
         "--save_model", type=Path, metavar="DIR", help="save models as DIR/MODEL/METHOD, compressed"
@@ -408,8 +409,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--eval_every {args.eval_every} must be >= 0 blocks")
     if args.text is not None and args.text == args.calibration and not llm.has_parts(args.text):
         parser.error(f"--text {args.text} is the calibration text; its perplexity would flatter")
-    if args.lm_eval and importlib.util.find_spec("lm_eval") is None:
-        parser.error("--lm_eval needs the package lm_eval: pip install lm_eval")
+    if args.lm_eval is not None and importlib.util.find_spec("lm_eval") is None:
+        parser.error("--lm_eval needs the package lm_eval: pip install 's3tensor[eval]'")
     if args.original_h and args.alpha:
         parser.error("--original_h and --alpha > 0 exclude each other: both say whose inputs count")
     return args
@@ -456,7 +457,7 @@ def main(given: Sequence[str] | None = None) -> None:
             "settings": asdict(settings),
             **environment(args.device),
         }
-        if args.lm_eval:
+        if args.lm_eval is not None:
             record["lm_eval"] = harness(model, tokenizer, args.lm_eval, args.lm_eval_path)
         folder = store(outcome, name, record, args.out)
         if args.save_model is not None:

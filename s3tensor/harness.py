@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
+import importlib
 import logging
 import platform
 import sys
@@ -292,11 +293,17 @@ def _load(manager: Any, names: list[str]) -> list[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm_eval's advice on arguments that are not used here."""
+    """Without lm_eval's advice on arguments that are not used here, and its call of git, whose complaint
+    outside a repository goes to the terminal."""
+    evaluator = importlib.import_module("lm_eval.evaluator")
     logger = logging.getLogger("lm_eval")
-    level = logger.level
+    level, git = logger.level, getattr(evaluator, "get_git_commit_hash", None)
     logger.setLevel(logging.ERROR)
+    if git is not None:
+        evaluator.get_git_commit_hash = lambda: None  # type: ignore[attr-defined]
     try:
         yield
     finally:
         logger.setLevel(level)
+        if git is not None:
+            evaluator.get_git_commit_hash = git  # type: ignore[attr-defined]

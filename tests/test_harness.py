@@ -316,3 +316,33 @@ def test_a_wrong_command_of_lm_eval_ends_with_its_own_status(
     assert harness.run_command(["run", "--no_such_option"]) == 2
     assert sys.argv == before
     assert "usage: lm" in capfd.readouterr().err
+
+
+# where it is used ---------------------------------------------------------------------------------
+
+
+@needs_lm_eval
+def test_the_table_2_script_takes_wikitext_or_where_it_cannot_be_had_the_documentation(
+    dense: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import importlib
+
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "bench"))
+    script = importlib.import_module("prune_gpt")
+    asked: list[list[str]] = []
+
+    def offline(model: Any, tokenizer: Any, tasks: list[str], **options: Any) -> Any:
+        asked.append(tasks)
+        if tasks == ["wikitext"]:
+            raise CalibrationError("no network")
+        return harness.evaluate_tasks(model, tokenizer, tasks, limit=1, **options)
+
+    monkeypatch.setattr(script, "evaluate_tasks", offline)
+    found = script.harness(*hf.load_model(dense), [])
+    assert asked == [["wikitext"], ["s3_pydoc"]]
+    assert set(found) == {
+        f"s3_pydoc/{name}" for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")
+    }
+    assert "s3_pydoc, because no network" in capsys.readouterr().out
+    with pytest.raises(CalibrationError, match="no network"):  # what was named is not replaced
+        script.harness(*hf.load_model(dense), ["wikitext"])

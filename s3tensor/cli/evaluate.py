@@ -148,6 +148,9 @@ def evaluate(
     """Perplexity of MODEL, pruned or not, on held-out text, or its scores in --tasks of lm_eval."""
     from s3tensor.checkpoint import write_json
 
+    if not err.is_terminal:
+        # A bar for each document fills a log. It is read when tqdm is imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     if text is None and not tasks:
         text = "pydoc"
     if text is None and text_column is not None:
@@ -161,8 +164,6 @@ def evaluate(
         "batch_size": int(batch_size) if batch_size.isdecimal() else batch_size,
         "include_path": include_path,
     }
-    if not err.is_terminal:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar for each document fills a log
     where = device or default_device()
     wanted = _Wanted(text, text_column, samples, seq_len, dtype, where, names, settings)
     value, report = wanted.of(model)
