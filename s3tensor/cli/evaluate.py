@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,9 +147,6 @@ def evaluate(
     """Perplexity of MODEL, pruned or not, on held-out text, or its scores in --tasks of lm_eval."""
     from s3tensor.checkpoint import write_json
 
-    if not err.is_terminal:
-        # A bar for each document fills a log. It is read when tqdm is imported.
-        os.environ.setdefault("TQDM_DISABLE", "1")
     if text is None and not tasks:
         text = "pydoc"
     if text is None and text_column is not None:
