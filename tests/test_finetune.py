@@ -42,7 +42,7 @@ def test_the_example_trains_saves_reloads_and_compiles(tmp_path: Path) -> None:
     arguments = [
         "--model", "toy", "--pruner", "magnitude", "--samples", "1", "--steps", "6", "--batch", "2",
         "--sequences", "6", "--seq-len", "64", "--eval-samples", "2", "--rates", "1e-6,1e-2",
-        "--device", "cpu", "--out", "finetune.json",
+        "--eval-every", "4", "--device", "cpu", "--out", "finetune.json",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "finetune.py"), *arguments],
@@ -61,6 +61,10 @@ def test_the_example_trains_saves_reloads_and_compiles(tmp_path: Path) -> None:
         assert row["compiled"]["relative_difference"] < 1e-5
         best = min(row["tried"], key=lambda each: each["development_perplexity"])
         assert row["rate"] == best["rate"] and len(row["tried"]) == 2
+        assert [point["step"] for point in row["history"]] == [0, 4, 6]
+        least = min(row["history"], key=lambda point: point["perplexity"])
+        assert row["kept_step"] == least["step"]
+        assert row["development_perplexity"] == least["perplexity"]
     assert record["rows"][0]["perplexity"] < record["pruned_perplexity"]
 
 
