@@ -55,6 +55,7 @@ from s3tensor.checkpoint import METADATA_KEY, load_state
 
 ROOT = Path(__file__).resolve().parents[1]
 UNLIKE = ("seconds", "solver_seconds", "recovery_seconds", "peak_memory_bytes")  # in two runs
+ENDED = "after it ended, before the process had"
 
 
 def main() -> None:
@@ -122,9 +123,12 @@ def killed(kills: int, seed: int) -> dict[str, Any]:
                 if of_this == 0 or draw.random() < 0.5:
                     saving = draw.random() < 1 / 3
                     seconds = draw.uniform(0, 0.02 if saving else max(times))
-                    if kill_after(process, seconds, out if saving else None):
+                    if kill_after(process, seconds, out if saving else None, folder / "log"):
                         of_this += 1
-                        stages[stage(out)] += 1
+                        where = stage(out)
+                        stages[where] += 1
+                        if where == ENDED:
+                            break  # the model is there: the command would refuse to overwrite it
                         continue
                     early += 1  # it had ended before
                 else:
@@ -191,7 +195,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     """What a run left, by file; of CSV files all but seconds and memory."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.name != "run.lock":  # of a process that was killed; empty
             data = path.read_bytes()
             found[str(path.relative_to(folder))] = (
                 without_measures(data) if path.suffix == ".csv" else data
@@ -208,7 +212,7 @@ def without_measures(data: bytes) -> bytes:
 def stage(out: Path) -> str:
     """Where a run was when it was killed, by what it left."""
     if not out.exists() or not (out / "run.json").exists():
-        return "after it saved" if is_saving(out) else "before it began"
+        return ENDED if is_saving(out) else "before it began"
     blocks = len(list(out.glob("block-*.json")))
     return "while it saves or tidies up" if is_saving(out) else f"after {blocks} blocks"
 
@@ -249,7 +253,7 @@ def wait(process: int, log: Path) -> None:
         raise SystemExit(f"a run failed ({status}): {log.read_text()[-2000:]}")
 
 
-def kill_after(process: int, seconds: float, saving: Path | None) -> bool:
+def kill_after(process: int, seconds: float, saving: Path | None, log: Path) -> bool:
     """Whether the process was still at work after so long, and was killed then.
 
     With ``saving``, the time counts from the moment when the model's files begin to appear in that folder.
@@ -261,7 +265,7 @@ def kill_after(process: int, seconds: float, saving: Path | None) -> bool:
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
             if status:
-                raise SystemExit(f"a run failed ({status}) before it was killed")
+                raise SystemExit(f"a run failed ({status}): {log.read_text()[-2000:]}")
             return False
         time.sleep(0.001)
     os.kill(process, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""Write the measured tables of the README from the stored results of the benchmarks.
+"""Write the measured tables of the README and of docs/benchmarks.md from the stored results.
 
-python bench/readme_tables.py            # rewrites what stands between the markers in README.md
-python bench/readme_tables.py --check    # exit code 1 when README.md does not show the stored results
+python bench/readme_tables.py            # rewrites what stands between the markers of these pages
+python bench/readme_tables.py --check    # exit code 1 when a page does not show the stored results
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
+# Each page, and the tables that it must have.
+PAGES = {
+    ROOT / "README.md": ("pruners", "layer_errors", "inference"),
+    ROOT / "docs" / "benchmarks.md": ("inference", "pruners", "layer_errors", "loading", "faults"),
+}
 
 
 def pruners(stored: dict[str, Any]) -> str:
@@ -111,6 +115,51 @@ def decoder(stored: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def loading(stored: dict[str, Any]) -> str:
+    """Memory of loading a model with transformers (bench/loading.py)."""
+    model = stored["model"]
+    what = {
+        "dense": "dense files",
+        "compressed": "compressed files",
+        "verified": "compressed files, every checksum verified",
+        "afterwards": "dense files, compressed after",
+    }
+    lines = [
+        f"A Llama of {model['parameters'] / 1e6:.0f} M parameters, bfloat16, {stored['pattern']}, on a CPU, "
+        f"torch {stored['torch']}, transformers {stored['transformers']} (`bench/loading.py`); the most "
+        "memory held, pages of files included, while loading and in one pass over 16 tokens after it:",
+        "",
+        "| from | MB held by the model | peak MB | seconds |",
+        "|---|---|---|---|",
+    ]
+    for way, row in stored["rows"].items():
+        peak = max(row["load_with_files"], row["run_with_files"])
+        lines.append(
+            f"| {what[way]} | {row['held'] / 1e6:.0f} | {peak / 1e6:.0f} | {row['seconds']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def faults(stored: dict[str, Any]) -> str:
+    """Runs killed at random moments, and checkpoints with changed bytes (bench/faults.py)."""
+    kills, fuzz = stored["kills"], stored["fuzz"]
+    lines = [
+        f"`s3tensor prune` of a toy model, killed by SIGKILL at {kills['kills']} random moments and started "
+        f"again with the same command: {kills['results']} results, {kills['equal']} of them equal, byte by "
+        f"byte, to an undisturbed run. Checkpoints with changed bytes, {fuzz['cases']:,} cases, under a "
+        "limit of 1 GiB of further memory "
+        f"({stored['date']}, torch {stored['versions']['torch']}, `bench/faults.py`):",
+        "",
+        "| change | cases | refused | loaded as saved | another sound state | faults |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, found in fuzz["outcomes"].items():
+        names = ("refused", "as it was saved", "another sound state", "fault")
+        cells = " | ".join(f"{found.get(name, 0):,}" for name in names)
+        lines.append(f"| {kind} | {sum(found.values()):,} | {cells} |")
+    return "\n".join(lines)
+
+
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
@@ -130,21 +179,23 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "layer_errors": layer_errors,
     "inference": inference,
     "decoder": decoder,
+    "loading": loading,
+    "faults": faults,
 }
 
 
-def rendered(text: str) -> str:
+def rendered(text: str, page: Path, promised: tuple[str, ...]) -> str:
     """``text`` with the table of each stored result between its markers."""
     for name, table in TABLES.items():
-        if not (RESULTS / f"{name}.json").exists() and f"<!-- {name} -->" not in text:
-            continue  # not measured yet, and not promised
+        if f"<!-- {name} -->" not in text and name not in promised:
+            continue
         stored = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         block = f"<!-- {name} -->\n{table(stored)}\n<!-- /{name} -->"
         marked = re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
         text, count = marked.subn(lambda _, block=block: block, text)
         if count != 1:
             raise SystemExit(
-                f"README.md needs one pair of markers <!-- {name} --> <!-- /{name} -->"
+                f"{page.name} needs one pair of markers <!-- {name} --> <!-- /{name} -->"
             )
     return text
 
@@ -153,15 +204,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
     args = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
-    after = rendered(before)
-    if args.check:
-        if before != after:
+    for page, promised in PAGES.items():
+        before = page.read_text(encoding="utf-8")
+        after = rendered(before, page, promised)
+        if args.check and before != after:
             sys.exit(
-                "README.md does not show the stored results; run python bench/readme_tables.py"
+                f"{page.name} does not show the stored results; run python bench/readme_tables.py"
             )
-        return
-    README.write_text(after, encoding="utf-8")
+        if before != after:
+            page.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -100,6 +100,26 @@ def test_a_run_killed_at_any_deletion_after_it_has_saved_goes_on_to_the_same_byt
         assert not list(out.glob("block-*")) and not (out / "run.json").exists()
 
 
+def test_what_other_libraries_left_half_written_goes_with_the_run(
+    model: Path, text: Path, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors and tokenizers write through a file of such a name."""
+
+    def killed(folder: Path, *_: object, **__: object) -> None:
+        (folder / ".tmpa1B2c3").write_text("half")
+        (folder / ".template").write_text("the user's own")
+        raise _Killed
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "save_pretrained", lambda _, folder, *rest, **options: killed(folder))
+        with pytest.raises(_Killed):
+            run(model, text, out)
+    assert run(model, text, out).exit_code == 0
+    assert (out / hf.WEIGHTS).read_bytes() == whole
+    assert [path.name for path in out.glob(".*")] == [".template"]
+
+
 FULL_DISK = """
 import resource, signal, sys
 from s3tensor.cli import main

@@ -19,6 +19,9 @@ from s3tensor.llm.report import BLOCKS_CSV, LINEARS_CSV, BlockRow, LinearRow, wr
 
 _RUN = "run.json"
 _LOCK = "run.lock"
+_OF_RUST = (
+    ".tmp" + "[0-9A-Za-z]" * 6
+)  # what safetensors and tokenizers leave when killed while they write
 
 
 class RunFolder:
@@ -38,7 +41,7 @@ class RunFolder:
         settings = json.loads(json.dumps(settings))  # as it will be read back
         if path.exists():
             _same_settings(path, settings)
-            for leftover in _leftovers(folder):
+            for leftover in (*_leftovers(folder), *folder.glob(_OF_RUST)):
                 leftover.unlink(missing_ok=True)
             self._write_csv()  # the run may have ended between a block and its rows here
         else:
