@@ -24,5 +24,5 @@ imported by the file that needs it, when a CUDA kernel first runs. The callers, 
 ============  ==========================================================================================
 
 Gluon needs Triton 3.6 or later; importing ``matmul`` without it raises ImportError. Plain Triton kernels
-compile from 3.2 on, ``masks`` and ``masked`` from 3.3 on.
+compile from 3.2 on, ``masks`` and ``masked`` from 3.3 on, ``columns`` and ``blocks`` from 3.5 on.
 """

@@ -19,6 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 5):
+    raise ImportError(
+        f"the kernels for N:M of columns and for blocks need Triton 3.5; this is {triton.__version__}"
+    )
+
 
 @dataclass(frozen=True)
 class Gather:

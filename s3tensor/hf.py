@@ -321,9 +321,15 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds
         raise CheckpointError(f"{folder} has no tokenizer ({first_line(error)})") from error
+    files = {"tokenizer.json", "tokenizer_config.json", *found.vocab_files_names.values()}
+    if not any(
+        (folder / name).exists() for name in files
+    ):  # transformers 5.0 makes up an empty one
+        raise CheckpointError(f"{folder} has no tokenizer (none of {', '.join(sorted(files))})")
+    return found
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ and device, or from a guess by bytes where a GPU was not measured.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 import warnings
 from collections.abc import Sequence
@@ -275,14 +276,29 @@ def _warn_scratch(pattern: str, dtype: torch.dtype, few: bool) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def general(bound: BoundPattern, dtype: torch.dtype, device: torch.device) -> Any:
-    """The kernel for any N:M of columns or for rows of blocks, its sizes given; or None."""
+@functools.lru_cache(maxsize=1)
+def _general_kernels() -> tuple[Any, Any] | None:
+    """The modules ``blocks`` and ``columns``, or None without Triton, with one before 3.5, or on ROCm."""
+    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return None
     try:
         from s3tensor.kernels import blocks, columns
-    except ImportError:  # no Triton
+    except ImportError as error:
+        warnings.warn(
+            f"{error}: each call unpacks the weight and runs the dense matmul, which is right but slow",
+            UserWarning,
+            stacklevel=2,
+        )
         return None
-    if torch.version.hip is not None:
+    return blocks, columns
+
+
+def general(bound: BoundPattern, dtype: torch.dtype, device: torch.device) -> Any:
+    """The kernel for any N:M of columns or for rows of blocks, its sizes given; or None."""
+    kernels = _general_kernels()
+    if kernels is None:
         return None
+    blocks, columns = kernels
     rows, across = bound.shape if len(bound.shape) == 2 else (0, 0)
     of = columns_of(bound)
     if of is not None:

@@ -29,7 +29,7 @@ from s3tensor.folder import FORMAT, METHOD, quantization, unshared_state
 from s3tensor.pattern import Pattern
 from s3tensor.tensor import StructuredSparseTensor
 
-_FLOOR = (4, 56)  # the first version of transformers that this file was tried with
+_FLOOR = (5, 0)  # before it, transformers does not save and load compressed weights whole
 
 
 class S3Config(QuantizationConfigMixin):
@@ -201,13 +201,6 @@ class S3Quantizer(HfQuantizer):
         model.config.quantization_config = S3Config(**quantization(state))  # type: ignore[union-attr]
         return tensors, {METADATA_KEY: description}
 
-    def get_state_dict(self, model: nn.Module) -> Any:
-        """What transformers 4.56 asks for; it takes no metadata, so patterns and checksums would be lost."""
-        raise ModelError(
-            f"transformers {transformers.__version__} cannot write compressed weights; save the model with "
-            "s3tensor.save_pretrained, or update transformers to 4.57 or later"
-        )
-
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """The model with dense weights, in place; transformers then knows it as a plain one."""
         model = self._dequantize(model, dtype)
@@ -267,7 +260,7 @@ def register() -> None:
     numbers = transformers.__version__.split(".")[:2]
     if tuple(int(number) for number in numbers) < _FLOOR:
         raise ModelError(
-            f"transformers {transformers.__version__} is too old; update it to 4.56 or later"
+            f"transformers {transformers.__version__} is too old; update it to 5.0 or later"
         )
     auto.register_quantization_config(METHOD)(S3Config)
     auto.register_quantizer(METHOD)(S3Quantizer)

@@ -1,6 +1,7 @@
 """Tests that run in Triton's interpreter, which must be chosen before Triton is imported.
 
-So one test of a file runs the others of that file again, in a process of their own.
+So one test of a file runs the others of that file again, in a process of their own. And what the compiler
+is asked for where there is no GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,3 +41,59 @@ def run_again(file: str, least: int) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     found = re.search(r"(\d+) passed", done.stdout)
     assert found is not None and int(found.group(1)) > least, done.stdout[-500:]
+
+
+def triton_version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(number) for number in triton.__version__.split(".")[:2])
+
+
+def keep_sums_in_their_dtype() -> None:
+    """Mend the interpreter of Triton 3.2: its sums of 32-bit integers have 64 bits, and so what follows.
+
+    ``tl.sum`` is numpy's there, which widens; a GPU sums in the dtype of the result. From Triton 3.3 on the
+    kernels of this library agree with it as they are.
+    """
+    from triton.runtime import interpreter
+
+    if triton_version() >= (3, 3):
+        return
+
+    def summed(self: Any, input: Any) -> Any:
+        data = input.handle.data
+        total = data.sum(axis=self.axis, keepdims=self.keep_dims, dtype=data.dtype)
+        return self.to_tensor(total, input.dtype)
+
+    interpreter.ReduceOps.sum = summed
+
+
+def source_of(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: Iterable[str]
+) -> Any:
+    """What ``triton.compile`` takes, by names; ``aligned`` arguments are multiples of 16."""
+    from triton.backends import compiler
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    places = [names.index(name) for name in names if name in aligned]
+    if triton_version() < (3, 3):
+        hints = compiler.AttrsDescriptor.from_hints(dict.fromkeys(places, 16))
+        return ASTSource(kernel, signature, constants, hints)
+    return ASTSource(kernel, signature, *_by_place(names, constants, places))
+
+
+def gluon_source_of(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: Iterable[str]
+) -> Any:
+    """As :func:`source_of`, of a kernel in Gluon."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    names = kernel.arg_names
+    places = [names.index(name) for name in names if name in aligned]
+    return GluonASTSource(kernel, signature, *_by_place(names, constants, places))
+
+
+def _by_place(names: list[str], constants: dict[str, Any], places: list[int]) -> tuple[Any, Any]:
+    values = {(names.index(name),): value for name, value in constants.items()}
+    return values, {(place,): [["tt.divisibility", 16]] for place in places}

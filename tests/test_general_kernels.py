@@ -10,6 +10,7 @@ import itertools
 import operator
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import gluon_source_of, source_of, triton_version
 from torch import Tensor
 
 from s3tensor.mask import project
@@ -52,9 +54,16 @@ def close(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None) -> No
     assert ((y.double() - exact).abs() <= rounding * exact.abs() + of_sum * terms + 1e-7).all()
 
 
+def need_triton() -> None:
+    """Skip without a Triton that compiles the kernels: 3.5 or later."""
+    pytest.importorskip("triton", reason="needs Triton")
+    if triton_version() < (3, 5):
+        pytest.skip("the kernels for N:M of columns and for blocks need Triton 3.5")
+
+
 def need_gluon() -> None:
     """Skip where ``gather`` does all the work."""
-    pytest.importorskip("triton", reason="needs Triton")
+    need_triton()
     from s3tensor.kernels import columns as column_kernels
 
     if column_kernels.runs is None:
@@ -272,13 +281,34 @@ def test_runs_are_expanded_to_the_dense_product(
         close(y, x, dense, bias)
 
 
+OLD_TRITON = """
+import warnings, torch, triton
+triton.__version__ = "3.4.0"
+from s3tensor import paths
+from s3tensor.pattern import Pattern
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for pattern in ("4:8", "block:16x16@0.5"):
+        bound = Pattern.parse(pattern).bind((64, 128))
+        assert paths.general(bound, torch.bfloat16, torch.device("cuda")) is None
+(only,) = (str(warning.message) for warning in said)
+assert "need Triton 3.5; this is 3.4.0: each call unpacks" in only, only
+"""
+
+
+def test_an_old_triton_leaves_the_kernels_out_and_says_so_once() -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    done = subprocess.run([sys.executable, "-c", OLD_TRITON], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 # Triton's interpreter ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The plain Triton kernels, and what they call, run in Triton's interpreter."""
-    pytest.importorskip("triton", reason="needs Triton")
+    need_triton()
     from s3tensor.kernels import blocks, gather
     from triton import language
     from triton.runtime import interpreter
@@ -293,9 +323,10 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
                 monkeypatch.setattr(module, name, interpreter.InterpretedFunction(value.fn))
     patch = interpreter._patch_lang_tensor
 
-    def with_loops(tensor: Any, scope: Any) -> None:  # numpy 2.4 makes no int of an array of one
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    def with_loops(tensor: Any, *scope: Any) -> None:  # numpy 2.4 makes no int of an array of one
+        patch(tensor, *scope)
+        set_attr = scope[0].set_attr if scope else setattr  # Triton 3.2 has no scopes
+        set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_loops)
     yield
@@ -366,7 +397,7 @@ def test_blocks_give_the_dense_product(
 
 
 def test_code_bytes_are_those_of_the_pattern() -> None:
-    pytest.importorskip("triton", reason="needs Triton")
+    need_triton()
     from s3tensor.kernels import blocks
     from s3tensor.kernels import columns as column_kernels
 
@@ -385,7 +416,7 @@ def test_code_bytes_are_those_of_the_pattern() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_cut_is_always_one_that_can_run(dtype: torch.dtype) -> None:
-    pytest.importorskip("triton", reason="needs Triton")
+    need_triton()
     from s3tensor.kernels import blocks
     from s3tensor.kernels import columns as column_kernels
     from s3tensor.kernels.gather import Gather
@@ -425,7 +456,7 @@ def test_a_cut_is_always_one_that_can_run(dtype: torch.dtype) -> None:
     ],
 )
 def test_a_linear_of_columns_that_cannot_run_is_refused(change: dict[str, Any], match: str) -> None:
-    pytest.importorskip("triton", reason="needs Triton")
+    need_triton()
     from s3tensor.kernels import columns as column_kernels
 
     _, values, indices, _ = random_packed("2:4", 8, 64, torch.float32)
@@ -447,7 +478,7 @@ def test_a_linear_of_columns_that_cannot_run_is_refused(change: dict[str, Any], 
     ],
 )
 def test_a_linear_of_blocks_that_cannot_run_is_refused(change: dict[str, Any], match: str) -> None:
-    pytest.importorskip("triton", reason="needs Triton")
+    need_triton()
     from s3tensor.kernels import blocks
 
     _, values, indices, _ = random_packed("block:16x16@0.5", 32, 64, torch.float32)
@@ -461,7 +492,7 @@ def test_a_linear_of_blocks_that_cannot_run_is_refused(change: dict[str, Any], m
 
 
 def compiled(
-    kernel: Any, source_of: Any, pointers: dict[str, str], constants: dict[str, Any], arch: int
+    kernel: Any, build: Any, pointers: dict[str, str], constants: dict[str, Any], arch: int
 ) -> str:
     """SASS of a kernel for ``sm_<arch>``, after a check that nothing spills; needs no GPU."""
     import triton
@@ -476,12 +507,7 @@ def compiled(
     unknown = {p.name for p in kernel.params if p.do_not_specialize}
     unknown |= {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
     aligned = {"x_ptr", "v_ptr", "y_ptr", "M", "sx"} - unknown
-    source = source_of(
-        kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
-    )
+    source = build(kernel, signature, constants, aligned)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -506,9 +532,8 @@ def compiled(
 def test_gather_compiles_to_wide_loads(
     form: tuple[int, int, int, int], dtype: str, codes: int, batch: int, even: bool, arch: int
 ) -> None:
-    pytest.importorskip("triton", reason="needs Triton")
+    need_triton()
     from s3tensor.kernels.gather import gather_kernel
-    from triton.compiler import ASTSource
 
     words = {0: "*u8", 1: "*i32", 8: "*u8", 16: "*i16", 32: "*i32"}[codes]
     values = {
@@ -520,7 +545,7 @@ def test_gather_compiles_to_wide_loads(
     constants = dict(zip(("KEEP", "GROUP", "BITS", "UNITS"), form, strict=True))
     constants |= {"CODES": codes, "WK": 8, "LANES": 4, "BN": batch, "num_warps": 8}
     constants |= {"EVEN": even, "BIAS": not even}
-    sass = compiled(gather_kernel, ASTSource, {"c_ptr": words, **values}, constants, arch)
+    sass = compiled(gather_kernel, source_of, {"c_ptr": words, **values}, constants, arch)
     if form[0] != 3:  # a run of three values has no wide loads
         assert len(re.findall(r"LDG\.E\.(EF\.)?128", sass)) >= 2  # of a step and the one before
     assert "BAR.SYNC" not in sass[: sass.rindex("FFMA")]  # warps meet after the loop only
@@ -544,7 +569,6 @@ def test_runs_compile_to_wide_loads_and_tensor_cores(
 ) -> None:  # fmt: skip
     need_gluon()
     from s3tensor.kernels.runs import runs_kernel
-    from triton.experimental.gluon._runtime import GluonASTSource
 
     words = {1: "*i32", 8: "*u8", 16: "*i16", 32: "*i32"}[codes]
     pointers = {"x_ptr": "*i32", "v_ptr": "*i32", "c_ptr": words, "b_ptr": f"*{dtype}"}
@@ -552,7 +576,7 @@ def test_runs_compile_to_wide_loads_and_tensor_cores(
     constants |= dict(zip(("WK", "TILES", "UNITS", "BN", "AHEAD"), cut, strict=True))
     constants |= {"CODES": codes, "EVEN": even, "BIAS": not even, "num_warps": cut[0]}
     pointers["y_ptr"] = f"*{dtype}"
-    sass = compiled(runs_kernel, GluonASTSource, pointers, constants, arch)
+    sass = compiled(runs_kernel, gluon_source_of, pointers, constants, arch)
     _, tiles, units, batch, _ = cut
     assert len(re.findall(r"HMMA\.16816\.F32", sass)) == tiles * units * form[3] // 4 * batch // 8
     assert len(re.findall(r"LDG\.E\.128", sass)) >= 4 * tiles * units  # a step's values, twice
@@ -568,9 +592,8 @@ def test_runs_compile_to_wide_loads_and_tensor_cores(
 def test_blocks_compile_to_tensor_cores_and_copies_to_shared_memory(
     block: tuple[int, int], dtype: str, n: int, bits: int, arch: int
 ) -> None:
-    pytest.importorskip("triton", reason="needs Triton")
+    need_triton()
     from s3tensor.kernels import blocks
-    from triton.compiler import ASTSource
 
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     cut = blocks.choose(types[dtype], n, 4096, 132)
@@ -588,7 +611,7 @@ def test_blocks_compile_to_tensor_cores_and_copies_to_shared_memory(
         "EVEN": block[0] % height == 0, "BIAS": False, "num_warps": cut.warps,
     }  # fmt: skip
     pointers = {"c_ptr": "*u8", "numbers_ptr": "*i32", **values}
-    sass = compiled(blocks.blocks_kernel, ASTSource, pointers, constants, arch)
+    sass = compiled(blocks.blocks_kernel, source_of, pointers, constants, arch)
     assert ("HMMA" in sass) == (dtype != "fp32")
     assert "TF32" not in sass
     if block[1] >= 8:

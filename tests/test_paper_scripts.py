@@ -168,7 +168,7 @@ def test_a_layer_from_files_is_measured_and_stored(
     ]
     stored = json.loads((tmp_path / "out" / "layer.json").read_text())
     assert (stored["samples"], stored["held_out_samples"]) == (90, 30)
-    table = pd.read_csv(tmp_path / "out" / "layer.csv")
+    table = pd.read_csv(tmp_path / "out" / "layer.csv", float_precision="round_trip")
     assert table["error"].tolist() == [row["error"] for row in stored["rows"]]
     rows_x = x.flatten(0, 1)[:90]
     mine = s3.prune.admm(weight, rows_x.T @ rows_x / 90, "2:4").weight

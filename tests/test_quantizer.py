@@ -64,6 +64,7 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 
 # registration ---------------------------------------------------------------------------------------
 
+OLD_TORCH = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 7)
 FINDS = "from transformers import AutoModelForCausalLM\n"
 ORDERS = {
     "s3tensor first": f"import s3tensor\n{FINDS}",
@@ -204,6 +205,7 @@ def test_a_device_map_places_compressed_weights(saved: Path, place: Any) -> None
     assert torch.equal(logits(found), logits(pruned("llama")))
 
 
+@pytest.mark.skipif(OLD_TORCH, reason="transformers 5 has no forward on meta before torch 2.7")
 def test_a_model_on_the_meta_device_has_its_compressed_weights_without_values(saved: Path) -> None:
     found = load(saved, device_map="meta")
     weights = sparse(found)
@@ -330,6 +332,7 @@ def test_a_pipeline_runs_on_a_folder(tmp_path: Path) -> None:
     assert found["generated_text"].startswith("sparse weights")
 
 
+@pytest.mark.skipif(OLD_TORCH, reason="transformers 5 gives no single graph before torch 2.7")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_forward_compiles_to_one_graph(tmp_path: Path, kind: str) -> None:
     s3.save_pretrained(pruned(kind), tmp_path)

@@ -18,7 +18,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import DEVICES, INTERPRETED, device_of, run_again
+from interpreter import (
+    DEVICES,
+    INTERPRETED,
+    device_of,
+    keep_sums_in_their_dtype,
+    run_again,
+    source_of,
+)
 from torch import Tensor
 
 import s3tensor as s3
@@ -33,6 +40,9 @@ pytest.importorskip("triton", reason="needs Triton")
 from s3tensor.kernels import pack as pack_kernels
 from s3tensor.kernels import tiles
 from s3tensor.kernels import unpack as unpack_kernels
+
+if INTERPRETED:
+    keep_sums_in_their_dtype()
 
 FORMS = tiles.FORMS
 U8, BF16, F16, F32, F64 = (
@@ -454,16 +464,12 @@ def compiled(
     """SASS and use of registers and memory of a kernel for ``sm_<arch>``; needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     if INTERPRETED:
         pytest.skip("the interpreter does not compile")
     names = kernel.arg_names
     signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in names}
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in pointers if n != "flag_ptr"}
-    source = ASTSource(
-        kernel, signature, {(names.index(n),): value for n, value in constants.items()}, aligned
-    )
+    source = source_of(kernel, signature, constants, pointers.keys() - {"flag_ptr"})
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
