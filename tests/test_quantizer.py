@@ -205,15 +205,21 @@ def test_a_device_map_places_compressed_weights(saved: Path, place: Any) -> None
     assert torch.equal(logits(found), logits(pruned("llama")))
 
 
-@pytest.mark.skipif(OLD_TORCH, reason="transformers 5 has no forward on meta before torch 2.7")
 def test_a_model_on_the_meta_device_has_its_compressed_weights_without_values(saved: Path) -> None:
     found = load(saved, device_map="meta")
     weights = sparse(found)
     assert len(weights) == 14
     assert all(weight.is_meta and weight.packed.is_meta for weight in weights.values())
     assert hf.weight_bytes(found) == hf.weight_bytes(pruned("llama"))
+    ids = token_ids().to("meta")
     with torch.no_grad():
-        assert found(input_ids=token_ids().to("meta")).logits.is_meta
+        try:
+            tiny("llama").to("meta")(input_ids=ids)
+        except (
+            RuntimeError
+        ):  # transformers 5.0 asks torch whether autocast is on there, for a dense model too
+            return
+        assert found(input_ids=ids).logits.is_meta
 
 
 @pytest.mark.gpu
@@ -332,9 +338,10 @@ def test_a_pipeline_runs_on_a_folder(tmp_path: Path) -> None:
     assert found["generated_text"].startswith("sparse weights")
 
 
-@pytest.mark.skipif(OLD_TORCH, reason="transformers 5 gives no single graph before torch 2.7")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_forward_compiles_to_one_graph(tmp_path: Path, kind: str) -> None:
+    if OLD_TORCH and kind == "llama":
+        pytest.skip("torch before 2.7 breaks the graph in a decorator of transformers 5.0's Llama")
     s3.save_pretrained(pruned(kind), tmp_path)
     found = load(tmp_path)
     compiled = torch.compile(found, fullgraph=True, backend="aot_eager")
