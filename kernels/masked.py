@@ -72,12 +72,13 @@ def masked_kernel(
     if WRITE:
         tl.store(mask_ptr + at, kept.to(tl.int8), mask=live)
     if SOFT:
-        size = tl.abs(w)
-        a, b, c, d = _apart(tl.where(kept, 0.0, size.to(tl.float32)), SCOPES)
+        wide = w.to(tl.float32)
+        size = tl.abs(wide)
+        a, b, c, d = _apart(tl.where(kept, 0.0, size), SCOPES)
         most = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
-        dropped = _together(most, most, most, most, SCOPES).to(w.dtype)
-        short = (size.to(tl.float32) - dropped.to(tl.float32)).to(w.dtype).to(tl.float32)
-        signed = tl.where(w < 0, -short, short) * tl.load(beta_ptr)
+        dropped = _together(most, most, most, most, SCOPES)
+        short = (size - dropped).to(w.dtype).to(tl.float32)
+        signed = tl.where(wide < 0, -short, short) * tl.load(beta_ptr)
         out = tl.where(kept & (size > dropped), signed, 0.0).to(w.dtype)
     else:
         out = tl.where(kept, w, 0.0)
