@@ -29,7 +29,7 @@ from s3tensor.cli.group import (
     out,
     perplexity_on,
 )
-from s3tensor.errors import CheckpointError
+from s3tensor.errors import CheckpointError, PatternError
 from s3tensor.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -111,6 +111,12 @@ A run that was broken off goes on when the same command is given again."""
     type=click.FloatRange(min=0, min_open=True),
     help="time for that in all blocks together [no limit]; alone: in at most 300 steps a block",
 )
+@click.option(
+    "--budgets",
+    metavar="mixed|FILE.yaml",
+    help="mixed: keep more where it costs most and less elsewhere, as many weights in all; or the "
+    "patterns of single linears by name or glob, the rest as --pattern",
+)
 @click.option("--blocks", type=COUNT, help="only the first so many decoder blocks")
 @click.option(
     "--misfit",
@@ -167,6 +173,7 @@ def prune(
     damp: float,
     recover: int | None,
     recover_seconds: float | None,
+    budgets: str | None,
     blocks: int | None,
     misfit: Any,
     dtype: str,
@@ -187,6 +194,7 @@ def prune(
     with as_usage():
         llm.check_options(pruner, alpha, damp)
         recovery = _recovery(recover, recover_seconds, seed)
+        wanted = read_budgets(budgets)
     llm.check_out(directory)
     if report is not None:
         check_writable(report)
@@ -205,6 +213,8 @@ def prune(
             alpha=alpha,
             damp=damp,
             recover=recovery,
+            budgets=wanted,
+            held_out=held_out.split(1) if held_out is not None and _few(loaded, batches) else None,
             device=where,
             blocks=blocks,
             on_misfit=misfit,
@@ -229,7 +239,8 @@ def prune(
             "total_seconds": round(time.perf_counter() - start, 3),
         }
         # What is in the folder is of this run, also a model that it was saving when it was killed.
-        card = {**figures, "command": shlex.join(["s3tensor", *sys.argv[1:]])}
+        card = {**figures, "pattern": result.patterns_text}
+        card = {**card, "command": shlex.join(["s3tensor", *sys.argv[1:]])}
         saved = hf.save_pretrained(
             loaded, directory, tokenizer, dense=form == "dense", overwrite=True, card=card
         )
@@ -256,6 +267,44 @@ def _says_how_to_go_on() -> Iterator[None]:
     except KeyboardInterrupt:
         err.print("\nfinished blocks are kept: the same command goes on from there")
         raise
+
+
+def read_budgets(text: str | None) -> Any:
+    """What ``--budgets`` means to ``prune_model``: the patterns in a file, or the word as it is.
+
+    Raises:
+        PatternError: no file, one that maps no names to patterns, or a pattern that does not parse.
+    """
+    import yaml
+
+    if text is None or text == "mixed":
+        return text
+    try:
+        # All scalars as they stand: YAML itself takes 1:4 for a number of base 60.
+        found = yaml.load(Path(text).read_text(encoding="utf-8"), yaml.BaseLoader)
+    except OSError as error:
+        raise PatternError(
+            f"--budgets {text}: give 'mixed' or a YAML file ({error.strerror})"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PatternError(f"{text} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
+        raise PatternError(
+            f"{text} must map names of linears to patterns, as in '*.down_proj': 3:4"
+        )
+    for pattern in found.values():
+        Pattern.parse(pattern)
+    return found
+
+
+def _few(model: Any, batches: list[Tensor]) -> bool:
+    """Whether there are fewer calibration tokens than a linear of the blocks has inputs."""
+    from s3tensor import llm
+
+    pattern = Pattern.parse("unstructured@1")
+    blocks = llm.decoder_blocks(model)[1]
+    widths = [x.shape[1] for b in blocks for x in llm.prunable_layers(b, "", pattern)[0]]
+    return sum(batch.numel() for batch in batches) < max(widths, default=0)
 
 
 def check_writable(report: Path) -> None:

@@ -6,9 +6,11 @@ import hashlib
 import inspect
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,43 +19,37 @@ from torch import Tensor, nn
 
 from s3tensor import prune
 from s3tensor.errors import ModelError, NonFiniteError, PatternError, PrunerError
-from s3tensor.hessian import Factors, Hessian, output_error
+from s3tensor.hessian import Hessian
+from s3tensor.llm.budgets import (
+    BUDGETS_JSON,
+    Budgets,
+    choices,
+    load_budgets,
+    mixed_budgets,
+    parse_budgets,
+    pattern_of,
+    save_budgets,
+)
 from s3tensor.llm.calibrate import BlockRunner, Chunk, catch_chunks, check_batches, has_room
+from s3tensor.llm.group import Run, prune_group, short_names
 from s3tensor.llm.progress import PruneProgress
 from s3tensor.llm.recover import Recovered, Recovery, recover_block, shared_parameters
 from s3tensor.llm.report import BlockRow, LinearRow, PeakMemory, PruneReport
-from s3tensor.llm.resume import RunFolder, fingerprint, locked
+from s3tensor.llm.resume import RunFolder, fingerprint, locked, unfinished
 from s3tensor.llm.structure import (
     LayerFilter,
     LinearLayer,
     Skipped,
     decoder_blocks,
+    dense_again,
+    on_device,
     prunable_layers,
 )
 from s3tensor.pattern import Pattern
-from s3tensor.prune.problem import row_stacks
 from s3tensor.tensor import StructuredSparseTensor
 
+_DIAGONAL = ("magnitude", "wanda", "obd")  # they look at the diagonal of a Hessian at most
 DEFAULT_ALPHA = 0.5  # best of five on development text with SmolLM2-135M (docs/pruners.md)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What stays the same while a model is pruned."""
-
-    pattern: Pattern
-    pruner: str
-    alpha: float
-    damp: float
-    options: dict[str, Any]
-    device: torch.device
-    cache: torch.device
-    compress: bool
-    recovery: Recovery | None
-
-    @property
-    def dense_target(self) -> bool:
-        return self.alpha > 0
 
 
 @dataclass
@@ -62,6 +58,7 @@ class _Streams:
 
     pruned: list[Chunk]  # in the model as it is pruned so far
     dense: list[Chunk]  # in the dense model; the same until something is pruned
+    held_out: list[Chunk] = field(default_factory=list)  # held-out tokens in the pruned model
 
 
 def prune_model(
@@ -79,6 +76,8 @@ def prune_model(
     on_misfit: Literal["skip", "error"] = "skip",
     compress: bool = True,
     recover: Recovery | int | None = None,
+    budgets: Budgets | None = None,
+    held_out: Iterable[Tensor] | None = None,
     work_dir: str | Path | None = None,
     progress: bool = True,
     **options: Any,
@@ -114,6 +113,10 @@ def prune_model(
         recover: steps of recovery for each block, or a :class:`~s3tensor.llm.Recovery`: once a block
             is pruned, its kept weights, biases and norms are trained together towards the dense block's
             output on the calibration tokens. Better weights for more time; default none.
+        budgets: ``"mixed"``: less and more kept than ``pattern`` says, as many weights in all, where the
+            dense model's inputs tell that it costs least (see :mod:`s3tensor.llm.budgets`); or the patterns
+            of single linears, by full name or by a glob such as ``"*.down_proj"``, the rest ``pattern``.
+        held_out: token ids like ``calibration``, on which the error of each pruned linear is measured too.
         work_dir: folder that receives each finished block and the CSV rows; a killed run that is
             started again with the same arguments goes on after the last finished block, to the same
             weights.
@@ -126,14 +129,18 @@ def prune_model(
     Raises:
         ModelError: no decoder blocks, nothing to prune in them, or blocks that are no chain.
         PrunerError: an unknown pruner, or a damp, an alpha or an option of recovery out of range.
-        PatternError: a misfit under ``on_misfit="error"``.
+        PatternError: a misfit under ``on_misfit="error"``, or budgets that cannot be.
         CalibrationError: unusable calibration data.
         NonFiniteError: NaN or Inf in a weight or an activation, by name of the layer.
         CheckpointError: ``work_dir`` holds another run, is in use, or cannot be written.
-        torch.OutOfMemoryError: recovery does not fit with one sequence at a time either.
+        torch.OutOfMemoryError: a pruner does not fit with the least working memory, or recovery with one
+            sequence at a time.
+
+    What breaks a run off leaves whole blocks: those that were finished, and dense ones.
 
     Warns:
-        UserWarning: recovery met NaN or Inf in a block, which stays as it was pruned.
+        UserWarning: recovery met NaN or Inf in a block, which stays as it was pruned; or there are fewer
+            calibration tokens than some linear has inputs.
     """
     start = time.perf_counter()
     pattern = Pattern.parse(pattern)
@@ -143,11 +150,24 @@ def prune_model(
     chosen = list(found)[: _block_count(blocks, len(found))]
     where = torch.device(device) if device is not None else next(model.parameters()).device
     accepted = _options(pruner, alpha, options)
-    plan = _plan(model, chosen, prefix, pattern, filter_fn, on_misfit)
-    batches = list(calibration)
+    named = parse_budgets(budgets, model)
+    if budgets == "mixed":
+        choices(pattern)  # refused here, before any work
+    wanted = partial(pattern_of, named=named, pattern=pattern)
+    plan = _plan(model, chosen, prefix, wanted, filter_fn, on_misfit)
+    batches, unseen = list(calibration), list(held_out or ())
     check_batches(model, batches)
-    cache = _cache(where, plan, batches) if cache_device is None else torch.device(cache_device)
-    run = _Run(pattern, pruner, accepted, damp, options, where, cache, compress, recovery)
+    if unseen:
+        check_batches(model, unseen)
+    if pruner not in _DIAGONAL:
+        _warn_of_few_tokens(plan, batches)
+    cache = (
+        _cache(where, plan, [*batches, *unseen])
+        if cache_device is None
+        else torch.device(cache_device)
+    )
+    patterns = {layer.name: wanted(layer.name) for layers, _ in plan for layer in layers}
+    run = Run(patterns, pruner, accepted, damp, options, where, cache, compress, recovery)
     report = PruneReport(str(pattern), pruner)
     was_training = model.training
     model.eval()
@@ -155,23 +175,48 @@ def prune_model(
     with ExitStack() as stack:
         stack.callback(model.train, was_training)
         folder = None
+        goes_on = False
         if work_dir is not None:
             stack.enter_context(locked(work_dir))
-            folder = RunFolder(Path(work_dir), _resume_settings(run, model, batches, plan))
+            goes_on = unfinished(work_dir)
+            settings = _resume_settings(run, model, batches, plan, pattern, budgets == "mixed")
+            folder = RunFolder(Path(work_dir), settings)
         bar = stack.enter_context(PruneProgress(total, len(chosen), progress))
         chunks = catch_chunks(model, chosen, batches, run.cache)
         streams = _Streams(chunks, [Chunk(chunk.hidden, chunk.extras) for chunk in chunks])
+        if unseen:
+            streams.held_out = catch_chunks(model, chosen, unseen, run.cache)
+        if budgets == "mixed":
+            file = None if folder is None else folder.folder / BUDGETS_JSON
+            if file is not None and goes_on and file.is_file():
+                mixed = load_budgets(file)
+            else:
+                mixed = mixed_budgets(
+                    pattern,
+                    chosen,
+                    prefix,
+                    [layers for layers, _ in plan],
+                    chunks,
+                    device=where,
+                    cache=cache,
+                    damp=damp,
+                    told=bar.doing,
+                )
+                if file is not None:
+                    save_budgets(file.parent, mixed)
+            run = replace(run, patterns={**patterns, **mixed})
         shared = shared_parameters(model, chosen)
         for index, (block, (layers, skipped)) in enumerate(zip(chosen, plan, strict=True)):
             runner = BlockRunner(block, index, f"{prefix}.{index}", run.device, run.cache)
-            with _on_device(block, run.device):
+            with on_device(block, run.device):
                 if folder is not None and folder.finished(index):
                     row, linears = _replay(runner, streams, folder)
                     bar.resumed(sum(layer.weight.numel() for layer in layers))
                     report.resumed += 1
                 else:
                     left = _seconds_left(recovery, report.blocks, len(chosen) - index)
-                    row, linears = _prune_block(runner, layers, streams, run, bar, shared, left)
+                    with dense_again(block, layers):
+                        row, linears = _prune_block(runner, layers, streams, run, bar, shared, left)
                     if folder is not None:
                         folder.save(index, block, row, linears)
                     bar.block(row)
@@ -185,17 +230,6 @@ def prune_model(
 
 
 _ROUTED = "it does not see every token of a sequence (never called, or routed)"
-
-
-@contextmanager
-def _on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """The block on a device for a while."""
-    home = next(block.parameters()).device
-    block.to(device)
-    try:
-        yield
-    finally:
-        block.to(home)
 
 
 def _block_count(wanted: int | None, present: int) -> int:
@@ -215,7 +249,7 @@ def _plan(
     model: nn.Module,
     blocks: Sequence[nn.Module],
     prefix: str,
-    pattern: Pattern,
+    pattern: Callable[[str], Pattern],  # by the full name of a linear
     filter_fn: LayerFilter | None,
     on_misfit: str,
 ) -> _Plan:
@@ -241,8 +275,21 @@ def _plan(
         plan.append((mine, skipped))
     if not any(layers for layers, _ in plan):
         reasons = sorted({s.reason for _, skipped in plan for s in skipped})
-        raise ModelError(f"no linear of the model can be pruned to {pattern}: {reasons[0]}")
+        raise ModelError(f"no linear of the model can be pruned to {pattern('')}: {reasons[0]}")
     return plan
+
+
+def _warn_of_few_tokens(plan: _Plan, batches: list[Tensor]) -> None:
+    tokens = sum(batch.numel() for batch in batches)
+    layers = [layer for layers, _ in plan for layer in layers]
+    widest = max(layers, key=lambda layer: layer.shape[1])
+    if tokens < widest.shape[1]:
+        warnings.warn(
+            f"{tokens} calibration tokens for {widest.name}, which has {widest.shape[1]} in_features: with "
+            "fewer tokens than inputs weights are fitted to these tokens alone. Calibrate on more; "
+            "held_out= tells the error on other tokens",
+            stacklevel=3,
+        )
 
 
 def _check_placed(model: nn.Module) -> None:
@@ -308,11 +355,18 @@ def check_options(pruner: str, alpha: float | None = None, damp: float = 0.01) -
 
 
 def _resume_settings(
-    run: _Run, model: nn.Module, batches: list[Tensor], plan: _Plan
+    run: Run,
+    model: nn.Module,
+    batches: list[Tensor],
+    plan: _Plan,
+    pattern: Pattern,
+    mixed: bool,
 ) -> dict[str, Any]:
+    others = {name: p.parts for name, p in sorted(run.patterns.items()) if p != pattern}
     names = "\n".join(layer.name for layers, _ in plan for layer in layers)
     return {
-        "pattern": run.pattern.parts,
+        "pattern": pattern.parts,
+        "budgets": "mixed" if mixed else others or None,
         "pruner": run.pruner,
         "alpha": run.alpha,
         "damp": run.damp,
@@ -338,7 +392,7 @@ def _replay(
         for name, tensor in runner.block.state_dict().items():
             found = state[name]
             tensor.copy_(found.to_dense() if isinstance(found, StructuredSparseTensor) else found)
-    for chunk in streams.pruned:
+    for chunk in (*streams.pruned, *streams.held_out):
         chunk.hidden = runner.output(chunk).to(runner.cache)
     for name, tensor in state.items():
         if isinstance(tensor, StructuredSparseTensor):
@@ -352,7 +406,7 @@ def _prune_block(
     runner: BlockRunner,
     layers: list[LinearLayer],
     streams: _Streams,
-    run: _Run,
+    run: Run,
     bar: PruneProgress,
     shared: set[int],  # ids of parameters that are not this block's alone
     seconds: float | None,  # for its recovery
@@ -369,11 +423,12 @@ def _prune_block(
     rows: list[LinearRow] = []
     masks: list[tuple[LinearLayer, Tensor]] = []
     for group, targets in zip(groups, dense_inputs, strict=True):
-        bar.doing(runner.index, f"inputs of {_short(group)}")
+        bar.doing(runner.index, f"inputs of {short_names(group)}")
         hessian = _hessian(runner, streams.pruned, group, targets, run)
         targets.clear()
         if hessian is not None:
-            rows.extend(_prune_group(group, runner.index, hessian, run, bar, memory, masks))
+            unseen = _unseen(runner, streams, group, run)
+            rows.extend(prune_group(group, runner.index, hessian, unseen, run, bar, memory, masks))
     bar.skip(sum(x.weight.numel() for x in layers) - sum(m.numel() for _, m in masks))
     recovered = Recovered(0, 0.0, None, None)
     if run.recovery is not None and masks:
@@ -393,7 +448,8 @@ def _prune_block(
     error = _advance(runner, streams)
     if run.compress:
         for layer, mask in masks:
-            layer.set_weight(StructuredSparseTensor.from_dense(layer.weight, run.pattern, mask))
+            pattern = run.patterns[layer.name]
+            layer.set_weight(StructuredSparseTensor.from_dense(layer.weight, pattern, mask))
     row = BlockRow(
         block=runner.index,
         linears=len(rows),
@@ -428,7 +484,7 @@ def _goals(runner: BlockRunner, streams: _Streams, recovery: Recovery) -> list[T
 
 
 def _dense_pass(
-    runner: BlockRunner, groups: list[list[LinearLayer]], streams: _Streams, run: _Run
+    runner: BlockRunner, groups: list[list[LinearLayer]], streams: _Streams, run: Run
 ) -> tuple[list[list[LinearLayer]], list[list[Tensor]]]:
     """Move the dense stream past the block.
 
@@ -456,7 +512,7 @@ def _hessian(
     chunks: list[Chunk],
     group: list[LinearLayer],
     targets: list[Tensor],
-    run: _Run,
+    run: Run,
 ) -> Hessian | None:
     """Second moments of the group's inputs in the pruned stream, and against those of the dense one.
 
@@ -475,69 +531,17 @@ def _hessian(
     return hessian
 
 
-def _prune_group(
-    group: list[LinearLayer],
-    index: int,
-    hessian: Hessian,
-    run: _Run,
-    bar: PruneProgress,
-    memory: PeakMemory,
-    masks: list[tuple[LinearLayer, Tensor]],  # appended to
-) -> list[LinearRow]:
-    pruner = prune.get(run.pruner)
-    value = hessian.value()
-    factors = Factors(value, run.damp)
-    extra: dict[str, Any] = {}
-    if run.dense_target:
-        extra = {"target": hessian.cross(), "alpha": run.alpha}
-    rows = []
-    for stack in _stacks(group, run):
-        bar.doing(index, _short(stack))
-        weights = [layer.weight for layer in stack]
-        size = sum(weight.numel() for weight in weights)
-        if "progress" in inspect.signature(pruner).parameters:
-            extra["progress"] = lambda done, of, size=size: bar.within(size, done / of)
-        memory.part()
-        start = time.perf_counter()
-        pruned = pruner(
-            weights[0] if len(stack) == 1 else torch.cat(weights),
-            factors,
-            run.pattern,
-            **{**extra, **run.options},
-        )
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
-        seconds = time.perf_counter() - start
-        peak = memory.part()
-        heights = [len(weight) for weight in weights]
-        parts = zip(pruned.weight.split(heights), pruned.mask.split(heights), strict=True)
-        for layer, weight, (found, mask) in zip(stack, weights, parts, strict=True):
-            error = output_error(found, weight, value)
-            layer.copy_weight(found)
-            masks.append((layer, mask))
-            row = LinearRow(
-                block=index,
-                name=layer.name,
-                out_features=layer.shape[0],
-                in_features=layer.shape[1],
-                error=error,
-                seconds=seconds * weight.numel() / size,
-                samples=hessian.samples,
-                density=int(mask.count_nonzero()) / weight.numel(),
-                peak_memory_bytes=peak,
-            )
-            rows.append(row)
-            bar.linear(row)
-    return rows
-
-
-def _stacks(group: list[LinearLayer], run: _Run) -> list[list[LinearLayer]]:
-    """Linears of one input that are pruned as one weight: their Hessian is factored once."""
-    dtypes = {layer.weight.dtype for layer in group}
-    if run.pruner not in prune.ROW_WISE or len(dtypes) > 1:
-        return [[layer] for layer in group]
-    stacks = row_stacks([layer.shape for layer in group], run.pattern)
-    return [[group[i] for i in stack] for stack in stacks]
+def _unseen(
+    runner: BlockRunner, streams: _Streams, group: list[LinearLayer], run: Run
+) -> Hessian | None:
+    """Second moments of the group's inputs on the held-out tokens; None without them or where routed."""
+    hessian = Hessian(group[0].shape[1], device=run.device)
+    for chunk in streams.held_out:
+        given = runner.layer_input(chunk, group[0].module)
+        if given is None:
+            return None
+        hessian.update(given)
+    return hessian if streams.held_out else None
 
 
 def _advance(runner: BlockRunner, streams: _Streams) -> float:
@@ -549,10 +553,8 @@ def _advance(runner: BlockRunner, streams: _Streams) -> float:
         lost += float((out.float() - expected).square().sum(dtype=torch.float64))
         total += float(expected.square().sum(dtype=torch.float64))
         chunk.hidden = out.to(runner.cache)
+    for chunk in streams.held_out:
+        chunk.hidden = runner.output(chunk).to(runner.cache)
     if total == 0:
         return 0.0 if lost == 0 else math.inf
     return math.sqrt(lost / total)
-
-
-def _short(group: list[LinearLayer]) -> str:
-    return ", ".join(layer.name.rpartition(".")[2] for layer in group)

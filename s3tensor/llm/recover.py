@@ -170,7 +170,7 @@ def recover_block(
             tuning = _Tuning(runner, leaves, Sequences(runner, chunks, targets), recovery)
             before, after, steps = tuning.run(start, seconds, told)
     except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         raise torch.OutOfMemoryError(
             f"recovery of {runner.name} needs more memory than {runner.device} has, with one sequence of "
@@ -335,7 +335,7 @@ class _Tuning:
             try:
                 total += work(alike)
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if len(alike) == 1:
                     raise
@@ -389,7 +389,8 @@ def _share(target: Tensor) -> Tensor:
     return squares.clamp_min(least).reciprocal()
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error tells that memory ran out, on any device."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(
         error
     )

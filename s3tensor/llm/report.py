@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -34,6 +35,8 @@ class LinearRow:
     samples: int  # calibration tokens that its Hessian has seen
     density: float
     peak_memory_bytes: int  # while it was pruned, see PeakMemory
+    pattern: str = ""
+    held_out_error: float | None = None  # like ``error``, on held-out tokens where there were any
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class PruneReport:
     """The outcome of :func:`s3tensor.llm.prune_model`.
 
     Attributes:
+        pattern: the one that was asked for; with budgets a linear's own stands in its row.
         linears: a row for each pruned linear.
         blocks: a row for each finished block.
         skipped: ``(name, reason)`` of each linear that stayed dense.
@@ -76,6 +80,18 @@ class PruneReport:
     def solver_seconds(self) -> float:
         """Seconds spent in the pruner itself."""
         return sum(row.solver_seconds for row in self.blocks)
+
+    @property
+    def patterns(self) -> dict[str, int]:
+        """How many linears were pruned to each pattern."""
+        return dict(sorted(Counter(row.pattern for row in self.linears).items()))
+
+    @property
+    def patterns_text(self) -> str:
+        """The pattern, or with several what each was used for: ``1:4 (3 linears), 2:4 (8 linears)``."""
+        if set(self.patterns) <= {self.pattern}:
+            return self.pattern
+        return ", ".join(f"{name} ({count} linears)" for name, count in self.patterns.items())
 
     @property
     def recovery(self) -> dict[str, float] | None:
@@ -104,16 +120,19 @@ class PruneReport:
     def summary(self) -> dict[str, Any]:
         """The figures that matter, for JSON."""
         errors = sorted(row.error for row in self.linears)
+        held = sorted(x.held_out_error for x in self.linears if x.held_out_error is not None)
         weights = sum(row.out_features * row.in_features for row in self.linears)
         kept = sum(row.out_features * row.in_features * row.density for row in self.linears)
         return {
             "pattern": self.pattern,
+            "patterns": self.patterns,
             "pruner": self.pruner,
             "layers": len(self.linears),
             "blocks": len(self.blocks),
             "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
             "density": kept / weights if weights else 1.0,
             "median_error": errors[len(errors) // 2] if errors else None,
+            "median_held_out_error": held[len(held) // 2] if held else None,
             "seconds": round(self.seconds, 3),
             "solver_seconds": round(self.solver_seconds, 3),
             "recovery": self.recovery,
@@ -123,11 +142,14 @@ class PruneReport:
     def __str__(self) -> str:
         figures = self.summary()
         lines = [
-            f"{figures['layers']} linears in {figures['blocks']} blocks pruned to {self.pattern} by "
+            f"{figures['layers']} linears in {figures['blocks']} blocks pruned to {self.patterns_text} by "
             f"{self.pruner} in {self.seconds:.1f} s ({self.solver_seconds:.1f} s in the pruner)"
         ]
         if figures["median_error"] is not None:
-            lines.append(f"median relative output error of a linear: {figures['median_error']:.4f}")
+            line = f"median relative output error of a linear: {figures['median_error']:.4f}"
+            if figures["median_held_out_error"] is not None:
+                line += f"; on held-out tokens: {figures['median_held_out_error']:.4f}"
+            lines.append(line)
         recovery = figures["recovery"]
         if recovery is not None:
             lines.append(

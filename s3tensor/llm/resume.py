@@ -193,6 +193,11 @@ def check_out(folder: str | Path) -> None:
         )
 
 
+def unfinished(folder: str | Path) -> bool:
+    """Whether a folder holds a run that was begun."""
+    return (Path(folder) / _RUN).is_file()
+
+
 def forget_run(folder: str | Path) -> None:
     """Delete a finished run's blocks and settings once the model is saved; CSV files stay.
 

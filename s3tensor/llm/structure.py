@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from s3tensor.errors import ModelError, PatternError
 from s3tensor.pattern import Pattern
 from s3tensor.sparsify import is_conv1d
+from s3tensor.tensor import StructuredSparseTensor
 
 LayerFilter = Callable[[nn.Module, str], bool]
 
@@ -97,7 +100,7 @@ def _are_blocks(modules: nn.ModuleList) -> bool:
 def prunable_layers(
     block: nn.Module,
     prefix: str,
-    pattern: Pattern,
+    pattern: Pattern | Callable[[str], Pattern],  # or the pattern of each linear by its full name
     filter_fn: LayerFilter | None = None,
 ) -> tuple[list[LinearLayer], list[Skipped]]:
     """The linears of one block that fit ``pattern``, and the weights that stay dense with the reason.
@@ -113,7 +116,8 @@ def prunable_layers(
         if is_linear(module):
             inside += (f"{name}.",)
             layer = LinearLayer(module, full, is_conv1d(module))
-            refusal = _refusal(layer, pattern, filter_fn)
+            wanted = pattern if isinstance(pattern, Pattern) else pattern(full)
+            refusal = _refusal(layer, wanted, filter_fn)
             if refusal is None:
                 layers.append(layer)
             else:
@@ -142,3 +146,35 @@ def _refusal(layer: LinearLayer, pattern: Pattern, filter_fn: LayerFilter | None
     except PatternError as error:
         return Skipped(layer.name, str(error), misfit=True)
     return None
+
+
+@contextmanager
+def on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """The block on a device for a while."""
+    home = next(block.parameters()).device
+    block.to(device)
+    try:
+        yield
+    finally:
+        block.to(home)
+
+
+@contextmanager
+def dense_again(block: nn.Module, layers: list[LinearLayer]) -> Iterator[None]:
+    """Give a block its parameters back when what is done to it is broken off, by whatever it is."""
+    held = [(layer.module, layer.module.weight) for layer in layers]
+    plain = (
+        x
+        for x in (*block.parameters(), *block.buffers())
+        if not isinstance(x, StructuredSparseTensor)  # nothing changes one
+    )
+    values = [(x, x.detach().to("cpu", copy=True)) for x in plain]
+    try:
+        yield
+    except BaseException:
+        for module, weight in held:
+            module.weight = weight
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+        raise

@@ -1,0 +1,261 @@
+"""Which pattern each linear gets: patterns by name, or mixed budgets over layers at an equal total."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from s3tensor.checkpoint import write_json
+from s3tensor.errors import CheckpointError, PatternError
+from s3tensor.hessian import Factors, Hessian, output_error
+from s3tensor.llm.calibrate import BlockRunner, Chunk
+from s3tensor.llm.structure import LinearLayer, is_linear, on_device
+from s3tensor.mask import select
+from s3tensor.pattern import Pattern
+from s3tensor.prune.problem import row_group
+from s3tensor.prune.product import Product
+from s3tensor.prune.splitting import block_scale, refit
+
+Budgets: TypeAlias = "Literal['mixed'] | Mapping[str, Pattern | str]"
+
+BUDGETS_JSON = "budgets.json"  # in a run's folder: the pattern of each linear, as it was allocated
+
+_ROWS = 128  # of a weight, on which its sensitivity is measured
+_BALANCE = 0.85  # the default of admm
+_SLOTS = 20_000  # most sizes of the budget that the allocation tells apart
+
+
+def parse_budgets(budgets: Budgets | None, model: nn.Module) -> dict[str, Pattern] | None:
+    """Patterns by full name or glob of a linear; None where no names are given.
+
+    Raises:
+        PatternError: another word than ``mixed``, a pattern that does not parse, or a name that no linear
+            of the model has.
+    """
+    if budgets is None or budgets == "mixed":
+        return None
+    if not isinstance(budgets, Mapping):
+        raise PatternError(
+            f"budgets={budgets!r} must be 'mixed', or map names of linears to patterns, as in "
+            "{'*.down_proj': '3:4'}"
+        )
+    names = [name for name, module in model.named_modules() if is_linear(module)]
+    for key in budgets:
+        if not any(name == key or fnmatchcase(name, key) for name in names):
+            example = f", which has {names[-1]}" if names else ""
+            raise PatternError(f"budgets names {key!r}, no linear of the model{example}")
+    return {key: Pattern.parse(pattern) for key, pattern in budgets.items()}
+
+
+def pattern_of(name: str, named: Mapping[str, Pattern] | None, pattern: Pattern) -> Pattern:
+    """The pattern of a linear: by its own name, else the first glob that it matches, else ``pattern``."""
+    if not named:
+        return pattern
+    if name in named:
+        return named[name]
+    return next((named[key] for key in named if fnmatchcase(name, key)), pattern)
+
+
+def choices(pattern: Pattern) -> list[Pattern]:
+    """The pattern with less and more kept, itself among them, in that order; only ``keep`` differs.
+
+    One block less and more in each scope (1:4, 2:4, 3:4); of a density d, d less and more a fifth and two
+    fifths of what is left to 0 or 1.
+
+    Raises:
+        PatternError: a scope without room for another budget, such as one of two blocks.
+    """
+    keeps: list[int | float]
+    if isinstance(pattern.keep, float):
+        step = min(pattern.keep, 1.0 - pattern.keep) / 5
+        keeps = [round(pattern.keep + n * step, 6) for n in (-2, -1, 1, 2)] if step > 0 else []
+    else:
+        blocks = math.prod(pattern.scope) if -1 not in pattern.scope else math.inf
+        keeps = [n for n in (pattern.keep - 1, pattern.keep + 1) if 1 <= n < blocks]
+    if not keeps:
+        raise PatternError(
+            f"mixed budgets need another number of kept blocks than {pattern} has, and its scope has no "
+            "room for one; use a pattern such as 2:4, 4:8 or unstructured@0.5"
+        )
+    others = [_spelt(pattern, keep) for keep in keeps]
+    return sorted([*others, pattern], key=lambda p: p.keep)
+
+
+def _spelt(pattern: Pattern, keep: int | float) -> Pattern:
+    """The pattern with another ``keep``, by its short name where it has one."""
+    made = Pattern(pattern.view, dict(pattern.sizes), pattern.block, pattern.scope, keep)
+    name = re.sub(r"[0-9]+(:[0-9]+)$|(?<=@)[0-9.]+$", rf"{keep:g}\1", pattern.name)
+    try:
+        named = Pattern.parse(name)
+    except PatternError:
+        return made
+    return named if named == made else made
+
+
+def kept_weights(pattern: Pattern, shape: tuple[int, int]) -> int:
+    """Weights that a pattern keeps of a shape."""
+    bound = pattern.bind(shape)
+    return bound.keep * bound.block_size * bound.scopes
+
+
+def sensitivities(
+    weight: Tensor,  # (M, K)
+    factors: Factors,  # of K inputs
+    hessian: Tensor,  # (K, K), undamped
+    patterns: Sequence[Pattern],  # that differ in ``keep`` alone
+) -> list[float]:
+    """Squared relative output error that each pattern would cost, about, without pruning the weight.
+
+    On at most 128 rows, evenly spaced: the mask of the largest blocks in the scales of ADMM (where ADMM
+    starts), with its exact weights. The inverse of the Hessian is made once.
+    """
+    group = row_group(patterns[0].bind((weight.shape[0], weight.shape[1])))
+    groups = len(weight) // group
+    taken = min(groups, max(1, _ROWS // group))
+    first = torch.arange(taken, device=weight.device) * groups // taken * group
+    rows = weight[(first[:, None] + torch.arange(group, device=weight.device)).flatten()]
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    factors = factors.to(rows.dtype, rows.device)
+    product = Product.of(patterns[0].bind((len(rows), rows.shape[1]))).to(rows.device)
+    scores = (factors.clear_dead(rows) * block_scale(factors, product, _BALANCE)).square()
+    losses = []
+    for pattern in patterns:
+        mask = select(scores, pattern.bind((len(rows), rows.shape[1])))
+        losses.append(output_error(refit(rows, factors, mask), rows, hessian) ** 2)
+    return losses
+
+
+def allocate(
+    losses: Sequence[Sequence[float]],  # for each layer and option
+    costs: Sequence[Sequence[int]],  # kept weights, likewise
+    uniform: Sequence[int],  # an option for each layer: the budget is what these cost together
+) -> list[int]:
+    """An option for each layer: the least sum of losses whose costs are at most those of ``uniform``.
+
+    A multiple-choice knapsack, solved exactly by dynamic programming over the budget in units of the
+    costs' greatest common divisor. Where that gives more than 20,000 sizes the unit is coarser and costs
+    are rounded up: never above the budget. ``uniform`` wins where nothing is better.
+    """
+    least = [min(each) for each in costs]
+    room = sum(each[n] for each, n in zip(costs, uniform, strict=True)) - sum(least)
+    unit = math.gcd(*(c - low for each, low in zip(costs, least, strict=True) for c in each))
+    unit = max(unit, -(-room // _SLOTS), 1)
+    slots = room // unit
+    best = torch.zeros(slots + 1, dtype=torch.float64)  # least loss so far, for each size at most
+    picks = []
+    for each, cost, low, common in zip(losses, costs, least, uniform, strict=True):
+        found = torch.full_like(best, math.inf)
+        pick = torch.zeros(slots + 1, dtype=torch.int32)
+        # The common option first: it stays where others are as good.
+        for option in sorted(range(len(each)), key=lambda n: (n != common, n)):
+            extra = -((low - cost[option]) // unit)
+            if extra > slots:
+                continue
+            summed = best[: slots + 1 - extra] + each[option]
+            better = summed < found[extra:]
+            found[extra:][better] = summed[better]
+            pick[extra:][better] = option
+        best = found
+        picks.append((pick, cost, low))
+    plain = sum(each[n] for each, n in zip(losses, uniform, strict=True))
+    if not float(best[-1]) < plain * (1 - 1e-9):
+        return list(uniform)
+    chosen: list[int] = []
+    left = slots
+    for pick, cost, low in reversed(picks):
+        option = int(pick[left])
+        left += (low - cost[option]) // unit
+        chosen.append(option)
+    return chosen[::-1]
+
+
+def mixed_budgets(
+    pattern: Pattern,
+    blocks: Sequence[nn.Module],
+    prefix: str,
+    plan: Sequence[Sequence[LinearLayer]],  # the linears to prune, for each block
+    chunks: Sequence[Chunk],  # the input of the first block
+    *,
+    device: torch.device,
+    cache: torch.device,
+    damp: float,
+    told: Callable[[int, str], None],  # called with the block and what is done
+) -> dict[str, Pattern]:
+    """A pattern for each linear by name: ``pattern`` with less or more kept, as many weights in all.
+
+    What is least is the sum of the linears' squared relative output errors, measured by
+    :func:`sensitivities` in one pass of the dense model over the calibration tokens.
+    """
+    options = choices(pattern)
+    stream = [Chunk(chunk.hidden, chunk.extras) for chunk in chunks]
+    names: list[str] = []
+    losses: list[list[float]] = []
+    costs: list[list[int]] = []
+    for index, (block, layers) in enumerate(zip(blocks, plan, strict=True)):
+        runner = BlockRunner(block, index, f"{prefix}.{index}", device, cache)
+        with on_device(block, device):
+            told(index, "sensitivity")
+            for layer, hessian, factors in _dense_hessians(runner, layers, stream, damp):
+                names.append(layer.name)
+                costs.append([kept_weights(option, layer.shape) for option in options])
+                losses.append(sensitivities(layer.weight, factors, hessian, options))
+    if not names:
+        return {}
+    uniform = [options.index(pattern)] * len(names)
+    chosen = allocate(losses, costs, uniform)
+    return {name: options[n] for name, n in zip(names, chosen, strict=True)}
+
+
+def _dense_hessians(
+    runner: BlockRunner, layers: Sequence[LinearLayer], stream: list[Chunk], damp: float
+) -> Iterable[tuple[LinearLayer, Tensor, Factors]]:
+    """Move the stream past a block; its linears that see every token, with their Hessian and factors."""
+    order = runner.input_groups(stream[0], [layer.module for layer in layers]) if layers else []
+    leaders = [layers[group[0]].module for group in order]
+    found = [Hessian(layers[group[0]].shape[1], device=runner.device) for group in order]
+    whole = [True] * len(order)
+    for chunk in stream:
+        out, inputs = runner.layer_inputs(chunk, leaders, keep=True)
+        chunk.hidden = out.to(runner.cache)
+        for n, given in enumerate(inputs):
+            whole[n] = whole[n] and given is not None
+            if given is not None:
+                found[n].update(given.to(runner.device))
+    for group, hessian, seen in zip(order, found, whole, strict=True):
+        if seen:
+            value = hessian.value()
+            factors = Factors(value, damp)
+            for number in group:
+                yield layers[number], value, factors
+
+
+def save_budgets(folder: Path, patterns: Mapping[str, Pattern]) -> None:
+    """Write an allocation; ``budgets`` and ``--budgets`` take the file again.
+
+    Raises:
+        CheckpointError: when it cannot be written.
+    """
+    write_json(folder / BUDGETS_JSON, {name: str(pattern) for name, pattern in patterns.items()})
+
+
+def load_budgets(path: Path) -> dict[str, Pattern]:
+    """The allocation of a run that goes on.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: Pattern.parse(text) for name, text in found.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); delete {path.parent} to start anew"
+        ) from None
