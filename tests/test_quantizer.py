@@ -113,7 +113,8 @@ def test_a_transformers_that_does_not_take_the_method_is_warned_of_and_works_on(
 
 
 def test_an_old_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "4.40.1")
+    # Imported while transformers is, it may hold the module that the lazy one then replaces.
+    monkeypatch.setattr(quantizer.transformers, "__version__", "4.40.1")
     monkeypatch.setattr(quantizer.auto, "AUTO_QUANTIZER_MAPPING", {})
     with pytest.raises(s3.ModelError, match=r"transformers 4\.40\.1 is too old"):
         quantizer.register()
