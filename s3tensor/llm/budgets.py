@@ -22,6 +22,7 @@ from s3tensor.mask import select
 from s3tensor.pattern import Pattern
 from s3tensor.prune.problem import row_group
 from s3tensor.prune.product import Product
+from s3tensor.prune.scores import wanda
 from s3tensor.prune.splitting import block_scale, refit
 
 Budgets: TypeAlias = "Literal['mixed'] | Mapping[str, Pattern | str]"
@@ -133,6 +134,38 @@ def sensitivities(
     return losses
 
 
+@torch.no_grad()
+def gain(
+    runner: BlockRunner,
+    layer: LinearLayer,
+    chunk: Chunk,  # on its way into the block
+    expected: Tensor,  # what the dense block makes of it
+    hessian: Tensor,  # (K, K), undamped, of the linear's inputs
+    pattern: Pattern,
+) -> float:
+    """What a linear's squared relative error costs its block: the same of the block's output, over it.
+
+    Each token's error is taken relative to that token, and the mean over tokens, so that the few tokens of
+    huge activations do not hide the others. Measured by pruning the linear alone, by Wanda, for one pass
+    over the chunk.
+    """
+    dense = layer.weight.clone()
+    trial = wanda(dense, hessian, pattern).weight
+    error = output_error(trial, dense, hessian) ** 2
+    if error == 0:
+        return 0.0
+    try:
+        layer.copy_weight(trial)
+        out = runner.output(chunk)
+    finally:
+        layer.copy_weight(dense)
+    expected = expected.to(out.device, torch.float32)
+    lost = (out.float() - expected).square().sum(-1)
+    whole = expected.square().sum(-1)
+    least = torch.finfo(torch.float32).tiny
+    return float((lost / whole.clamp_min(least)).mean(dtype=torch.float64)) / error
+
+
 def allocate(
     losses: Sequence[Sequence[float]],  # for each layer and option
     costs: Sequence[Sequence[int]],  # kept weights, likewise
@@ -191,8 +224,9 @@ def mixed_budgets(
 ) -> dict[str, Pattern]:
     """A pattern for each linear by name: ``pattern`` with less or more kept, as many weights in all.
 
-    What is least is the sum of the linears' squared relative output errors, measured by
-    :func:`sensitivities` in one pass of the dense model over the calibration tokens.
+    What is least is the sum, over linears, of the squared relative error that the pattern costs the output
+    of the linear's block: :func:`sensitivities` times :func:`gain`, in one pass of the dense model over the
+    calibration tokens and one of a block over a batch for each linear.
     """
     options = choices(pattern)
     stream = [Chunk(chunk.hidden, chunk.extras) for chunk in chunks]
@@ -203,10 +237,13 @@ def mixed_budgets(
         runner = BlockRunner(block, index, f"{prefix}.{index}", device, cache)
         with on_device(block, device):
             told(index, "sensitivity")
+            first = Chunk(stream[0].hidden, stream[0].extras)
             for layer, hessian, factors in _dense_hessians(runner, layers, stream, damp):
                 names.append(layer.name)
                 costs.append([kept_weights(option, layer.shape) for option in options])
-                losses.append(sensitivities(layer.weight, factors, hessian, options))
+                cost = gain(runner, layer, first, stream[0].hidden, hessian, pattern)
+                found = sensitivities(layer.weight, factors, hessian, options)
+                losses.append([cost * loss for loss in found])
     if not names:
         return {}
     uniform = [options.index(pattern)] * len(names)
