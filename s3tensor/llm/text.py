@@ -54,7 +54,8 @@ def load_text(
             (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``), or a folder of ``.txt`` and ``.md``
             files. ``FILE:COLUMN`` names the column of a table. A path has no parts of its own: all of it
             is used.
-        part: ``calibration``, ``development`` or ``held-out``; of pydoc, disjoint sets of topics.
+        part: ``calibration``, ``development`` or ``held-out``; of pydoc, disjoint sets of topics,
+            without paragraphs that an earlier part has too.
         documents: at most this many documents of ``c4``.
         column: of a table or of a folder of tables [``text``, or the only one that holds text].
 
@@ -100,11 +101,30 @@ def load_tokens(
 
 
 def pydoc_topics(part: str) -> dict[str, str]:
-    """The standard library's documentation topics of one part, by name, in order."""
+    """The standard library's documentation topics of one part, by name, in order.
+
+    Topics repeat each other, whole sections at times. A paragraph that an earlier part has is left out of
+    the later ones (calibration, development, held-out): what a model is measured on, it was not pruned on.
+    """
     from pydoc_data.topics import topics
 
-    keys = _PYDOC_PARTS[part]
-    return {t: topics[t] for t in sorted(topics) if zlib.crc32(t.encode()) % 10 in keys}
+    known = ""
+    for name, keys in _PYDOC_PARTS.items():
+        found = {t: topics[t] for t in sorted(topics) if zlib.crc32(t.encode()) % 10 in keys}
+        fresh = {topic: _without(text, known) for topic, text in found.items()}
+        if name == part:
+            return {topic: text for topic, text in fresh.items() if text}
+        known += " ".join(_one_line(text) for text in fresh.values()) + " "
+    raise KeyError(part)
+
+
+def _without(text: str, known: str) -> str:
+    """The paragraphs of a text that are not within another, whatever their line breaks."""
+    return "\n\n".join(p for p in text.split("\n\n") if _one_line(p) not in known)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _check(source: str, part: str, column: str | None) -> None:

