@@ -7,7 +7,7 @@
 For each method: the error of the linears of one block under the dense model's Hessians, the same for all;
 then the whole model pruned from the dense one, its perplexity on held-out topics, the median error of its
 linears, seconds and peak memory (on a GPU that of the method, on a CPU that of the process so far). The model
-is the one of ``examples/demo.py``; so are calibration and held-out text, which share no topic and no paragraph.
+is the one of ``examples/demo.py``; so are calibration and held-out text, which share no topic, no paragraph.
 After each row the JSON is written anew: the first pattern's rows under "pattern" and "rows", which the README
 shows, those of all patterns under "tables".
 
