@@ -61,7 +61,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (pruner, options of 
     "magnitude": ("magnitude", {}),
     "wanda": ("wanda", {}),
     "sparsegpt": ("sparsegpt", {}),
-    "S-OBS": ("obs", {}),  # the method of the S3 paper
+    "S-OBS": ("obs", {"alpha": 0.0}),  # the method of the S3 paper
+    "S-OBS, dense target": ("obs", {}),
     "admm, no dense target": ("admm", {"alpha": 0.0}),
     "admm": ("admm", {}),  # the default: dense target
     "admm, mixed budgets": ("admm", {"budgets": "mixed"}),

@@ -275,7 +275,6 @@ def _warn_scratch(pattern: str, dtype: torch.dtype, few: bool) -> None:
     )
 
 
-@functools.lru_cache(maxsize=1024)
 @functools.lru_cache(maxsize=1)
 def _general_kernels() -> tuple[Any, Any] | None:
     """The modules ``blocks`` and ``columns``, or None without Triton, with one before 3.5, or on ROCm."""
@@ -293,6 +292,7 @@ def _general_kernels() -> tuple[Any, Any] | None:
     return blocks, columns
 
 
+@functools.lru_cache(maxsize=1024)
 def general(bound: BoundPattern, dtype: torch.dtype, device: torch.device) -> Any:
     """The kernel for any N:M of columns or for rows of blocks, its sizes given; or None."""
     kernels = _general_kernels()

@@ -104,7 +104,8 @@ def test_a_calibrated_device_is_chosen_for_by_its_own_times(
     key = "2:4", "bfloat16", 2048, 2048
     cells = [c for c in table.cells if (c.pattern, c.dtype, c.rows, c.columns) == key]
     assert [cell.batch for cell in cells] == [1, 256]
-    assert all({"packed", "dense", "scratch"} <= set(cell.us) for cell in cells)
+    assert all({"dense", "scratch"} <= set(cell.us) for cell in cells)
+    assert ["packed" in cell.us for cell in cells] == [True, False]  # it takes up to 128 rows
     weight = benchmark.random_weight("2:4", (2048, 2048), torch.bfloat16, torch.device("cuda", 0))
     for cell in cells:
         lean = {path: us for path, us in cell.us.items() if path in ("packed", "scratch")}
