@@ -37,6 +37,7 @@ class Hessian:
             raise HessianError(f"in_features={in_features} must be >= 1")
         self.in_features = in_features
         self.samples = 0
+        self.weight = 0.0  # the tokens' weights in all: N of X'X / N
         self._device = None if device is None else torch.device(device)
         self._sum: Tensor | None = None  # (K, K)
         self._cross: Tensor | None = None  # (K, K), rows are the dense model's inputs
@@ -45,6 +46,7 @@ class Hessian:
         self,
         x: Tensor,  # (..., in_features), any floating dtype
         dense: Tensor | None = None,  # the same shape
+        weights: Tensor | None = None,  # (tokens,) >= 0
     ) -> None:
         """Add the tokens of one batch.
 
@@ -52,6 +54,7 @@ class Hessian:
             x: the layer's inputs.
             dense: what the dense model's layer is given for the same tokens; adds to the cross term
                 ``X_dense'X``. Give it with every batch or with none.
+            weights: how much each token counts, in any unit, as long as all batches have one; default 1.
 
         Raises:
             HessianError: a wrong size or dtype, or a cross term that only some batches have.
@@ -74,12 +77,16 @@ class Hessian:
         if not len(rows):
             return
         others = None if dense is None else dense.detach().reshape(-1, self.in_features)
-        for name, values in (("inputs", rows), ("dense inputs", others)):
+        for name, values in (("inputs", rows), ("dense inputs", others), ("weights", weights)):
             if values is not None and not bool(torch.isfinite(values).all()):
                 raise NonFiniteError(
                     f"the {name} of this layer hold NaN or Inf (float16 overflows at 65504: calibrate "
                     "in bfloat16 or float32)"
                 )
+        if weights is not None and (weights.shape != rows.shape[:1] or bool((weights < 0).any())):
+            raise HessianError(
+                f"weights of shape {tuple(weights.shape)} for {len(rows)} tokens; give one for each, >= 0"
+            )
         self._device = self._device or x.device
         size = (self.in_features, self.in_features)
         if self._sum is None:
@@ -87,26 +94,30 @@ class Hessian:
             self._cross = None if dense is None else torch.zeros(size, device=self._device)
         with full_precision():
             for start in range(0, len(rows), _TOKENS):
-                part = rows[start : start + _TOKENS].to(self._device, torch.float32)
-                self._sum.addmm_(part.T, part)
+                tokens = slice(start, start + _TOKENS)
+                part = rows[tokens].to(self._device, torch.float32)
+                heavy = part
+                if weights is not None:
+                    heavy = part * weights[tokens, None].to(part)
+                self._sum.addmm_(part.T, heavy)
                 if others is not None and self._cross is not None:
-                    other = others[start : start + _TOKENS].to(self._device, torch.float32)
-                    self._cross.addmm_(other.T, part)
+                    self._cross.addmm_(others[tokens].to(self._device, torch.float32).T, heavy)
         self.samples += len(rows)
+        self.weight += len(rows) if weights is None else float(weights.sum(dtype=torch.float64))
 
     def value(self) -> Tensor:
-        """``X'X / N`` (K, K), float32, symmetric to the last bit.
+        """``X'X / N`` (K, K), float32, symmetric to the last bit; with weights ``X'diag(w)X / sum(w)``.
 
         Raises:
             HessianError: before any token was seen.
         """
         if self._sum is None:
             raise HessianError("no inputs were seen yet; call update(x) before value()")
-        return (self._sum + self._sum.T).div_(2 * self.samples)
+        return (self._sum + self._sum.T).div_(2 * self.weight)
 
     def cross(self) -> Tensor | None:
         """``X_dense'X / N`` (K, K), float32; None when no dense inputs were given."""
-        return None if self._cross is None else self._cross / self.samples
+        return None if self._cross is None else self._cross / self.weight
 
     def _check(self, x: Tensor, name: str) -> None:
         if x.ndim < 1 or x.shape[-1] != self.in_features:

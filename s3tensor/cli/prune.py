@@ -93,6 +93,11 @@ A run that was broken off goes on when the same command is given again."""
     help="weight of the dense model's outputs in the target, 0 to 1 [0.5 for admm]",
 )
 @click.option(
+    "--beta",
+    type=float,
+    help="share of the residual stream's drift that linears which write into it take back, 0 to 1 [alpha]",
+)
+@click.option(
     "--damp",
     type=float,
     default=0.01,
@@ -170,6 +175,7 @@ def prune(
     samples: int | None,
     seq_len: int,
     alpha: float | None,
+    beta: float | None,
     damp: float,
     recover: int | None,
     recover_seconds: float | None,
@@ -192,7 +198,7 @@ def prune(
     start = time.perf_counter()
     # What is cheap to refuse is refused before anything is loaded.
     with as_usage():
-        llm.check_options(pruner, alpha, damp)
+        llm.check_options(pruner, alpha, damp, beta)
         recovery = _recovery(recover, recover_seconds, seed)
         wanted = read_budgets(budgets)
     llm.check_out(directory)
@@ -211,6 +217,7 @@ def prune(
             pattern,
             pruner,
             alpha=alpha,
+            beta=beta,
             damp=damp,
             recover=recovery,
             budgets=wanted,

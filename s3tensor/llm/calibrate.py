@@ -388,6 +388,31 @@ class BlockRunner:
         return self._finite(chunk, out), inputs
 
     @torch.no_grad()
+    def without(
+        self, chunk: Chunk, layers: Sequence[nn.Module]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The block's output where these layers give zeros, and what the first of them is given and gave.
+
+        The latter two are ``None`` for a layer that does not see every token.
+        """
+        args, kwargs = self._call(chunk)
+        calls: list[tuple[Any, Any]] = []
+        gave: list[Tensor] = []
+
+        def zeros(layer: nn.Module, a: Any, k: Any, out: Tensor) -> Tensor:
+            if layers and layer is layers[0]:
+                calls.append((a, k))
+                gave.append(out)
+            return torch.zeros_like(out)
+
+        with ExitStack() as hooks:
+            for layer in layers:
+                hooks.callback(layer.register_forward_hook(zeros, with_kwargs=True).remove)
+            out = hidden_of(self.block(*args, **kwargs))
+        given = _whole_input(calls, chunk)
+        return self._finite(chunk, out), given, None if given is None else gave[0]
+
+    @torch.no_grad()
     def input_groups(self, chunk: Chunk, layers: Sequence[nn.Module]) -> list[list[int]]:
         """Indices of ``layers`` in order of call, grouped by the tensor they are given.
 

@@ -35,6 +35,7 @@ from s3tensor.llm.group import Run, prune_group, short_names
 from s3tensor.llm.progress import PruneProgress
 from s3tensor.llm.recover import Recovered, Recovery, recover_block, shared_parameters
 from s3tensor.llm.report import BlockRow, LinearRow, PeakMemory, PruneReport
+from s3tensor.llm.residual import second_moments, token_weights, writers
 from s3tensor.llm.resume import RunFolder, fingerprint, locked, unfinished
 from s3tensor.llm.structure import (
     LayerFilter,
@@ -68,6 +69,7 @@ def prune_model(
     pruner: str = "admm",
     *,
     alpha: float | None = None,
+    beta: float | None = None,
     damp: float = 0.01,
     device: torch.device | str | None = None,
     cache_device: torch.device | str | None = None,
@@ -102,6 +104,9 @@ def prune_model(
         pruner: a name in ``s3tensor.prune.PRUNERS``.
         alpha: weight of the dense model's outputs in the target, for pruners that take one: 0 fits the
             pruned stream alone; default 0.5.
+        beta: share of the residual stream's drift that the linears which write into it take back (see
+            :mod:`s3tensor.llm.residual`), for pruners that take one; their tokens then count by the inverse
+            square of their hidden states. Default ``alpha``; 0 turns it off.
         damp: share of the mean of the Hessian's diagonal added to its diagonal.
         device: where blocks are pruned, one at a time; default is where they are.
         cache_device: where calibration activations wait; default is ``device`` if half of its free memory
@@ -144,12 +149,12 @@ def prune_model(
     """
     start = time.perf_counter()
     pattern = Pattern.parse(pattern)
-    check_options(pruner, alpha, damp)
+    check_options(pruner, alpha, damp, beta)
     prefix, found = decoder_blocks(model)
     recovery = Recovery.of(recover)
     chosen = list(found)[: _block_count(blocks, len(found))]
     where = torch.device(device) if device is not None else next(model.parameters()).device
-    accepted = _options(pruner, alpha, options)
+    shares = _shares(pruner, alpha, beta, options)
     named = parse_budgets(budgets, model)
     if budgets == "mixed":
         choices(pattern)  # refused here, before any work
@@ -167,7 +172,7 @@ def prune_model(
         else torch.device(cache_device)
     )
     patterns = {layer.name: wanted(layer.name) for layers, _ in plan for layer in layers}
-    run = Run(patterns, pruner, accepted, damp, options, where, cache, compress, recovery)
+    run = Run(patterns, pruner, *shares, damp, options, where, cache, compress, recovery)
     report = PruneReport(str(pattern), pruner)
     was_training = model.training
     model.eval()
@@ -310,8 +315,10 @@ def _check_weight(layer: LinearLayer) -> None:
         raise NonFiniteError(f"{layer.name} has NaN or Inf in its weight; repair the model first")
 
 
-def _options(pruner: str, alpha: float | None, options: dict[str, Any]) -> float:
-    """The share of the dense target; TypeError for an option that the pruner does not have."""
+def _shares(
+    pruner: str, alpha: float | None, beta: float | None, options: dict[str, Any]
+) -> tuple[float, float]:
+    """Of the dense target and of the drift; TypeError for an option that the pruner does not have."""
     accepts = inspect.signature(prune.get(pruner)).parameters
     unknown = sorted(set(options) - set(accepts))
     if unknown:
@@ -320,8 +327,10 @@ def _options(pruner: str, alpha: float | None, options: dict[str, Any]) -> float
             f"pruner {pruner!r} has no option {unknown[0]!r}; it has {', '.join(known)}"
         )
     if alpha is None:
-        return DEFAULT_ALPHA if "target" in accepts else 0.0
-    return alpha
+        alpha = DEFAULT_ALPHA if "target" in accepts else 0.0
+    if beta is None:
+        beta = alpha if "drift" in accepts else 0.0
+    return alpha, beta
 
 
 def _cache(device: torch.device, plan: _Plan, batches: list[Tensor]) -> torch.device:
@@ -337,21 +346,29 @@ def _cache(device: torch.device, plan: _Plan, batches: list[Tensor]) -> torch.de
     return device if has_room(device, nbytes, 0.5) else torch.device("cpu")
 
 
-def check_options(pruner: str, alpha: float | None = None, damp: float = 0.01) -> None:
+def check_options(
+    pruner: str, alpha: float | None = None, damp: float = 0.01, beta: float | None = None
+) -> None:
     """Refuse what :func:`prune_model` would refuse without a model.
 
     Raises:
-        PrunerError: an unknown pruner, alpha or damp out of range, or alpha for a pruner without target.
+        PrunerError: an unknown pruner, a number out of range, alpha for a pruner without target, beta for one
+            without drift or without a dense target.
     """
     accepts = inspect.signature(prune.get(pruner)).parameters
     if not 0.0 <= damp < math.inf:
         raise PrunerError(f"damp={damp} must be a finite share >= 0 of the mean diagonal")
-    if alpha is None:
-        return
-    if not 0.0 <= alpha <= 1.0:
+    if alpha is not None and not 0.0 <= alpha <= 1.0:
         raise PrunerError(f"alpha={alpha} must be from 0 (pruned stream) to 1 (dense outputs)")
-    if alpha > 0 and "target" not in accepts:
+    if alpha and "target" not in accepts:
         raise PrunerError(f"pruner {pruner!r} takes no dense target; leave alpha out or use 'admm'")
+    if beta is not None and not 0.0 <= beta <= 1.0:
+        raise PrunerError(f"beta={beta} must be from 0 (no drift is taken back) to 1 (all of it)")
+    if beta and (alpha == 0 or "drift" not in accepts):
+        which = (
+            "takes no drift" if "drift" not in accepts else "takes drift beside a dense target only"
+        )
+        raise PrunerError(f"pruner {pruner!r} {which}; leave beta out or use 'admm' with alpha > 0")
 
 
 def _resume_settings(
@@ -369,6 +386,7 @@ def _resume_settings(
         "budgets": "mixed" if mixed else others or None,
         "pruner": run.pruner,
         "alpha": run.alpha,
+        "beta": run.beta,
         "damp": run.damp,
         "options": {name: repr(value) for name, value in sorted(run.options.items())},
         "compress": run.compress,
@@ -422,13 +440,27 @@ def _prune_block(
     goals = [] if run.recovery is None else _goals(runner, streams, run.recovery)
     rows: list[LinearRow] = []
     masks: list[tuple[LinearLayer, Tensor]] = []
-    for group, targets in zip(groups, dense_inputs, strict=True):
+    writing = writers(runner, streams.pruned[0], groups) if run.beta > 0 and groups else []
+    for number, group in enumerate(groups):
         bar.doing(runner.index, f"inputs of {short_names(group)}")
-        hessian = _hessian(runner, streams.pruned, group, targets, run)
-        targets.clear()
+        drift: Tensor | None = None
+        if number in writing:
+            later = writing[writing.index(number) :]
+            hessian, drift = second_moments(
+                runner,
+                streams.pruned,
+                streams.dense,
+                [groups[i][0] for i in later],
+                [dense_inputs[i] for i in later],
+            )
+        else:
+            hessian = _hessian(runner, streams.pruned, group, dense_inputs[number], run)
+        dense_inputs[number].clear()
         if hessian is not None:
-            unseen = _unseen(runner, streams, group, run)
-            rows.extend(prune_group(group, runner.index, hessian, unseen, run, bar, memory, masks))
+            unseen = _unseen(runner, streams, group, number in writing, run)
+            rows.extend(
+                prune_group(group, runner.index, hessian, drift, unseen, run, bar, memory, masks)
+            )
     bar.skip(sum(x.weight.numel() for x in layers) - sum(m.numel() for _, m in masks))
     recovered = Recovered(0, 0.0, None, None)
     if run.recovery is not None and masks:
@@ -532,7 +564,7 @@ def _hessian(
 
 
 def _unseen(
-    runner: BlockRunner, streams: _Streams, group: list[LinearLayer], run: Run
+    runner: BlockRunner, streams: _Streams, group: list[LinearLayer], weighted: bool, run: Run
 ) -> Hessian | None:
     """Second moments of the group's inputs on the held-out tokens; None without them or where routed."""
     hessian = Hessian(group[0].shape[1], device=run.device)
@@ -540,7 +572,7 @@ def _unseen(
         given = runner.layer_input(chunk, group[0].module)
         if given is None:
             return None
-        hessian.update(given)
+        hessian.update(given, None, token_weights(runner.output(chunk)) if weighted else None)
     return hessian if streams.held_out else None
 
 

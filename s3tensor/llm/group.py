@@ -34,6 +34,7 @@ class Run:
     patterns: Mapping[str, Pattern]  # of each linear, by full name
     pruner: str
     alpha: float
+    beta: float  # share of the residual stream's drift
     damp: float
     options: dict[str, Any]
     device: torch.device
@@ -50,6 +51,7 @@ def prune_group(
     group: list[LinearLayer],
     index: int,
     hessian: Hessian,
+    drift: Tensor | None,  # (M, K) of a linear that writes into the residual stream
     held_out: Hessian | None,  # of the same input, on held-out tokens
     run: Run,
     bar: PruneProgress,
@@ -63,6 +65,8 @@ def prune_group(
     extra: dict[str, Any] = {**run.options}
     if run.dense_target:
         extra = {"target": hessian.cross(), "alpha": run.alpha, **extra}
+    if drift is not None:
+        extra["drift"] = run.beta * drift
     rows = []
     for stack in _stacks(group, run):
         bar.doing(index, short_names(stack))

@@ -150,32 +150,67 @@ def _stackable(shapes: Sequence[tuple[int, int]], pattern: Pattern) -> bool:
     )
 
 
-def target_term(
+@dataclass(frozen=True)
+class LinearTerm:
+    """The matrix G (M, K) of a least-squares problem, ``tr(W H W') / 2 - tr(W G')``, a few rows at a time."""
+
+    problem: Problem
+    factors: Factors
+    matrix: Tensor  # (K, K): G = W0 matrix + drift
+    drift: Tensor | None = None  # (M, K), in the problem's unit
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the dense weight is the best of all weights."""
+        return self.matrix is self.factors.matrix and self.drift is None
+
+    def rows(self, part: slice = slice(None)) -> Tensor:
+        """Rows of G, zero at dead inputs."""
+        found = self.problem.dense[part] @ self.matrix
+        if self.drift is not None:
+            found += self.drift[part]
+        return self.factors.clear_dead(found)
+
+
+def linear_term(
     problem: Problem,
     factors: Factors,
     target: Tensor | None,  # (K, K): X_dense'X / N
     alpha: float,
-) -> Tensor:
-    """The matrix T (K, K) with linear term ``G = W0 T``: damped H, or its mix with the cross term.
+    drift: Tensor | None = None,  # (M, K)
+) -> LinearTerm:
+    """``G = W0 T + drift``: T the damped H, or its mix with the cross term.
 
     ``T = (1 - alpha) H + alpha X_dense'X / N``, both damped alike, is the normal equation of fitting the
     pruned stream's outputs ``X w`` to those of the dense stream, ``X_dense w0`` (alpha = 1), or to a
-    mean of these and the pruned stream's own ``X w0``.
+    mean of these and the pruned stream's own ``X w0``. With a drift ``b E'X / N`` the outputs are to make
+    up for a share b of what is added to them, E (N, M), as well.
     """
-    if target is None:
-        return factors.matrix
-    if target.shape != factors.matrix.shape:
-        raise HessianError(
-            f"target of shape {tuple(target.shape)} beside a Hessian of "
-            f"{tuple(factors.matrix.shape)}; it must be Hessian.cross(), X_dense'X/N of the same inputs"
-        )
-    if not 0.0 <= alpha <= 1.0:
-        raise HessianError(f"alpha={alpha} must be from 0 (H alone) to 1 (the target alone)")
-    cross = target.detach().to(factors.matrix)
-    if not bool(torch.isfinite(cross).all()):
-        raise NonFiniteError(
-            "the target holds NaN or Inf; accumulate it with Hessian.update(x, dense)"
-        )
-    mixed = (1.0 - alpha) * factors.matrix + alpha * cross
-    mixed.diagonal().add_(alpha * factors.ridge)
-    return mixed.masked_fill_(factors.dead, 0.0) if factors.has_dead else mixed
+    matrix = factors.matrix
+    if target is not None:
+        if target.shape != factors.matrix.shape:
+            raise HessianError(
+                f"target of shape {tuple(target.shape)} beside a Hessian of {tuple(factors.matrix.shape)}; "
+                "it must be Hessian.cross(), X_dense'X/N of the same inputs"
+            )
+        if not 0.0 <= alpha <= 1.0:
+            raise HessianError(f"alpha={alpha} must be from 0 (H alone) to 1 (the target alone)")
+        cross = _finite(target, "target", "accumulate it with Hessian.update(x, dense)").to(matrix)
+        mixed = (1.0 - alpha) * factors.matrix + alpha * cross
+        mixed.diagonal().add_(alpha * factors.ridge)
+        matrix = mixed.masked_fill_(factors.dead, 0.0) if factors.has_dead else mixed
+    if drift is not None:
+        if drift.shape != problem.dense.shape:
+            raise HessianError(
+                f"drift of shape {tuple(drift.shape)} for a weight of {tuple(problem.dense.shape)}; it must "
+                "be E'X/N, E (N, out_features) what the outputs are to make up for"
+            )
+        drift = _finite(drift, "drift", "look for NaN in what it is made of")
+        drift = drift.to(problem.dense) / problem.unit
+    return LinearTerm(problem, factors, matrix, drift)
+
+
+def _finite(given: Tensor, name: str, remedy: str) -> Tensor:
+    if not bool(torch.isfinite(given).all()):
+        raise NonFiniteError(f"the {name} holds NaN or Inf; {remedy}")
+    return given.detach()

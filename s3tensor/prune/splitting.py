@@ -25,13 +25,14 @@ from s3tensor.mask import select
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.prune.problem import (
     MEMORY_BUDGET,
+    LinearTerm,
     Problem,
     Progress,
     Pruned,
     fit,
+    linear_term,
     pose,
     row_group,
-    target_term,
 )
 from s3tensor.prune.product import Product
 
@@ -48,6 +49,7 @@ def admm(
     *,
     target: Tensor | None = None,  # (K, K) X_dense'X / N
     alpha: float = 0.5,
+    drift: Tensor | None = None,  # (M, K) E'X / N
     damp: float = 0.0004,
     starts: Sequence[float] = (0.85,),
     growth: float = 1.1,
@@ -80,8 +82,9 @@ def admm(
         hessian: ``X'X / N``, or ``Factors`` shared with other linears of the same input.
         pattern: a pattern or its string.
         target: the cross term with the dense model's inputs, ``Hessian.cross()``; see
-            :func:`s3tensor.prune.problem.target_term`.
+            :func:`s3tensor.prune.problem.linear_term`.
         alpha: its share, from 0 (the outputs on the pruned stream) to 1 (those on the dense stream).
+        drift: what the outputs are to make up for as well, against the inputs; see the same function.
         damp: share of the mean diagonal added to the diagonal; ``Factors`` bring their own. On layers whose
             inputs are ill-conditioned 0.001 costs up to 0.6 % of error on the calibration inputs and
             gains as much on others; see docs/pruners.md. For a whole model 0.01 is enough.
@@ -104,7 +107,7 @@ def admm(
     _check_options(starts, growth, hold, rounds, balance)
     problem = pose(weight, pattern)
     factors = fit(problem, hessian, damp, "admm")
-    mixed = target_term(problem, factors, target, alpha)
+    linear = linear_term(problem, factors, target, alpha, drift)
     product = Product.of(problem.bound).to(problem.dense.device)
     scale = block_scale(factors, product, balance)
     scaled = factors.matrix / scale[:, None] / scale
@@ -112,12 +115,12 @@ def admm(
     steps = _Steps(progress, 2 * len(starts) * len(chunks))
     with full_precision():
         if product.spans_rows:
-            result = _whole_rows(problem, mixed, factors, chunks)
+            result = _whole_rows(problem, linear, factors, chunks)
             steps.add(2 * len(starts) * len(chunks))
             return problem.finish(*result)
         dense = factors.clear_dead(problem.dense)
         # Without a target the dense weight is the best of all weights.
-        free = dense if target is None else factors.clear_dead(dense @ mixed) @ factors.inverse()
+        free = dense if linear.is_plain else linear.rows() @ factors.inverse()
         free = free * scale
         found = []
         for start in starts:
@@ -126,7 +129,7 @@ def admm(
             steps.add(len(chunks))
             for part, _ in chunks:
                 split.weight[part] = masked_least_squares(
-                    factors.clear_dead(dense[part] @ mixed),
+                    linear.rows(part),
                     factors.matrix,
                     split.mask[part],
                     split.weight[part] / scale,
@@ -134,7 +137,7 @@ def admm(
                 )
                 steps.add(1)
             found.append(split)
-        result = _best(found, dense, mixed, factors, chunks)
+        result = _best(found, linear, factors, chunks)
     return problem.finish(*result)
 
 
@@ -276,7 +279,7 @@ def _split(
 
 def _whole_rows(
     problem: Problem,
-    mixed: Tensor,  # (K, K): G = W0 mixed
+    term: LinearTerm,
     factors: Factors,
     chunks: list[tuple[slice, BoundPattern]],
 ) -> Pruned:
@@ -284,7 +287,7 @@ def _whole_rows(
     weight = torch.empty_like(problem.dense)
     mask = torch.empty_like(weight, dtype=torch.bool)
     for part, bound in chunks:
-        linear = factors.clear_dead(problem.dense[part] @ mixed)
+        linear = term.rows(part)
         free = linear @ factors.inverse()
         mask[part] = select(free * linear, bound)
         weight[part] = free * mask[part]
@@ -293,8 +296,7 @@ def _whole_rows(
 
 def _best(
     found: list[Pruned],
-    dense: Tensor,  # (M, K)
-    mixed: Tensor,  # (K, K): G = dense mixed
+    term: LinearTerm,
     factors: Factors,
     chunks: list[tuple[slice, BoundPattern]],
 ) -> Pruned:
@@ -304,7 +306,7 @@ def _best(
     best = Pruned(torch.empty_like(found[0].weight), torch.empty_like(found[0].mask))
     for part, bound in chunks:
         group = row_group(bound)
-        linear = factors.clear_dead(dense[part] @ mixed)
+        linear = term.rows(part)
         weights, masks = (torch.stack([x[part] for x in each]) for each in zip(*found, strict=True))
         losses = torch.stack([((w @ factors.matrix / 2 - linear) * w).sum(1) for w in weights])
         least = losses.view(len(found), -1, group).sum(2).argmin(0).repeat_interleave(group)
@@ -320,14 +322,15 @@ def refit(
     target: Tensor | None = None,  # (K, K) X_dense'X / N
     alpha: float = 0.5,
     *,
+    drift: Tensor | None = None,  # (M, K) E'X / N
     damp: float = 0.001,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Tensor:
     """The exact weights for a given mask: least squares on the kept entries of each row.
 
     Minimises ``tr((W - W0) (H + damp) (W - W0)')``, or its form with a dense target (see
-    :func:`s3tensor.prune.problem.target_term`), over the entries where the mask is True: row by row
-    ``H_SS w_S = (W0 T)_S``.
+    :func:`s3tensor.prune.problem.linear_term`), over the entries where the mask is True: row by row
+    ``H_SS w_S = G_S``.
 
     Returns:
         (M, K) in the weight's dtype, zero outside the mask and at dead inputs.
@@ -343,11 +346,12 @@ def refit(
         )
     problem = pose(weight, "unstructured@1")
     factors = fit(problem, hessian, damp, "refit")
-    mixed = target_term(problem, factors, target, alpha)
+    linear = linear_term(problem, factors, target, alpha, drift)
     mask = mask.to(weight.device)
     result = torch.empty_like(problem.dense)
     with full_precision():
         for part, _ in problem.chunks(_MATRICES, memory_budget):
-            dense = problem.dense[part]
-            result[part] = masked_least_squares(dense @ mixed, factors.matrix, mask[part], dense)
+            result[part] = masked_least_squares(
+                linear.rows(part), factors.matrix, mask[part], problem.dense[part]
+            )
     return problem.finish(factors.clear_dead(result), mask).weight

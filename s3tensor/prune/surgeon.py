@@ -26,7 +26,7 @@ from s3tensor.hessian import Factors
 from s3tensor.linalg import full_precision, masked_least_squares
 from s3tensor.mask import top_blocks
 from s3tensor.pattern import BoundPattern, Pattern
-from s3tensor.prune.problem import MEMORY_BUDGET, Progress, Pruned, fit, pose, target_term
+from s3tensor.prune.problem import MEMORY_BUDGET, Progress, Pruned, fit, linear_term, pose
 from s3tensor.prune.product import Product, cholesky, least_pivot, quadratic, spd_inverse
 
 Order = Literal["left_to_right", "largest_first"]
@@ -82,6 +82,7 @@ def obs(
     *,
     target: Tensor | None = None,  # (K, K) X_dense'X / N
     alpha: float = 0.5,
+    drift: Tensor | None = None,  # (M, K) E'X / N
     damp: float = 0.001,
     ng: int = 16,
     order: str = "largest_first",
@@ -100,8 +101,9 @@ def obs(
         hessian: ``X'X / N``, or ``Factors`` shared with other linears of the same input.
         pattern: a pattern or its string; scopes may couple rows.
         target: ``X_dense'X / N``: fit the dense stream's outputs, see
-            :func:`s3tensor.prune.problem.target_term`.
+            :func:`s3tensor.prune.problem.linear_term`.
         alpha: share of ``target``.
+        drift: what the outputs are to make up for as well, against the inputs; see the same function.
         damp: share of the mean diagonal added to the diagonal; ``Factors`` bring their own.
         ng: scopes of a row that are decided at once (see :func:`plan`); 1 is the exact, slow method.
         order: of a row's scopes, ``left_to_right``, or ``largest_first``: by the gap between the cost of
@@ -121,12 +123,12 @@ def obs(
     """
     problem = pose(weight, pattern)
     factors = fit(problem, hessian, damp, "obs")
-    mixed = target_term(problem, factors, target, alpha)
+    term = linear_term(problem, factors, target, alpha, drift)
     dense = factors.clear_dead(problem.dense)
     with full_precision():
         inverse = inverse_of(factors)
-        linear = problem.dense @ mixed
-        start = dense if target is None else factors.clear_dead(linear @ inverse)
+        linear = term.rows()
+        start = dense if term.is_plain else factors.clear_dead(linear @ inverse)
         result, mask = sweep(
             start,
             inverse,

@@ -1,0 +1,91 @@
+"""Linears that write into the residual stream, and how far that stream has drifted from the dense model's.
+
+In a pruned model the residual stream that a block adds to is no longer the dense model's. A linear that
+writes into it can take part of that drift back: its outputs f are fitted to those of the dense model plus a
+share of ``r0 - r``, the residual stream before it in the dense and in the pruned model. How dear an error
+is depends on the token: what follows normalises the stream, so that a token counts by the inverse square
+of its size, and a few huge ones do not outweigh the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from s3tensor.errors import NonFiniteError
+from s3tensor.hessian import Hessian
+from s3tensor.linalg import full_precision
+from s3tensor.llm.calibrate import BlockRunner, Chunk
+from s3tensor.llm.structure import LinearLayer
+
+_ALIKE = 0.25  # of what a linear gives, in the median token; what is not added to the stream differs by 1
+
+
+def writers(
+    runner: BlockRunner, chunk: Chunk, groups: Sequence[Sequence[LinearLayer]]
+) -> list[int]:
+    """The groups, by index and in order of call, of one linear whose outputs the block adds to its stream.
+
+    Seen by leaving it out: the block's output then lacks just what the linear gave, those that write after
+    it left out too. Norms after a linear, as in Gemma 2, hide it.
+    """
+    found: list[int] = []
+    out = runner.output(chunk)
+    for index in reversed(range(len(groups))):
+        layers = [groups[index][0].module, *(groups[later][0].module for later in found)]
+        if len(groups[index]) > 1 or groups[index][0].shape[0] != out.shape[-1]:
+            continue
+        rest, _, gave = runner.without(chunk, layers)
+        if gave is None or gave.shape != out.shape:
+            continue
+        lacks = (out.float() - rest.float() - gave.float()).norm(dim=-1)
+        if bool((lacks <= _ALIKE * gave.float().norm(dim=-1)).float().mean() > 0.5):
+            found.insert(0, index)
+            out = rest
+    return found
+
+
+def token_weights(hidden: Tensor) -> Tensor:  # (batch, tokens, hidden) -> (batch x tokens,)
+    """The inverse mean square of each token's hidden state, float32; of zeros, that of the mean token."""
+    sizes = hidden.float().square().mean(-1).flatten()
+    mean = sizes.mean()
+    if not mean > 0:
+        return torch.ones_like(sizes)
+    return 1 / torch.where(sizes > 0, sizes, mean)
+
+
+def second_moments(
+    runner: BlockRunner,
+    pruned: Sequence[Chunk],
+    dense: Sequence[Chunk],  # past the block
+    layers: Sequence[LinearLayer],  # a writer and those that write after it, all still dense
+    inputs: Sequence[Sequence[Tensor]],  # theirs in the dense model, for each chunk
+) -> tuple[Hessian | None, Tensor | None]:
+    """Of a writer, over tokens by their weights: the moments of its inputs, and the drift ``E'X / N`` (M, K).
+
+    ``(None, None)`` when it no longer sees every token.
+    """
+    modules = [layer.module for layer in layers]
+    hessian = Hessian(layers[0].shape[1], device=runner.device)
+    drift = torch.zeros(layers[0].shape, device=runner.device)
+    for index, (chunk, after) in enumerate(zip(pruned, dense, strict=True)):
+        residual, given, _ = runner.without(chunk, modules)
+        if given is None:
+            return None, None
+        hidden = after.hidden.to(runner.device)
+        weights = token_weights(hidden)
+        first = inputs[0][index].to(runner.device)
+        try:
+            hessian.update(given, first, weights)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{layers[0].name}: {error}") from None
+        apart = hidden.float() - residual.float()
+        for module, x in zip(modules, (first, *(x[index] for x in inputs[1:])), strict=True):
+            with torch.no_grad():
+                apart -= module(x.to(runner.device)).float().view_as(apart)
+        apart = apart.flatten(0, -2) * weights[:, None]
+        with full_precision():
+            drift.addmm_(apart.T, given.float().flatten(0, -2))
+    return hessian, drift / hessian.weight
