@@ -1,4 +1,4 @@
-"""Write the measured tables of the README and of docs/benchmarks.md from the stored results.
+"""Write the measured tables of the README and of two pages of docs/ from the stored results.
 
 python bench/readme_tables.py            # rewrites what stands between the markers of these pages
 python bench/readme_tables.py --check    # exit code 1 when a page does not show the stored results
@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 # Each page, and the tables that it must have.
 PAGES = {
-    ROOT / "README.md": ("pruners", "layer_errors", "inference"),
+    ROOT / "README.md": ("pruners", "layer_errors", "inference", "finetune"),
     ROOT / "docs" / "benchmarks.md": ("inference", "pruners", "layer_errors", "loading", "faults"),
+    ROOT / "docs" / "training.md": ("training", "finetune"),
 }
 
 
@@ -160,6 +161,62 @@ def faults(stored: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def training(stored: dict[str, Any]) -> str:
+    """Time of a training step under each mode beside dense (bench/training.py)."""
+    rows = {(row["way"], row["tokens"], row["variant"]): row for row in stored["rows"]}
+    columns = list(dict.fromkeys((way, tokens) for way, tokens, _ in rows))
+    widths = ", ".join(f"{rows}x{columns}" for rows, columns in stored["linears"])
+    lines = [
+        f"Time of a step beside dense, for linears of {widths} under {stored['pattern']}, float32 masters, "
+        f"bfloat16 autocast, fused AdamW: medians of {_rounds(stored)} rounds of ten steps, and their range; "
+        f'{_where(stored)} (`bench/training.py`; steps of "refresh 10" include `s3.step`):',
+        "",
+        f"| | {' | '.join(f'{way}, {tokens} tokens' for way, tokens in columns)} |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for variant in dict.fromkeys(variant for *_, variant in rows):
+        cells = (_overhead(rows.get((*column, variant))) for column in columns)
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _rounds(stored: dict[str, Any]) -> int:
+    return len(stored["rows"][0]["ratios"])
+
+
+def _overhead(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if row["variant"] == "dense":
+        return f"{row['ms']:.2f} ms"
+    return f"{row['ratio']:.3f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
+
+
+def finetune(stored: dict[str, Any]) -> str:
+    """A pruned language model, fine-tuned under its masks (examples/finetune.py)."""
+    settings = stored["settings"]
+    lines = [
+        f"{settings['model']}, {stored['pruned_linears']} linears to {settings['pattern']} by "
+        f"`{settings['pruner']}`, then {settings['steps']} steps of {settings['batch']} x "
+        f"{settings['seq_len']} tokens, of {stored['tokens']['training']:,} of the calibration topics; "
+        f"perplexity of {stored['tokens']['held_out']:,} held-out tokens of other topics, of the compressed "
+        f"model, saved and reloaded; {_where(stored)} (`examples/finetune.py`):",
+        "",
+        "| | perplexity | regained of what pruning lost | step kept | ms a step |",
+        "|---|---|---|---|---|",
+        f"| dense | {stored['dense_perplexity']:.2f} | | | |",
+        f"| pruned | {stored['pruned_perplexity']:.2f} | | | |",
+    ]
+    lost = stored["pruned_perplexity"] - stored["dense_perplexity"]
+    for row in stored["rows"]:
+        regained = (stored["pruned_perplexity"] - row["perplexity"]) / lost
+        lines.append(
+            f"| {row['method']} | {row['perplexity']:.2f} | {100 * regained:.0f} % | {row['kept_step']} | "
+            f"{row['ms_per_step']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
@@ -181,16 +238,21 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "decoder": decoder,
     "loading": loading,
     "faults": faults,
+    "training": training,
+    "finetune": finetune,
 }
 
 
 def rendered(text: str, page: Path, promised: tuple[str, ...]) -> str:
-    """``text`` with the table of each stored result between its markers."""
+    """``text`` with the table of each result between its markers; of one not stored, with none."""
     for name, table in TABLES.items():
         if f"<!-- {name} -->" not in text and name not in promised:
             continue
-        stored = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        block = f"<!-- {name} -->\n{table(stored)}\n<!-- /{name} -->"
+        file = RESULTS / f"{name}.json"
+        shown = ""
+        if file.exists():
+            shown = table(json.loads(file.read_text(encoding="utf-8"))) + "\n"
+        block = f"<!-- {name} -->\n{shown}<!-- /{name} -->"
         marked = re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
         text, count = marked.subn(lambda _, block=block: block, text)
         if count != 1:

@@ -66,6 +66,22 @@ def test_the_example_trains_saves_reloads_and_compiles(tmp_path: Path) -> None:
         assert row["kept_step"] == least["step"]
         assert row["development_perplexity"] == least["perplexity"]
     assert record["rows"][0]["perplexity"] < record["pruned_perplexity"]
+    assert str(tmp_path) not in json.dumps(record)  # it is published
+
+
+@pytest.mark.parametrize("name", ["training", "finetune"])
+def test_a_table_shows_what_is_stored_and_nothing_where_nothing_is(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import readme_tables
+
+    page = f"before\n<!-- {name} -->\nold\n<!-- /{name} -->\nafter\n"
+    shown = readme_tables.rendered(page, Path("page.md"), (name,))
+    assert "| dense |" in shown and "old" not in shown
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    bare = readme_tables.rendered(shown, Path("page.md"), (name,))
+    assert bare == page.replace("old\n", "")
 
 
 def test_the_learning_rate_warms_up_and_falls_by_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
