@@ -9,7 +9,8 @@ head stays dense; its vocabulary is cut in the proportion of the layers, so that
 time that it has in the whole model. One token a step, greedily, with a static cache; the step is compiled
 whole and recorded in a CUDA graph. Compressed models are compiled with ``s3.inductor_options()``; the
 dense one plainly and with the same options, its linears grouped too, and the faster of these is the rival.
-Rounds take turns.
+Rounds take turns. A batch is measured in one process; the file keeps the rows of other batches where the
+device, the versions and all settings are the same, so that batches can be run one by one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import inspect
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,16 @@ def agreement(decoder: Decoder, tokens: int) -> float:
     return float((found[0] == found[1]).long().cumprod(1).double().mean())
 
 
+def rows_before(file: Path, record: dict[str, Any], batches: Sequence[str]) -> list[dict[str, Any]]:
+    """Stored rows of other batches, measured under the same settings."""
+    if not file.is_file():
+        return []
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    if any(stored.get(key) != record[key] for key in record if key not in ("rows", "date")):
+        return []
+    return [row for row in stored["rows"] if str(row["batch"]) not in batches]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
@@ -196,6 +207,8 @@ def main() -> None:
         "tokens": args.tokens, "memory": args.memory, "apart": args.apart,
         "bytes_of_linears": sizes, "rows": [],
     }  # fmt: skip
+    out = args.out or Path("bench/results/decoder.json")
+    record["rows"] = rows_before(out, record, args.batches.split(","))
     for batch in map(int, args.batches.split(",")):
         length = args.prompt + args.tokens + 8
         decoders = {
@@ -226,7 +239,7 @@ def main() -> None:
                 flush=True,
             )
         if not args.tiny or args.out:  # after each batch: a run that is broken off keeps it
-            out = args.out or Path("bench/results/decoder.json")
+            record["rows"].sort(key=lambda row: row["batch"])
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

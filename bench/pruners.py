@@ -64,7 +64,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (pruner, options of 
     "S-OBS": ("obs", {"alpha": 0.0}),  # the method of the S3 paper
     "S-OBS, dense target": ("obs", {}),
     "admm, no dense target": ("admm", {"alpha": 0.0}),
-    "admm": ("admm", {}),  # the default: dense target
+    "admm, beta 0": ("admm", {"beta": 0.0}),  # the dense target alone
+    "admm": ("admm", {}),  # the default: drift of the residual stream taken back too
     "admm, mixed budgets": ("admm", {"budgets": "mixed"}),
     "admm + recovery": ("admm", {"recover": 300}),
 }
