@@ -20,7 +20,14 @@ RESULTS = ROOT / "bench" / "results"
 # Each page, and the tables that it must have.
 PAGES = {
     ROOT / "README.md": ("pruners", "layer_errors", "inference", "finetune"),
-    ROOT / "docs" / "benchmarks.md": ("inference", "pruners", "layer_errors", "loading", "faults"),
+    ROOT / "docs" / "benchmarks.md": (
+        "inference",
+        "pruners",
+        "layer_errors",
+        "synthetic",
+        "loading",
+        "faults",
+    ),
     ROOT / "docs" / "training.md": ("training", "finetune"),
 }
 
@@ -56,6 +63,30 @@ def layer_errors(stored: dict[str, Any]) -> str:
     for layer, pattern in dict.fromkeys((r["layer"], r["pattern"]) for r in stored["rows"]):
         cells = (_cell(rows.get((layer, pattern, method))) for method in methods)
         lines.append(f"| {layer}, {pattern} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def synthetic(stored: dict[str, Any]) -> str:
+    """Output errors of a made layer of real width beside the reference's S-OBS (bench/structured_obs.py)."""
+    rows = {(row["pattern"], row["method"]): row for row in stored["rows"]}
+    most = min(row["rows"] for row in stored["rows"])
+    lines = [
+        f"A made layer of {stored['shape'][0]} x {stored['shape'][1]}, {stored['samples']:,} correlated, "
+        f"heavy-tailed samples, {_where(stored)} (`bench/structured_obs.py --synthetic`; patterns named as "
+        f"in the S3 paper). Errors are of the first {most} rows, which is what the reference's S-OBS was given; its "
+        "seconds are scaled to all rows:",
+        "",
+        "| pattern | sparsekit S-OBS | sparsegpt | sparsegpt+refit | admm | admm of S-OBS |",
+        "|---|---|---|---|---|---|",
+    ]
+    for pattern in dict.fromkeys(row["pattern"] for row in stored["rows"]):
+        each = [
+            rows[pattern, name]
+            for name in ("sparsekit/true_obs", "sparsegpt", "sparsegpt+refit", "admm")
+        ]
+        cells = [f"{row['first_rows_error']:.4f}, {row['seconds_all_rows']:.1f} s" for row in each]
+        ratio = each[-1]["first_rows_error"] / each[0]["first_rows_error"]
+        lines.append(f"| {pattern} | {' | '.join(cells)} | {ratio:.3f} |")
     return "\n".join(lines)
 
 
@@ -177,7 +208,29 @@ def training(stored: dict[str, Any]) -> str:
     for variant in dict.fromkeys(variant for *_, variant in rows):
         cells = (_overhead(rows.get((*column, variant))) for column in columns)
         lines.append(f"| {variant} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_sparse_cores(stored.get("sparse_cores", []))])
+
+
+def _sparse_cores(rows: list[dict[str, Any]]) -> list[str]:
+    """The forward product alone, by sparse tensor cores."""
+    if not rows:
+        return []
+    lines = [
+        "",
+        "The forward product alone, bfloat16, dense and by sparse tensor cores (cuSPARSELt), for which the "
+        "weight is compressed in each step:",
+        "",
+        "| linear, tokens | dense, ms | sparse, ms | compressing, ms | both, of dense |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        dense, product, compress = (row[f"{of}_ms"] for of in ("dense", "product", "compress"))
+        late = "" if row["timed_in"]["compress"] == "graph" else " (with the host)"
+        lines.append(
+            f"| {row['linear'][0]}x{row['linear'][1]}, {row['tokens']} | {dense:.3f} | {product:.3f} | "
+            f"{compress:.3f}{late} | {(product + compress) / dense:.2f} |"
+        )
+    return lines
 
 
 def _rounds(stored: dict[str, Any]) -> int:
@@ -234,6 +287,7 @@ def _where(stored: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "pruners": pruners,
     "layer_errors": layer_errors,
+    "synthetic": synthetic,
     "inference": inference,
     "decoder": decoder,
     "loading": loading,
