@@ -73,8 +73,8 @@ def synthetic(stored: dict[str, Any]) -> str:
     lines = [
         f"A made layer of {stored['shape'][0]} x {stored['shape'][1]}, {stored['samples']:,} correlated, "
         f"heavy-tailed samples, {_where(stored)} (`bench/structured_obs.py --synthetic`; patterns named as "
-        f"in the S3 paper). Errors are of the first {most} rows, which is what the reference's S-OBS was given; its "
-        "seconds are scaled to all rows:",
+        f"in the S3 paper). Errors are of the first {most} rows, which is what the reference's S-OBS was "
+        "given; its seconds are scaled to all rows:",
         "",
         "| pattern | sparsekit S-OBS | sparsegpt | sparsegpt+refit | admm | admm of S-OBS |",
         "|---|---|---|---|---|---|",
