@@ -127,6 +127,57 @@ def compare(
     return times
 
 
+def in_a_graph(run: Callable[[], Any], calls: int = 20) -> tuple[float, str]:
+    """Milliseconds of a call, and "graph"; or "stream", where no graph takes it and the host is in it."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+
+    def many() -> None:
+        for _ in range(calls):
+            run()
+
+    call, way = many, "stream"
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            many()
+        call, way = graph.replay, "graph"
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        print(f"not captured: {str(error).splitlines()[0]}", flush=True)
+    times = [seconds(call, torch.device("cuda")) for _ in range(5)]
+    torch.cuda.synchronize()
+    return 1e3 * statistics.median(tell() for tell in times) / calls, way
+
+
+def sparse_cores(shape: list[int], tokens: int) -> dict[str, Any]:
+    """The forward product of a 2:4 weight, dense and by sparse tensor cores, and compressing the weight."""
+    weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    weight = torch.where(s3.project(weight, "2:4"), weight, 0)
+    x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
+    held = torch._cslt_compress(weight)
+
+    def product() -> Tensor:
+        y: Tensor = torch._cslt_sparse_mm(held, x.t(), transpose_result=True)
+        return y
+
+    expected = torch.nn.functional.linear(x, weight).float()
+    error = float((product().float() - expected).norm() / expected.norm())
+    assert error < 0.02, f"the sparse product of {shape} differs by {error}"
+    dense, _ = in_a_graph(lambda: torch.nn.functional.linear(x, weight))
+    sparse, product_way = in_a_graph(product)
+    compress, compress_way = in_a_graph(lambda: torch._cslt_compress(weight))
+    return {
+        "linear": shape,
+        "tokens": tokens,
+        "dense_ms": dense,
+        "product_ms": sparse,
+        "compress_ms": compress,
+        "timed_in": {"product": product_way, "compress": compress_way},
+    }
+
+
 def check(trainers: dict[str, Trainer], pattern: str, device: torch.device, width: int) -> None:
     """Weights satisfy the pattern, and the two forwards agree."""
     x = torch.randn(32, width, device=device, dtype=torch.bfloat16)
@@ -204,6 +255,22 @@ def main() -> None:
         print(f"{way}: {time.perf_counter() - start:.0f} s", flush=True)
         del trainers
         torch._dynamo.reset()
+    if device.type != "cuda" or not torch.backends.cusparselt.is_available():
+        print("no cuSPARSELt here: the product by sparse tensor cores is not measured")
+        return
+    record["sparse_cores"] = []
+    for tokens in batches:
+        for shape in record["linears"]:
+            row = sparse_cores(shape, tokens)
+            record["sparse_cores"].append(row)
+            ratio = (row["product_ms"] + row["compress_ms"]) / row["dense_ms"]
+            print(
+                f"{shape[0]}x{shape[1]}, {tokens} tokens: dense {row['dense_ms']:.3f} ms, sparse "
+                f"{row['product_ms']:.3f} + {row['compress_ms']:.3f} to compress: {ratio:.2f} of dense",
+                flush=True,
+            )
+    if out is not None:
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
