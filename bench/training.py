@@ -269,8 +269,8 @@ def main() -> None:
                 f"{row['product_ms']:.3f} + {row['compress_ms']:.3f} to compress: {ratio:.2f} of dense",
                 flush=True,
             )
-    if out is not None:
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            if out is not None:
+                out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,23 @@ def test_a_table_shows_what_is_stored_and_nothing_where_nothing_is(
     assert bare == page.replace("old\n", "")
 
 
+def test_the_table_of_steps_has_the_products_by_sparse_cores_once_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import readme_tables
+
+    stored = json.loads((ROOT / "bench" / "results" / "training.json").read_text())
+    stored["sparse_cores"] = [
+        {
+            "linear": [64, 32], "tokens": 16, "dense_ms": 0.2, "product_ms": 0.15, "compress_ms": 0.1,
+            "timed_in": {"product": "graph", "compress": "stream"},
+        }
+    ]  # fmt: skip
+    last = readme_tables.training(stored).splitlines()[-1]
+    assert last == "| 64x32, 16 | 0.200 | 0.150 | 0.100 (with the host) | 1.25 |"
+
+
 def test_the_learning_rate_warms_up_and_falls_by_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     from finetune import learning_rate
