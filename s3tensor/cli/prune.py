@@ -240,7 +240,11 @@ def prune(
                 "seq_len": seq_len,
                 "seed": seed,
             },
-            "evaluation": {"source": eval_text or calibration, "samples": eval_samples},
+            "evaluation": {
+                "source": eval_text or calibration,
+                "samples": eval_samples,
+                "seq_len": seq_len,
+            },
             "dense_bytes": dense,
             "compressed_bytes": now,
             "total_seconds": round(time.perf_counter() - start, 3),
