@@ -39,8 +39,8 @@ def model_of(kind: str) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def found_writers(kind: str) -> list[list[str]]:
-    model = model_of(kind)
+def found_writers(kind: str, dtype: torch.dtype = torch.float32) -> list[list[str]]:
+    model = model_of(kind).to(dtype)
     prefix, blocks = llm.decoder_blocks(model)
     chunks = catch_chunks(model, list(blocks), [IDS], CPU)
     found = []
@@ -69,6 +69,10 @@ def found_writers(kind: str) -> list[list[str]]:
 )
 def test_writers_are_those_whose_outputs_the_block_adds(kind: str, names: list[str]) -> None:
     assert found_writers(kind) == [names, names]
+
+
+def test_writers_are_found_in_bfloat16_too() -> None:
+    assert found_writers("llama", torch.bfloat16) == found_writers("llama")
 
 
 # the fit ----------------------------------------------------------------------------------------------
