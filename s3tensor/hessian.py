@@ -109,10 +109,14 @@ class Hessian:
         """``X'X / N`` (K, K), float32, symmetric to the last bit; with weights ``X'diag(w)X / sum(w)``.
 
         Raises:
-            HessianError: before any token was seen.
+            HessianError: before any token was seen, or where all weights are zero.
         """
         if self._sum is None:
             raise HessianError("no inputs were seen yet; call update(x) before value()")
+        if not self.weight:
+            raise HessianError(
+                "all tokens have weight 0; give some more than 0 in update(weights=)"
+            )
         return (self._sum + self._sum.T).div_(2 * self.weight)
 
     def cross(self) -> Tensor | None:
