@@ -286,12 +286,12 @@ def starved(needs: int) -> Callable[..., s3.prune.Pruned]:
         memory_budget: int = s3.prune.MEMORY_BUDGET,
         target: Any = None,
         alpha: float = 0.5,
+        drift: Any = None,
     ) -> s3.prune.Pruned:
         if memory_budget > needs:
             raise torch.OutOfMemoryError("out of memory")
-        return s3.prune.admm(
-            weight, hessian, pattern, target=target, alpha=alpha, memory_budget=memory_budget
-        )
+        given = {"target": target, "alpha": alpha, "drift": drift}
+        return s3.prune.admm(weight, hessian, pattern, memory_budget=memory_budget, **given)
 
     return pruner
 
@@ -319,13 +319,13 @@ def test_too_little_memory_is_one_clear_error_and_leaves_whole_blocks(
         memory_budget: int = s3.prune.MEMORY_BUDGET,
         target: Any = None,
         alpha: float = 0.5,
+        drift: Any = None,
     ) -> s3.prune.Pruned:
         nonlocal calls
         calls += 1  # a block takes four: q, k and v; o; gate and up; down
         pick = real if calls < 7 else enough
-        return pick(
-            weight, hessian, pattern, memory_budget=memory_budget, target=target, alpha=alpha
-        )
+        given = {"target": target, "alpha": alpha, "drift": drift}
+        return pick(weight, hessian, pattern, memory_budget=memory_budget, **given)
 
     monkeypatch.setitem(s3.prune.PRUNERS, "admm", pruner)
     model = tiny("llama").train()
@@ -380,7 +380,10 @@ def test_the_held_out_error_of_the_calibration_tokens_is_the_error(
     report = llm.prune_model(tiny("llama"), batches(), "2:4", held_out=batches(), progress=False)
     for row in report.linears:
         assert row.held_out_error is not None
-        assert math.isclose(row.held_out_error, row.error, rel_tol=1e-4)
+        # Tokens of linears that write into the residual stream are weighted: those of calibration by the
+        # dense model's states, held-out ones by the pruned model's, which is all that there is of them.
+        writes = row.name.endswith(("o_proj", "down_proj"))
+        assert math.isclose(row.held_out_error, row.error, rel_tol=2e-2 if writes else 1e-4)
     plain = llm.prune_model(tiny("llama"), batches(), "2:4", progress=False)
     assert [row.error for row in plain.linears] == [row.error for row in report.linears]
     assert not any("calibration tokens" in str(w.message) for w in recwarn)
