@@ -41,13 +41,10 @@ PATTERNS = ("2:4", "pair4:8", "coupled2:4", "rowpair16")
 
 def prepare(path: Path, model_file: Path | None, samples: int, seq_len: int) -> None:
     """Save weight, calibration Hessian and held-out Hessian of each layer."""
-    model, tokenizer = hf.load_model(model_file or packaged_model(), torch.float32)
+    file = model_file or packaged_model()
+    model, tokenizer = hf.load_model(file, torch.float32)
     linears = {name: model.get_submodule(module) for name, module in LAYERS.items()}
-    record: dict[str, Any] = {
-        "model": "SmolLM2-135M-Instruct.Q4_1",
-        "seq_len": seq_len,
-        "layers": {},
-    }
+    record: dict[str, Any] = {"model": file.name, "seq_len": seq_len, "layers": {}}
     for part, most in (("calibration", samples), ("held-out", samples // 2)):
         tokens = llm.tokenize(llm.load_text("pydoc", part), tokenizer)
         rows = tokens[: tokens.numel() // seq_len * seq_len].reshape(-1, seq_len)[:most]

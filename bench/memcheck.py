@@ -118,7 +118,7 @@ def product_group(
         ys = matmul.linear_group(
             x,
             [(weight.packed, weight.indices) for weight in weights],
-            form=paths.form_of(weights[0].bound),  # type: ignore[arg-type]
+            form=pattern,
             rows=heights,
             columns=columns,
         )

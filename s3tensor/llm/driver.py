@@ -569,10 +569,15 @@ def _unseen(
     """Second moments of the group's inputs on the held-out tokens; None without them or where routed."""
     hessian = Hessian(group[0].shape[1], device=run.device)
     for chunk in streams.held_out:
-        given = runner.layer_input(chunk, group[0].module)
+        weights = None
+        if weighted:
+            out, (given,) = runner.layer_inputs(chunk, [group[0].module], keep=True)
+            weights = token_weights(out)
+        else:
+            given = runner.layer_input(chunk, group[0].module)
         if given is None:
             return None
-        hessian.update(given, None, token_weights(runner.output(chunk)) if weighted else None)
+        hessian.update(given, None, weights)
     return hessian if streams.held_out else None
 
 
