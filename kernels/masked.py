@@ -3,7 +3,7 @@
 A lane owns whole scopes of four neighbours: it loads them together, ranks them by comparing every two of
 their magnitudes as integers, and stores the four that remain, plain or shortened by the largest that was
 dropped. Against a mask, a product and a threshold of their own that is 8 bytes a float32 weight in place of
-14, and of about 70 for the soft threshold.
+14, and of about 70 for the soft threshold. A mask that is read may be of any pattern.
 """
 
 from __future__ import annotations
@@ -79,10 +79,31 @@ def masked_kernel(
         dropped = _together(most, most, most, most, SCOPES)
         short = (size - dropped).to(w.dtype).to(tl.float32)
         signed = tl.where(wide < 0, -short, short) * tl.load(beta_ptr)
-        out = tl.where(kept & (size > dropped), signed, 0.0).to(w.dtype)
+        above = ((size <= dropped) == 0) | (wide != wide)
+        out = tl.where(kept & above, signed, 0.0).to(w.dtype)
     else:
         out = tl.where(kept, w, 0.0)
     tl.store(out_ptr + at, out, mask=live)
+
+
+@triton.jit
+def decayed_kernel(
+    grad_ptr,
+    w_ptr,
+    mask_ptr,  # int8
+    out_ptr,
+    decay,
+    total,  # weights
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < total
+    grad = tl.load(grad_ptr + at, mask=live, other=0.0)
+    w = tl.load(w_ptr + at, mask=live, other=0.0)
+    kept = tl.load(mask_ptr + at, mask=live, other=0) != 0
+    term = (tl.where(kept, 0.0, w.to(tl.float32)) * decay).to(w.dtype)
+    out = grad.to(tl.float32) + term.to(tl.float32)
+    tl.store(out_ptr + at, out.to(grad.dtype), mask=live)
 
 
 def covers(weight: Tensor) -> bool:
@@ -119,6 +140,24 @@ def masked(
     with _device(weight):
         _launch(weight, out, mask, beta, keep, write)
     return out, mask
+
+
+def decayed(
+    grad: Tensor,  # contiguous
+    weight: Tensor,  # contiguous, of the same shape and dtype
+    mask: Tensor,  # bool, contiguous, of the same shape
+    decay: float,
+) -> Tensor:
+    """``grad + decay * weight`` where the mask is False, ``grad`` elsewhere, rounded as two operators are."""
+    out = torch.empty_like(grad)
+    flat, bytes_ = out.view(-1), mask.view(-1).view(torch.int8)
+    grid = (triton.cdiv(flat.numel(), _PROGRAM // 2),)
+    with _device(grad):
+        decayed_kernel[grid](
+            grad.view(-1), weight.detach().view(-1), bytes_, flat, decay, flat.numel(),
+            BLOCK=_PROGRAM // 2, num_warps=_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
 
 
 def _device(x: Tensor) -> AbstractContextManager[Any]:

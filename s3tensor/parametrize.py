@@ -173,21 +173,28 @@ class S3Sparse(Masked):
         kernel = fused_kernel(weight) if self._fuses() else None
         if kernel is not None:
             held = None if self.mask is None else self.current_mask(weight)
-            used: Tensor = Fused.apply(kernel, weight, held, self.beta, self.decay, self._budget)
+            keep = self._budget if held is None else 1  # of no meaning there
+            through = self.mode != "fixed"
+            used: Tensor = Fused.apply(kernel, weight, held, self.beta, self.decay, keep, through)
             return used
         mask = self.current_mask(weight)
         if self.mode == "fixed":
             return torch.where(mask, weight, 0)
+        largest = (
+            self._run == 4 and self._budget < 4 and self.mask is None and not self.transposable
+        )
+        keep = self._budget if largest else 0
         masked: Tensor = StraightThrough.apply(
-            weight, mask, self.beta, self.decay, self._text, self._run, self.transposed
+            weight, mask, self.beta, self.decay, self._text, self._run, self.transposed, keep
         )
         return masked
 
     def _fuses(self) -> bool:
-        """Whether one kernel may choose the mask, or shorten the weight, and multiply."""
-        chooses = self.mask is None and not (self.frozen or self.transposable)
-        shortens = self.mask is not None and self.beta is not None
-        return self._run == 4 and not self.transposed and (chooses or shortens)
+        """Whether one kernel may multiply, and choose the mask or shorten the weight where that is N:4's."""
+        plain = self._run == 4 and not self.transposed
+        if self.mask is not None:
+            return self.mask.is_contiguous() and (plain or self.beta is None)
+        return plain and not (self.frozen or self.transposable)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The dense original of a weight that is registered, or assigned later: the weight itself."""

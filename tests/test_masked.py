@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import os
+import re
+import shutil
 from typing import Any
 
 import pytest
@@ -46,6 +50,24 @@ def test_a_fused_mask_is_that_of_project_ties_included(
     short = shrink_run(weight, mask, run)
     torch.testing.assert_close(short, shrink(weight, mask, pattern), rtol=1e-2, atol=0)
     assert not bool(torch.signbit(short[short == 0]).any())
+    if run == 4:
+        assert torch.equal(shrink_run(weight, mask, run, bound.keep), short)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("run", [4, 8])
+def test_a_fused_mask_keeps_nan_and_infinity_and_no_more_than_it_may(
+    dtype: torch.dtype, keep: int, run: int
+) -> None:
+    values = [1.0, -2.0, 0.0, float("nan"), -float("inf"), float("inf"), -float("nan")]
+    weight = torch.tensor(list(itertools.product(values, repeat=4)), dtype=dtype)
+    weight = weight[: len(weight) // 8 * 8].reshape(-1, run)
+    mask = ranked(weight, run, keep)
+    assert bool((mask.sum(-1) == keep).all())
+    magnitude = torch.where(weight.isnan(), 1e9, weight.abs().double().clamp(max=1e8))
+    least = torch.where(mask, magnitude, torch.inf).amin(-1)
+    assert bool((least >= torch.where(mask, 0, magnitude).amax(-1)).all())
 
 
 @pytest.mark.parametrize("pattern", ["pair4:8", "coupled2:4", "rowpair16", "4:32"])
@@ -98,6 +120,23 @@ def test_nan_is_refused_by_step_and_reaches_the_loss_of_a_compiled_forward() -> 
     assert bool(compiled(torch.ones(1, 32)).isnan().any())
     with pytest.raises(s3.NonFiniteError, match="weight"):
         s3.step(layer)
+
+
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None,
+    reason="Inductor needs a C++ compiler on the CPU",
+)
+@pytest.mark.parametrize("mode", ["ste", "soft"])
+def test_nothing_of_the_mask_is_written_by_a_compiled_forward(mode: str) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    weight = layer_of(mode).parametrizations.weight
+    with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
+        call = torch.compile(lambda: weight().to(torch.bfloat16), fullgraph=True)
+        used, (code,) = run_and_get_code(call)
+    assert torch.equal(used, weight().to(torch.bfloat16))
+    assert len(re.findall(r"empty_strided\w*\(", code.partition("def call")[2])) == 1
 
 
 # on a GPU ---------------------------------------------------------------------------------------------

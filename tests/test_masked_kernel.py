@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 import s3tensor as s3
 from s3tensor import mask as masking
 from s3tensor.masked import shrink_run
+from s3tensor.parametrize import MODES
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
@@ -33,7 +34,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def test_the_interpreter_runs_the_tests_of_this_file() -> None:
-    run_again(__file__, 9)
+    run_again(__file__, 16)
 
 
 def weight_of(ties: bool, rows: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -81,6 +82,31 @@ def test_the_soft_weight_is_the_threshold_times_beta(device: str, case: Any, hel
     assert torch.equal(out.cpu() == 0, expected == 0)
 
 
+@FEW
+@given(cases, st.sampled_from([0.0, 2e-4, 0.37]))
+def test_decay_is_added_as_two_operators_add_it(device: str, case: Any, decay: float) -> None:
+    ties, rows, dtype, keep, seed = case
+    weight = weight_of(ties, rows, dtype, seed)
+    grad = weight_of(False, rows, dtype, seed + 1000)
+    mask = s3.project(weight, f"{keep}:4")
+    out = kernel.decayed(*(x.to(device) for x in (grad, weight, mask)), decay)
+    expected = grad + torch.where(mask, 0, weight) * decay
+    # The interpreter cuts bits of 16-bit results off.
+    exact = dtype == torch.float32 or not INTERPRETED
+    near = {"rtol": 0, "atol": 0} if exact else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(out.cpu(), expected, **near)
+    assert torch.equal(out.cpu()[mask], grad[mask])
+
+
+def test_nan_reaches_the_soft_weight(device: str) -> None:
+    weight = torch.tensor([[1.0, float("nan"), 3.0, 2.0]])
+    mask = torch.tensor([[False, True, True, False]])
+    for given_mask in (None, mask.to(device)):
+        out, _ = kernel.masked(weight.to(device), 2, given_mask, torch.ones((), device=device))
+        assert out.isnan().tolist() == [[False, True, False, False]] and out[0, 2] == 1
+    assert shrink_run(weight, mask, 4).isnan().tolist() == [[False, True, False, False]]
+
+
 def test_nan_counts_as_the_largest_and_refusals_say_what_is_taken(device: str) -> None:
     weight = torch.tensor([[1.0, float("nan"), 3.0, 2.0]], device=device)
     out, mask = kernel.masked(weight, 2, write=True)
@@ -91,18 +117,28 @@ def test_nan_counts_as_the_largest_and_refusals_say_what_is_taken(device: str) -
             kernel.masked(wrong, 2)
 
 
-@pytest.mark.parametrize("mode", ["ste", "srste", "soft"])
-@pytest.mark.parametrize("options", [{}, {"refresh": 2}])
+@pytest.mark.parametrize(
+    ("mode", "pattern", "options"),
+    [
+        *((mode, "2:4", {}) for mode in MODES),
+        *((mode, "2:4", {"refresh": 2}) for mode in MODES[1:]),
+        ("fixed", "rowpair16", {}),
+        ("srste", "pair4:8", {"refresh": 2}),
+    ],
+)
 def test_training_through_the_kernel_is_training_without(
-    device: str, mode: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    device: str, mode: str, pattern: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    plain = nn.Linear(16, 8, bias=False).to(device)
-    parametrize.register_parametrization(plain, "weight", s3.S3Sparse("2:4", mode, **options))
+    plain = nn.Linear(16, 16, bias=False).to(device)
+    parametrize.register_parametrization(plain, "weight", s3.S3Sparse(pattern, mode, **options))
     layer = copy.deepcopy(plain)
-    calls: list[int] = []
-    masked = kernel.masked
-    monkeypatch.setattr(kernel, "masked", lambda *a, **k: (calls.append(1), masked(*a, **k))[1])
+    calls: list[str] = []
+    for name in ("masked", "decayed"):
+        run = getattr(kernel, name)
+        monkeypatch.setattr(
+            kernel, name, lambda *a, run=run, **k: (calls.append(run.__name__), run(*a, **k))[1]
+        )
     for on, each in ((False, plain), (True, layer)):
         monkeypatch.setattr(masking, "on_plain_gpu", lambda x, on=on: on)
         optimizer = torch.optim.SGD(each.parameters(), lr=0.5)
@@ -112,7 +148,8 @@ def test_training_through_the_kernel_is_training_without(
             optimizer.step()
             optimizer.zero_grad()
             s3.step(each)
-        assert len(calls) == (3 if on and (mode == "soft" or not options) else 0)
+        each_step = {"fixed": ["masked"] * 2, "srste": ["masked", "decayed"]}.get(mode, ["masked"])
+        assert calls == (each_step * 3 if on else [])
     for left, right in zip(plain.parameters(), layer.parameters(), strict=True):
         torch.testing.assert_close(right, left, rtol=1e-6, atol=1e-7)
     last = layer.weight.detach().clone()
@@ -121,8 +158,26 @@ def test_training_through_the_kernel_is_training_without(
     assert torch.equal(layer.weight.to_dense(), last)
 
 
+@pytest.mark.parametrize("mode", ["fixed", "srste"])
+def test_second_gradients_are_those_without_the_kernels(
+    device: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = nn.Linear(16, 8, bias=False).to(device)
+    parametrize.register_parametrization(layer, "weight", s3.S3Sparse("2:4", mode))
+    original = layer.parametrizations.weight.original
+    x = torch.randn(5, 16, device=device)
+    found = []
+    for on in (False, True):
+        monkeypatch.setattr(masking, "on_plain_gpu", lambda x, on=on: on)
+        (grad,) = torch.autograd.grad(layer(x).pow(3).sum(), original, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), original)[0])
+    torch.testing.assert_close(*found)
+    assert bool(found[0].any())
+
+
 @pytest.mark.parametrize(
-    ("held", "write", "soft"), [(False, False, False), (False, True, False), (True, False, True)]
+    ("held", "write", "soft"),
+    [(False, False, False), (False, True, False), (True, False, True), (True, False, False)],
 )
 def test_it_compiles_to_wide_loads_and_stores_of_what_stays_in_registers(
     held: bool, write: bool, soft: bool
@@ -145,3 +200,22 @@ def test_it_compiles_to_wide_loads_and_stores_of_what_stays_in_registers(
     assert re.search(r"ld\.global\S*\.v4\.b32", code) and re.search(r"st\.global\S*\.v4\.b32", code)
     # Bytes of the mask alone change lanes, so that sixteen are stored together.
     assert built.metadata.shared == (2048 if held or write else 0)
+
+
+def test_decay_compiles_to_wide_loads_and_a_product_that_is_rounded() -> None:
+    if INTERPRETED:
+        pytest.skip("the compiler's")
+    from triton.backends.compiler import GPUTarget
+
+    signature = {
+        "grad_ptr": "*fp32", "w_ptr": "*fp32", "mask_ptr": "*i8", "out_ptr": "*fp32", "decay": "fp32",
+        "total": "i32", "BLOCK": "constexpr",
+    }  # fmt: skip
+    divisible = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 5)}
+    source = triton.compiler.ASTSource(
+        kernel.decayed_kernel, signature, {"BLOCK": kernel._PROGRAM // 2}, divisible
+    )
+    options = {"num_warps": kernel._WARPS, "enable_fp_fusion": False}
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    assert re.search(r"ld\.global\S*\.v4\.b32", code) and re.search(r"st\.global\S*\.v4\.b32", code)
+    assert "fma" not in code
