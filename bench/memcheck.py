@@ -70,6 +70,8 @@ def cases() -> list[Case]:
         found += [("ranks", (n, dtype))]
     for pattern in (*packings, "12:24", "filter@0.5"):
         found += [("masks", (pattern,))]
+    for n, dtype in itertools.product((4, 60, 4096, 20004), ("float32", "bfloat16")):
+        found += [("weights_in_use", (n, dtype))]
     return found
 
 
@@ -149,6 +151,24 @@ def masks(pattern: str) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         weight = torch.randn(_shape(pattern), device="cuda").to(dtype)
         assert torch.equal(s3.project(weight, pattern).cpu(), s3.project(weight.cpu(), pattern))
+
+
+def weights_in_use(n: int, dtype: str) -> None:
+    """The kernels of training, of ``n`` weights in scopes of four."""
+    from s3tensor.kernels import masked
+
+    weight = torch.randn(n, device="cuda").to(getattr(torch, dtype))
+    scale = torch.full((1,), 1.5, device="cuda")
+    for keep in (1, 2, 3):
+        found, mask = masked.masked(weight, keep, write=True)
+        assert mask is not None and torch.equal(mask, s3.project(weight[None], f"{keep}:4")[0])
+        assert torch.equal(found, weight * mask)
+        assert torch.equal(masked.masked(weight, keep, mask)[0], found)
+        dropped = weight.masked_fill(mask, 0).abs().view(-1, 4).amax(-1, keepdim=True)
+        short = (weight.view(-1, 4).abs() - dropped).clamp_min(0).view(-1) * weight.sign() * 1.5
+        _same(masked.masked(weight, keep, beta=scale)[0], short * mask, 1e-2)
+        grad = torch.randn_like(weight)
+        _same(masked.decayed(grad, weight, mask, 0.1), grad + 0.1 * weight * ~mask, 1e-2)
 
 
 def _same(found: Tensor, exact: Tensor, tolerance: float) -> None:

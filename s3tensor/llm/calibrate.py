@@ -413,6 +413,32 @@ class BlockRunner:
         return self._finite(chunk, out), given, None if given is None else gave[0]
 
     @torch.no_grad()
+    def added(
+        self, chunk: Chunk, layers: Sequence[nn.Module]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The block's output, what the first of these layers is given, and what all give, summed in float32.
+
+        The latter two are ``None`` when one of them does not see every token.
+        """
+        args, kwargs = self._call(chunk)
+        calls: list[list[tuple[Any, Any]]] = [[] for _ in layers]
+        gave: list[Tensor] = []
+        with ExitStack() as hooks:
+            for index, layer in enumerate(layers):
+
+                def record(_: nn.Module, a: Any, k: Any, out: Tensor, index: int = index) -> None:
+                    calls[index].append((a, k))
+                    gave.append(out.float())
+
+                hooks.callback(layer.register_forward_hook(record, with_kwargs=True).remove)
+            out = hidden_of(self.block(*args, **kwargs))
+        given = [_whole_input(call, chunk) for call in calls]
+        out = self._finite(chunk, out)
+        if any(x is None for x in given):
+            return out, None, None
+        return out, given[0], torch.stack(gave).sum(0)
+
+    @torch.no_grad()
     def input_groups(self, chunk: Chunk, layers: Sequence[nn.Module]) -> list[list[int]]:
         """Indices of ``layers`` in order of call, grouped by the tensor they are given.
 

@@ -4,7 +4,7 @@ In a pruned model the residual stream that a block adds to is no longer the dens
 writes into it can take part of that drift back: its outputs f are fitted to those of the dense model plus a
 share of ``r0 - r``, the residual stream before it in the dense and in the pruned model. How dear an error
 is depends on the token: what follows normalises the stream, so that a token counts by the inverse square
-of its size, and a few huge ones do not outweigh the rest.
+of its size in the pruned model, and a few huge ones do not outweigh the rest.
 """
 
 from __future__ import annotations
@@ -71,20 +71,19 @@ def second_moments(
     hessian = Hessian(layers[0].shape[1], device=runner.device)
     drift = torch.zeros(layers[0].shape, device=runner.device)
     for index, (chunk, after) in enumerate(zip(pruned, dense, strict=True)):
-        residual, given, _ = runner.without(chunk, modules)
-        if given is None:
+        out, given, gave = runner.added(chunk, modules)
+        if given is None or gave is None:
             return None, None
-        hidden = after.hidden.to(runner.device)
-        weights = token_weights(hidden)
-        first = inputs[0][index].to(runner.device)
+        weights = token_weights(out)
+        dense_inputs = [x[index].to(runner.device) for x in inputs]
         try:
-            hessian.update(given, first, weights)
+            hessian.update(given, dense_inputs[0], weights)
         except NonFiniteError as error:
             raise NonFiniteError(f"{layers[0].name}: {error}") from None
-        apart = hidden.float() - residual.float()
-        for module, x in zip(modules, (first, *(x[index] for x in inputs[1:])), strict=True):
+        apart = after.hidden.to(runner.device).float() - (out.float() - gave.view_as(out))
+        for module, x in zip(modules, dense_inputs, strict=True):
             with torch.no_grad():
-                apart -= module(x.to(runner.device)).float().view_as(apart)
+                apart -= module(x).float().view_as(apart)
         apart = apart.flatten(0, -2) * weights[:, None]
         with full_precision():
             drift.addmm_(apart.T, given.float().flatten(0, -2))
