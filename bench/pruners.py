@@ -66,6 +66,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (pruner, options of 
     "admm, no dense target": ("admm", {"alpha": 0.0}),
     "admm, beta 0": ("admm", {"beta": 0.0}),  # the dense target alone
     "admm": ("admm", {}),  # the default: drift of the residual stream taken back too
+    "admm, auto alpha": (
+        "admm",
+        {"alpha": "auto"},
+    ),  # chosen on calibration sequences, for each input
+    "admm, auto alpha and damp": ("admm", {"alpha": "auto", "damp": "auto"}),
     "admm, mixed budgets": ("admm", {"budgets": "mixed"}),
     "admm + recovery": ("admm", {"recover": 300}),
 }
@@ -236,11 +241,7 @@ def measure(
             calibration,
             pattern,
             pruner,
-            damp=DAMP,
-            compress=False,
-            blocks=blocks,
-            progress=False,
-            **options,
+            **{"damp": DAMP, "compress": False, "blocks": blocks, "progress": False, **options},
         )
     except (ImportError, s3.S3Error, torch.OutOfMemoryError) as error:
         return {"method": name, "skipped": " ".join(str(error).split())}

@@ -105,6 +105,32 @@ class Hessian:
         self.samples += len(rows)
         self.weight += len(rows) if weights is None else float(weights.sum(dtype=torch.float64))
 
+    def merge(self, other: Hessian) -> None:
+        """Add the tokens that another one has seen, which stays as it is.
+
+        Raises:
+            HessianError: of other in_features, or only one of them with a cross term.
+        """
+        if other.in_features != self.in_features:
+            raise HessianError(
+                f"a Hessian of {other.in_features} features cannot be added to one of {self.in_features}"
+            )
+        if other._sum is None:
+            return
+        if self._sum is not None and (self._cross is None) != (other._cross is None):
+            raise HessianError(
+                "one of two Hessians has a cross term; give dense= to both or to none"
+            )
+        self._device = self._device or other._device
+        if self._sum is None:
+            self._sum = torch.zeros_like(other._sum, device=self._device)
+            self._cross = None if other._cross is None else torch.zeros_like(self._sum)
+        self._sum += other._sum.to(self._sum.device)
+        if self._cross is not None and other._cross is not None:
+            self._cross += other._cross.to(self._cross.device)
+        self.samples += other.samples
+        self.weight += other.weight
+
     def value(self) -> Tensor:
         """``X'X / N`` (K, K), float32, symmetric to the last bit; with weights ``X'diag(w)X / sum(w)``.
 

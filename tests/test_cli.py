@@ -313,6 +313,8 @@ def never_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--blocks", "0"), ("--blocks",)),
         (("--alpha", "2"), ("alpha=2.0",)),
         (("--alpha", "nan"), ("alpha=nan",)),
+        (("--alpha", "best"), ("'best' is neither a number nor auto",)),
+        (("--damp", "auto", "--alpha", "0"), ("dense target",)),
         (("--damp", "-1"), ("damp=-1",)),
         (("--damp", "nan"), ("damp=nan",)),
         (("--pruner", "foo"), ("unknown pruner 'foo'", "admm")),

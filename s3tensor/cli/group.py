@@ -113,7 +113,23 @@ class _DeviceType(ParamType):
         return str(value)
 
 
-PATTERN, SHAPE, DEVICE = _PatternType(), _ShapeType(), _DeviceType()
+class _ShareType(ParamType):
+    """A number, or the word auto."""
+
+    name = "number or auto"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | str:
+        if value == "auto":
+            return "auto"
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+
+
+PATTERN, SHAPE, DEVICE, SHARE = _PatternType(), _ShapeType(), _DeviceType(), _ShareType()
 COUNT = click.IntRange(min=1)
 SEED = click.IntRange(0, 2**63 - 1)
 

@@ -20,6 +20,7 @@ from s3tensor.cli.group import (
     DTYPES,
     PATTERN,
     SEED,
+    SHARE,
     as_usage,
     default_device,
     err,
@@ -89,8 +90,9 @@ A run that was broken off goes on when the same command is given again."""
 )
 @click.option(
     "--alpha",
-    type=float,
-    help="weight of the dense model's outputs in the target, 0 to 1 [0.5 for admm]",
+    type=SHARE,
+    help="weight of the dense model's outputs in the target, 0 to 1, or auto: chosen for each linear by "
+    "calibration sequences that are kept from its fit [0.5 for admm]",
 )
 @click.option(
     "--beta",
@@ -99,10 +101,10 @@ A run that was broken off goes on when the same command is given again."""
 )
 @click.option(
     "--damp",
-    type=float,
+    type=SHARE,
     default=0.01,
     show_default=True,
-    help="share of the mean diagonal added to a Hessian",
+    help="share of the mean diagonal added to a Hessian, or auto: chosen like --alpha",
 )
 @click.option(
     "--recover",
@@ -174,9 +176,9 @@ def prune(
     text_column: str | None,
     samples: int | None,
     seq_len: int,
-    alpha: float | None,
+    alpha: Any,  # float, "auto" or None
     beta: float | None,
-    damp: float,
+    damp: Any,  # float or "auto"
     recover: int | None,
     recover_seconds: float | None,
     budgets: str | None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 import time
 import warnings
@@ -17,9 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from s3tensor import prune
-from s3tensor.errors import ModelError, NonFiniteError, PatternError, PrunerError
-from s3tensor.hessian import Hessian
+from s3tensor.errors import ModelError, NonFiniteError, PatternError
 from s3tensor.llm.budgets import (
     BUDGETS_JSON,
     Budgets,
@@ -32,11 +29,13 @@ from s3tensor.llm.budgets import (
 )
 from s3tensor.llm.calibrate import BlockRunner, Chunk, catch_chunks, check_batches, has_room
 from s3tensor.llm.group import Run, prune_group, short_names
+from s3tensor.llm.moments import input_moments, weighted_moments
 from s3tensor.llm.progress import PruneProgress
 from s3tensor.llm.recover import Recovered, Recovery, recover_block, shared_parameters
 from s3tensor.llm.report import BlockRow, LinearRow, PeakMemory, PruneReport
-from s3tensor.llm.residual import second_moments, token_weights, writers
+from s3tensor.llm.residual import writer_moments, writers
 from s3tensor.llm.resume import RunFolder, fingerprint, locked, unfinished
+from s3tensor.llm.shares import DEFAULT_DAMP, check_options, parted, shares_of
 from s3tensor.llm.structure import (
     LayerFilter,
     LinearLayer,
@@ -50,7 +49,6 @@ from s3tensor.pattern import Pattern
 from s3tensor.tensor import StructuredSparseTensor
 
 _DIAGONAL = ("magnitude", "wanda", "obd")  # they look at the diagonal of a Hessian at most
-DEFAULT_ALPHA = 0.5  # best of five on development text with SmolLM2-135M (docs/pruners.md)
 
 
 @dataclass
@@ -68,9 +66,9 @@ def prune_model(
     pattern: Pattern | str,
     pruner: str = "admm",
     *,
-    alpha: float | None = None,
+    alpha: float | Literal["auto"] | None = None,
     beta: float | None = None,
-    damp: float = 0.01,
+    damp: float | Literal["auto"] = DEFAULT_DAMP,
     device: torch.device | str | None = None,
     cache_device: torch.device | str | None = None,
     blocks: int | None = None,
@@ -103,11 +101,14 @@ def prune_model(
         pattern: a pattern or its string.
         pruner: a name in ``s3tensor.prune.PRUNERS``.
         alpha: weight of the dense model's outputs in the target, for pruners that take one: 0 fits the
-            pruned stream alone; default 0.5.
+            pruned stream alone; default 0.5. ``"auto"`` chooses it for the linears of each input, as the
+            value that fits every eighth calibration sequence best after a fit on the others
+            (:mod:`s3tensor.llm.shares`).
         beta: share of the residual stream's drift that the linears which write into it take back (see
             :mod:`s3tensor.llm.residual`), for pruners that take one; their tokens then count by the inverse
-            square of their hidden states. Default ``alpha``; 0 turns it off.
-        damp: share of the mean of the Hessian's diagonal added to its diagonal.
+            square of their hidden states. Default ``alpha``, or 0.5 where that is chosen; 0 turns it off.
+        damp: share of the mean of the Hessian's diagonal added to its diagonal; ``"auto"`` chooses it like
+            alpha, for pruners with a dense target.
         device: where blocks are pruned, one at a time; default is where they are.
         cache_device: where calibration activations wait; default is ``device`` if half of its free memory
             holds them, else the CPU. The weights are the same.
@@ -154,7 +155,7 @@ def prune_model(
     recovery = Recovery.of(recover)
     chosen = list(found)[: _block_count(blocks, len(found))]
     where = torch.device(device) if device is not None else next(model.parameters()).device
-    shares = _shares(pruner, alpha, beta, options)
+    shares = shares_of(pruner, alpha, beta, damp, options)
     named = parse_budgets(budgets, model)
     if budgets == "mixed":
         choices(pattern)  # refused here, before any work
@@ -162,6 +163,9 @@ def prune_model(
     plan = _plan(model, chosen, prefix, wanted, filter_fn, on_misfit)
     batches, unseen = list(calibration), list(held_out or ())
     check_batches(model, batches)
+    parts = [list(range(len(batches)))]
+    if shares.auto:
+        batches, parts = parted(batches)
     if unseen:
         check_batches(model, unseen)
     if pruner not in _DIAGONAL:
@@ -172,7 +176,7 @@ def prune_model(
         else torch.device(cache_device)
     )
     patterns = {layer.name: wanted(layer.name) for layers, _ in plan for layer in layers}
-    run = Run(patterns, pruner, *shares, damp, options, where, cache, compress, recovery)
+    run = Run(patterns, pruner, shares, options, where, cache, compress, recovery, parts)
     report = PruneReport(str(pattern), pruner)
     was_training = model.training
     model.eval()
@@ -204,7 +208,7 @@ def prune_model(
                     chunks,
                     device=where,
                     cache=cache,
-                    damp=damp,
+                    damp=shares.damp,
                     told=bar.doing,
                 )
                 if file is not None:
@@ -315,24 +319,6 @@ def _check_weight(layer: LinearLayer) -> None:
         raise NonFiniteError(f"{layer.name} has NaN or Inf in its weight; repair the model first")
 
 
-def _shares(
-    pruner: str, alpha: float | None, beta: float | None, options: dict[str, Any]
-) -> tuple[float, float]:
-    """Of the dense target and of the drift; TypeError for an option that the pruner does not have."""
-    accepts = inspect.signature(prune.get(pruner)).parameters
-    unknown = sorted(set(options) - set(accepts))
-    if unknown:
-        known = [name for name in accepts if name not in ("weight", "hessian", "pattern")]
-        raise TypeError(
-            f"pruner {pruner!r} has no option {unknown[0]!r}; it has {', '.join(known)}"
-        )
-    if alpha is None:
-        alpha = DEFAULT_ALPHA if "target" in accepts else 0.0
-    if beta is None:
-        beta = alpha if "drift" in accepts else 0.0
-    return alpha, beta
-
-
 def _cache(device: torch.device, plan: _Plan, batches: list[Tensor]) -> torch.device:
     """The device itself where there is room for the streams and a block's dense inputs, else the CPU.
 
@@ -344,31 +330,6 @@ def _cache(device: torch.device, plan: _Plan, batches: list[Tensor]) -> torch.de
     tokens = sum(batch.numel() for batch in batches)
     nbytes = tokens * (max(widths) + 4 * hidden) * blocks[0][0].element_size()
     return device if has_room(device, nbytes, 0.5) else torch.device("cpu")
-
-
-def check_options(
-    pruner: str, alpha: float | None = None, damp: float = 0.01, beta: float | None = None
-) -> None:
-    """Refuse what :func:`prune_model` would refuse without a model.
-
-    Raises:
-        PrunerError: an unknown pruner, a number out of range, alpha for a pruner without target, beta for one
-            without drift or without a dense target.
-    """
-    accepts = inspect.signature(prune.get(pruner)).parameters
-    if not 0.0 <= damp < math.inf:
-        raise PrunerError(f"damp={damp} must be a finite share >= 0 of the mean diagonal")
-    if alpha is not None and not 0.0 <= alpha <= 1.0:
-        raise PrunerError(f"alpha={alpha} must be from 0 (pruned stream) to 1 (dense outputs)")
-    if alpha and "target" not in accepts:
-        raise PrunerError(f"pruner {pruner!r} takes no dense target; leave alpha out or use 'admm'")
-    if beta is not None and not 0.0 <= beta <= 1.0:
-        raise PrunerError(f"beta={beta} must be from 0 (no drift is taken back) to 1 (all of it)")
-    if beta and (alpha == 0 or "drift" not in accepts):
-        which = (
-            "takes no drift" if "drift" not in accepts else "takes drift beside a dense target only"
-        )
-        raise PrunerError(f"pruner {pruner!r} {which}; leave beta out or use 'admm' with alpha > 0")
 
 
 def _resume_settings(
@@ -385,9 +346,9 @@ def _resume_settings(
         "pattern": pattern.parts,
         "budgets": "mixed" if mixed else others or None,
         "pruner": run.pruner,
-        "alpha": run.alpha,
-        "beta": run.beta,
-        "damp": run.damp,
+        "alpha": "auto" if "alpha" in run.shares.auto else run.shares.alpha,
+        "beta": run.shares.beta,
+        "damp": "auto" if "damp" in run.shares.auto else run.shares.damp,
         "options": {name: repr(value) for name, value in sorted(run.options.items())},
         "compress": run.compress,
         "recover": None if run.recovery is None else asdict(run.recovery),
@@ -440,27 +401,29 @@ def _prune_block(
     goals = [] if run.recovery is None else _goals(runner, streams, run.recovery)
     rows: list[LinearRow] = []
     masks: list[tuple[LinearLayer, Tensor]] = []
-    writing = writers(runner, streams.pruned[0], groups) if run.beta > 0 and groups else []
+    writing = writers(runner, streams.pruned[0], groups) if run.shares.beta > 0 and groups else []
     for number, group in enumerate(groups):
         bar.doing(runner.index, f"inputs of {short_names(group)}")
-        drift: Tensor | None = None
-        if number in writing:
-            later = writing[writing.index(number) :]
-            hessian, drift = second_moments(
-                runner,
-                streams.pruned,
-                streams.dense,
-                [groups[i][0] for i in later],
-                [dense_inputs[i] for i in later],
-            )
-        else:
-            hessian = _hessian(runner, streams.pruned, group, dense_inputs[number], run)
+        writes = number in writing
+        later = writing[writing.index(number) :] if writes else [number]
+        parts = []
+        for part in run.parts:
+            chunks = [streams.pruned[i] for i in part]
+            inputs = [[dense_inputs[n][i] for i in part] for n in later] if run.dense_target else []
+            if writes:
+                dense = [streams.dense[i] for i in part]
+                writer = [groups[n][0] for n in later]
+                parts.append(writer_moments(runner, chunks, dense, writer, inputs))
+            else:
+                parts.append(input_moments(runner, chunks, group, inputs[0] if inputs else None))
         dense_inputs[number].clear()
-        if hessian is not None:
-            unseen = _unseen(runner, streams, group, number in writing, run)
-            rows.extend(
-                prune_group(group, runner.index, hessian, drift, unseen, run, bar, memory, masks)
-            )
+        seen = [part for part in parts if part is not None]
+        if len(seen) == len(run.parts):
+            unseen = None
+            if streams.held_out:
+                moments = weighted_moments if writes else partial(input_moments, targets=None)
+                unseen = moments(runner, streams.held_out, group)
+            rows.extend(prune_group(group, runner.index, seen, unseen, run, bar, memory, masks))
     bar.skip(sum(x.weight.numel() for x in layers) - sum(m.numel() for _, m in masks))
     recovered = Recovered(0, 0.0, None, None)
     if run.recovery is not None and masks:
@@ -537,48 +500,6 @@ def _dense_pass(
         if all(x is not None for x in kept)
     ]
     return [group for group, _ in whole], [kept for _, kept in whole]
-
-
-def _hessian(
-    runner: BlockRunner,
-    chunks: list[Chunk],
-    group: list[LinearLayer],
-    targets: list[Tensor],
-    run: Run,
-) -> Hessian | None:
-    """Second moments of the group's inputs in the pruned stream, and against those of the dense one.
-
-    None when the group no longer sees every token, because what was pruned before it routes otherwise.
-    """
-    hessian = Hessian(group[0].shape[1], device=run.device)
-    for chunk, target in zip(chunks, targets, strict=True):
-        given = runner.layer_input(chunk, group[0].module)
-        if given is None:
-            return None
-        dense = target.to(run.device) if run.dense_target else None
-        try:
-            hessian.update(given, dense)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{group[0].name}: {error}") from None
-    return hessian
-
-
-def _unseen(
-    runner: BlockRunner, streams: _Streams, group: list[LinearLayer], weighted: bool, run: Run
-) -> Hessian | None:
-    """Second moments of the group's inputs on the held-out tokens; None without them or where routed."""
-    hessian = Hessian(group[0].shape[1], device=run.device)
-    for chunk in streams.held_out:
-        weights = None
-        if weighted:
-            out, (given,) = runner.layer_inputs(chunk, [group[0].module], keep=True)
-            weights = token_weights(out)
-        else:
-            given = runner.layer_input(chunk, group[0].module)
-        if given is None:
-            return None
-        hessian.update(given, None, weights)
-    return hessian if streams.held_out else None
 
 
 def _advance(runner: BlockRunner, streams: _Streams) -> float:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from s3tensor import prune
-from s3tensor.hessian import Factors, Hessian, output_error
+from s3tensor.hessian import Factors, output_error
+from s3tensor.llm.moments import Moments, merged
 from s3tensor.llm.progress import PruneProgress
 from s3tensor.llm.recover import Recovery, out_of_memory
 from s3tensor.llm.report import LinearRow, PeakMemory
+from s3tensor.llm.shares import Shares, chosen
 from s3tensor.llm.structure import LinearLayer
 from s3tensor.pattern import Pattern
 from s3tensor.prune.problem import MEMORY_BUDGET, row_stacks
@@ -33,40 +35,46 @@ class Run:
 
     patterns: Mapping[str, Pattern]  # of each linear, by full name
     pruner: str
-    alpha: float
-    beta: float  # share of the residual stream's drift
-    damp: float
+    shares: Shares
     options: dict[str, Any]
     device: torch.device
     cache: torch.device
     compress: bool
     recovery: Recovery | None
+    parts: Sequence[
+        Sequence[int]
+    ]  # of the calibration batches, by index: one, or to fit and to choose by
 
     @property
     def dense_target(self) -> bool:
-        return self.alpha > 0
+        return self.shares.alpha > 0
 
 
 def prune_group(
     group: list[LinearLayer],
     index: int,
-    hessian: Hessian,
-    drift: Tensor | None,  # (M, K) of a linear that writes into the residual stream
-    held_out: Hessian | None,  # of the same input, on held-out tokens
+    parts: Sequence[Moments],  # of the calibration tokens; with shares to choose, of two parts
+    held_out: Moments | None,  # on held-out tokens
     run: Run,
     bar: PruneProgress,
     memory: PeakMemory,
     masks: list[tuple[LinearLayer, Tensor]],  # appended to
 ) -> list[LinearRow]:
     """Prune the linears of one input, in place; a row for each."""
+    shares = run.shares
+    if shares.auto:
+        bar.doing(index, f"{' and '.join(sorted(shares.auto))} of {short_names(group)}")
+        fit, check = parts
+        shares = chosen([layer.weight for layer in group], fit, check, shares)
+    hessian, drift = merged(parts)
     value = hessian.value()
-    unseen = None if held_out is None else held_out.value()
-    factors = Factors(value, run.damp)
+    unseen = None if held_out is None else held_out.hessian.value()
+    factors = Factors(value, shares.damp)
     extra: dict[str, Any] = {**run.options}
     if run.dense_target:
-        extra = {"target": hessian.cross(), "alpha": run.alpha, **extra}
+        extra = {"target": hessian.cross(), "alpha": shares.alpha, **extra}
     if drift is not None:
-        extra["drift"] = run.beta * drift
+        extra["drift"] = shares.beta * drift
     rows = []
     for stack in _stacks(group, run):
         bar.doing(index, short_names(stack))
@@ -87,8 +95,8 @@ def prune_group(
         seconds = time.perf_counter() - start
         peak = memory.part()
         heights = [len(weight) for weight in weights]
-        parts = zip(pruned.weight.split(heights), pruned.mask.split(heights), strict=True)
-        for layer, weight, (found, mask) in zip(stack, weights, parts, strict=True):
+        pieces = zip(pruned.weight.split(heights), pruned.mask.split(heights), strict=True)
+        for layer, weight, (found, mask) in zip(stack, weights, pieces, strict=True):
             error = output_error(found, weight, value)
             unseen_error = None if unseen is None else output_error(found, weight, unseen)
             layer.copy_weight(found)
@@ -105,6 +113,9 @@ def prune_group(
                 peak_memory_bytes=peak,
                 pattern=str(run.patterns[layer.name]),
                 held_out_error=unseen_error,
+                alpha=shares.alpha,
+                beta=0.0 if drift is None else shares.beta,
+                damp=shares.damp,
             )
             rows.append(row)
             bar.linear(row)

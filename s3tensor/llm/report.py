@@ -37,6 +37,13 @@ class LinearRow:
     peak_memory_bytes: int  # while it was pruned, see PeakMemory
     pattern: str = ""
     held_out_error: float | None = None  # like ``error``, on held-out tokens where there were any
+    alpha: float | None = (
+        None  # what it was pruned with, chosen or given: the share of the dense target,
+    )
+    beta: float | None = (
+        None  # of the residual stream's drift (0 where it does not write into that),
+    )
+    damp: float | None = None  # and of the mean diagonal
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from s3tensor.errors import NonFiniteError
 from s3tensor.hessian import Hessian
 from s3tensor.linalg import full_precision
 from s3tensor.llm.calibrate import BlockRunner, Chunk
+from s3tensor.llm.moments import Moments, token_weights
 from s3tensor.llm.structure import LinearLayer
 
 _ALIKE = 0.25  # of what a linear gives, in the median token; what is not added to the stream differs by 1
@@ -47,25 +48,16 @@ def writers(
     return found
 
 
-def token_weights(hidden: Tensor) -> Tensor:  # (batch, tokens, hidden) -> (batch x tokens,)
-    """The inverse mean square of each token's hidden state, float32; of zeros, that of the mean token."""
-    sizes = hidden.float().square().mean(-1).flatten()
-    mean = sizes.mean()
-    if not mean > 0:
-        return torch.ones_like(sizes)
-    return 1 / torch.where(sizes > 0, sizes, mean)
-
-
-def second_moments(
+def writer_moments(
     runner: BlockRunner,
     pruned: Sequence[Chunk],
     dense: Sequence[Chunk],  # past the block
     layers: Sequence[LinearLayer],  # a writer and those that write after it, all still dense
     inputs: Sequence[Sequence[Tensor]],  # theirs in the dense model, for each chunk
-) -> tuple[Hessian | None, Tensor | None]:
+) -> Moments | None:
     """Of a writer, over tokens by their weights: the moments of its inputs, and the drift ``E'X / N`` (M, K).
 
-    ``(None, None)`` when it no longer sees every token.
+    None when it no longer sees every token.
     """
     modules = [layer.module for layer in layers]
     hessian = Hessian(layers[0].shape[1], device=runner.device)
@@ -73,7 +65,7 @@ def second_moments(
     for index, (chunk, after) in enumerate(zip(pruned, dense, strict=True)):
         out, given, gave = runner.added(chunk, modules)
         if given is None or gave is None:
-            return None, None
+            return None
         weights = token_weights(out)
         dense_inputs = [x[index].to(runner.device) for x in inputs]
         try:
@@ -87,4 +79,4 @@ def second_moments(
         apart = apart.flatten(0, -2) * weights[:, None]
         with full_precision():
             drift.addmm_(apart.T, given.float().flatten(0, -2))
-    return hessian, drift / hessian.weight
+    return Moments(hessian, drift / hessian.weight)
