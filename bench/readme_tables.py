@@ -23,6 +23,7 @@ PAGES = {
     ROOT / "docs" / "benchmarks.md": (
         "inference",
         "pruners",
+        "pruners-patterns",
         "layer_errors",
         "synthetic",
         "loading",
@@ -47,6 +48,32 @@ def pruners(stored: dict[str, Any]) -> str:
         times = (f"{row[key]:.0f}" if key in row else "" for key in ("seconds", "solver_seconds"))
         lines.append(f"| {row['method']} | {row['perplexity']:.2f} | {' | '.join(times)} |")
     return "\n".join(lines)
+
+
+def pruners_patterns(stored: dict[str, Any]) -> str:
+    """The same for every pattern that was measured: perplexities alone."""
+    tables = {
+        entry["pattern"]: {r["method"]: r for r in entry["rows"]} for entry in stored["tables"]
+    }
+    methods = dict.fromkeys(name for rows in tables.values() for name in rows)
+    shared = [name for name in methods if sum(name in rows for rows in tables.values()) > 1]
+    lines = [
+        f"Perplexity under other patterns, the same model, tokens and device ({_where(stored)}, "
+        "`bench/pruners.py --patterns`):",
+        "",
+        f"| pruner | {' | '.join(tables)} |",
+        "|---|" + "---|" * len(tables),
+    ]
+    for name in shared:
+        cells = (_perplexity(rows.get(name)) for rows in tables.values())
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _perplexity(row: dict[str, Any] | None) -> str:
+    if row is None or "perplexity" not in row:
+        return ""
+    return f"{row['perplexity']:.2f}" if row["perplexity"] < 1e4 else f"{row['perplexity']:.1e}"
 
 
 def layer_errors(stored: dict[str, Any]) -> str:
@@ -286,6 +313,7 @@ def _where(stored: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "pruners": pruners,
+    "pruners-patterns": pruners_patterns,
     "layer_errors": layer_errors,
     "synthetic": synthetic,
     "inference": inference,
@@ -302,7 +330,7 @@ def rendered(text: str, page: Path, promised: tuple[str, ...]) -> str:
     for name, table in TABLES.items():
         if f"<!-- {name} -->" not in text and name not in promised:
             continue
-        file = RESULTS / f"{name}.json"
+        file = RESULTS / f"{name.partition('-')[0]}.json"
         shown = ""
         if file.exists():
             shown = table(json.loads(file.read_text(encoding="utf-8"))) + "\n"
