@@ -24,10 +24,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "layout", "viewrule", "pattern", "presets", "registration"),
     ("kernels",),
     ("mask", "packing", "hessian", "linalg", "proximal", "selection", "timings"),
-    ("paths", "ops"),
+    ("paths", "ops", "scaled"),
     (
         "tensor",
         "tensor_rules",
+        "int8_rules",
+        "int8",
+        "quantize",
         "memory",
         "inductor",
         "specs",
@@ -74,7 +77,7 @@ GUESTS = {
 }
 STDLIB_ONLY = FLOORS[0]
 # Who may import kernels, and only inside functions: they meet CUDA tensors, and the file needs Triton.
-KERNEL_CALLERS = {"paths", "mask", "masked", "selection", "packing"}
+KERNEL_CALLERS = {"paths", "scaled", "mask", "masked", "selection", "packing"}
 
 
 def sources() -> list[tuple[str, Path]]:
