@@ -1,8 +1,9 @@
 """Triton kernels, installed as ``s3tensor.kernels``: ints and tensors in, tensors out.
 
 A kernel file holds one kernel family and its launcher and imports nothing of s3tensor. Triton is
-imported by the file that needs it, when a CUDA kernel first runs. The callers, ``s3tensor.paths``, ``scaled``,
-``mask``, ``masked``, ``selection`` and ``packing``, import a file inside the function that runs its kernel.
+imported by the file that needs it, when a CUDA kernel first runs. The callers, ``s3tensor.paths``,
+``scaled``, ``mask``, ``masked``, ``selection`` and ``packing``, import a file inside the function that runs
+its kernel.
 
 ============  ==========================================================================================
 ``tiles``     the order of values and codes that the matmul kernels read fastest; torch only

@@ -280,7 +280,7 @@ def _rows(
             next_v = gl.load(vp, mask=(v_in & (v_chunk < chunks) & more)[:, :, None], other=0)
         codes = _expand_codes(c, shift, FORM, TILED, ITEMS, UNITS)
         if INT8:
-            w = dense_rows_of_bytes(v, codes, FORM, TILES, UNITS, DTYPE == gl.bfloat16)
+            w = dense_rows_of_bytes(v, codes, FORM, TILES, UNITS, DTYPE)
         else:
             w = dense_rows(v, codes, FORM, TILES, UNITS, TILED)
         w = w.reshape([TILES, 2, UNITS, WK, WM, 8, 4, 2, 8])
@@ -291,10 +291,9 @@ def _rows(
         acc = mma_v2(a, gl.convert_layout(b, LB, assert_trivial=True), acc)
         v = next_v
         c = next_c
+    sums = gl.sum(acc, 0) if WK > 1 or INT8 else acc.reshape([R, BN])
     if INT8:
-        sums = gl.sum(acc, 0) * scale[:, None]
-    else:
-        sums = gl.sum(acc, 0) if WK > 1 else acc.reshape([R, BN])
+        sums *= scale[:, None]
     store_sums(sums, b_ptr, y_ptr, ws_ptr, cnt_ptr, pm, pn, row_blocks, ps, M, N, T, SPLIT, BIAS)
 
 

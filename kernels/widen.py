@@ -33,6 +33,7 @@ from .expand import (
 
 _PLAIN = gl.constexpr(PLAIN)
 _ROWPAIR = gl.constexpr(ROWPAIR)
+_FLOAT16 = gl.constexpr(gl.float16)
 
 # Selector bytes: of the upper half of the first float32, of the second, or of a lower half, which is zero.
 _LOOK_UP = gl.constexpr(look_up(0x32, 0x76, 0x10))
@@ -91,26 +92,24 @@ add.rn.f16x2 $1, q, m;
 
 @gluon.jit
 def _widened(
-    words, FORM: gl.constexpr, TILES: gl.constexpr, UNITS: gl.constexpr, BF16: gl.constexpr
+    words, FORM: gl.constexpr, TILES: gl.constexpr, UNITS: gl.constexpr, DTYPE: gl.constexpr
 ):
-    """(TILES * UNITS, threads, 4) words of bytes to words of two 16-bit floats, as ``dense_rows`` takes them."""
+    """(TILES * UNITS, threads, 4) words of bytes to the words of ``dense_rows``, two 16-bit floats each."""
     T: gl.constexpr = words.shape[1]
     first, second = gl.inline_asm_elementwise(
-        _TO_BFLOAT16 if BF16 else _TO_FLOAT16,
+        _TO_FLOAT16 if DTYPE == _FLOAT16 else _TO_BFLOAT16,
         "=r,=r,r",
         [words],
         dtype=(gl.int32, gl.int32),
         is_pure=True,
         pack=1,
     )
-    pairs = gl.join(first, second).reshape(
-        [TILES, UNITS, T, 2, 4]
-    )  # the 2: half rows, or half columns
+    pairs = gl.join(first, second)  # to half rows, or half columns, of four words
+    pairs = pairs.reshape([TILES, UNITS, T, 2, 4])
     if FORM == _ROWPAIR:
-        pairs = pairs.permute(0, 1, 3, 2, 4)
+        return pairs.permute(0, 1, 3, 2, 4).reshape([TILES * 2 * UNITS, T, 4])
     else:
-        pairs = pairs.permute(0, 3, 1, 2, 4)
-    return pairs.reshape([TILES * 2 * UNITS, T, 4])
+        return pairs.permute(0, 3, 1, 2, 4).reshape([TILES * 2 * UNITS, T, 4])
 
 
 @gluon.jit
@@ -120,11 +119,11 @@ def dense_rows_of_bytes(
     FORM: gl.constexpr,
     TILES: gl.constexpr,
     UNITS: gl.constexpr,
-    BF16: gl.constexpr,
+    DTYPE: gl.constexpr,
 ):
     """``expand.dense_rows`` of words of four int8 in tile order: (TILES * UNITS, threads, 4)."""
     T: gl.constexpr = words.shape[1]
-    if FORM == _PLAIN and BF16:
+    if FORM == _PLAIN and DTYPE != _FLOAT16:
         w = words.reshape([TILES, UNITS, T, 2, 2]).permute(0, 3, 1, 2, 4)
         w = w.reshape([TILES * 2 * UNITS, T, 2])
         L: gl.constexpr = w.type.layout
@@ -143,5 +142,5 @@ def dense_rows_of_bytes(
         return both.permute(0, 1, 2, 5, 3, 4).reshape([TILES, 2, UNITS, T, 16])
     else:
         return dense_rows(
-            _widened(words, FORM, TILES, UNITS, BF16), codes, FORM, TILES, UNITS, True
+            _widened(words, FORM, TILES, UNITS, DTYPE), codes, FORM, TILES, UNITS, True
         )

@@ -56,9 +56,9 @@ def quantization(state: Mapping[str, Tensor]) -> dict[str, Any]:
     for name, tensor in state.items():
         if isinstance(tensor, Int8SparseTensor):
             raise ModelError(
-                f"{name} has int8 values, which the files of a Hugging Face model do not hold; save the model "
-                "before s3tensor.quantize_ and quantize it after loading, or store its state_dict with "
-                "s3tensor.checkpoint.save_state"
+                f"{name} has int8 values, which the files of a Hugging Face model do not hold; save the "
+                "model before s3tensor.quantize_ and quantize it after loading, or store its state_dict "
+                "with s3tensor.checkpoint.save_state"
             )
         if isinstance(tensor, StructuredSparseTensor):
             label, parts = str(tensor.pattern), tensor.pattern.parts

@@ -1,7 +1,7 @@
 """What each operator does to an ``Int8SparseTensor``: a base class and one small rule for each operator.
 
-As for ``StructuredSparseTensor`` (:mod:`s3tensor.tensor_rules`), but that nothing has a gradient, and that the
-dtype is the one of products: the parts keep theirs.
+As for ``StructuredSparseTensor`` (:mod:`s3tensor.tensor_rules`), but that nothing has a gradient, and that
+the dtype is the one of products: the parts keep theirs.
 """
 
 from __future__ import annotations
@@ -80,14 +80,16 @@ class Int8Rules(Tensor):
 def _refusal(func: Any, why: str = "") -> UnsupportedOpError:
     name = func if isinstance(func, (str, torch._ops.OpOverload)) else f"torch.{func.__name__}"
     return UnsupportedOpError(
-        f"{name} has no rule for Int8SparseTensor{f': {why}' if why else ''}. Call .to_dense() for a dense copy"
+        f"{name} has no rule for Int8SparseTensor{f': {why}' if why else ''}. Call .to_dense() for a dense "
+        "copy"
     )
 
 
 def _untrained() -> UnsupportedOpError:
     return UnsupportedOpError(
         "an Int8SparseTensor has no gradient, its values are integers: make the parameter with "
-        "requires_grad=False; to train, keep the StructuredSparseTensor and quantize it afterwards"
+        "requires_grad=False, or call model.requires_grad_(False) before load_state_dict; to train, keep the "
+        "StructuredSparseTensor and quantize it afterwards"
     )
 
 

@@ -7,7 +7,6 @@ layout is what the hardware wants, only the compiler (``assert_trivial``) and a 
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast

@@ -1,4 +1,4 @@
-"""Products by packed int8 values: tile order, the kernel on numpy, what it compiles to, and a GPU's numbers."""
+"""Products by packed int8 values: tile order, the kernel on numpy, compiled, and on a GPU."""
 
 from __future__ import annotations
 
