@@ -3,7 +3,8 @@
 A lane's 16 columns of rows r and r + 8 (of rowpair16: of packed row r) are 16 bytes, one load. Integers of
 eight bits are exact in bfloat16 and in float16, so they are multiplied as they are and a row's scale is
 laid on its sum. A group of four columns of 2:4 is 2.5 bytes of memory, where 16-bit values make 4.5: an
-H100 at full bandwidth has 12 integer operations and 24 instructions for it, in place of 22 and 44.
+H100 at full bandwidth has 12 integer operations and 24 instructions for it, in place of 22 and 44. In
+bfloat16 the loop of ``skinny`` compiles to 17 instructions for a group, 9 of them integer.
 
 ==============  ===================================================================  =======================
 2:4, bfloat16   a byte with its sign bit flipped under the exponent of 2**23 is the  for a group: 6.5
