@@ -8,8 +8,9 @@
 Each time is the median of CUDA graph replays; a graph runs the product with enough copies of the weight (400
 MB of them) that none is found in L2, and the weights of a shape take turns in one run. Every product is
 compared with float64 before it is timed: ``error`` is that of the outputs against the product by the float
-weight, the rounding to int8 included. What to expect is in the bytes: of a group of four, dense bfloat16 reads 8, 2:4 in
-bfloat16 4.5, with int8 values 2.5 (coupled2:4 and pair4:8: 4.25 and 2.25, rowpair16: 4.016 and 2.016).
+weight, the rounding to int8 included. What to expect is in the bytes: of a group of four, dense bfloat16
+reads 8, 2:4 in bfloat16 4.5, with int8 values 2.5 (coupled2:4 and pair4:8: 4.25 and 2.25, rowpair16: 4.016
+and 2.016).
 
 ``--pruned FOLDER`` is a model that ``s3tensor.save_pretrained`` wrote compressed; ``--model`` is a dense one,
 a .gguf file or a folder, which is pruned by magnitude first, to try it. The JSON is written after each part.
