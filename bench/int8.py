@@ -151,7 +151,7 @@ def cuts(batch: int) -> list[Any]:
 
     size = 8 if batch <= 8 else 16
     found = []
-    for warps, units in itertools.product((2, 4, 8), (1, 2, 4, 8)):
+    for warps, units in itertools.product((2, 4, 8, 16), (1, 2, 4, 8)):
         if warps * units > 32 or (size == 16 and units == 8):
             continue
         found += [Skinny(1, warps, 1, units, size, 1, ahead) for ahead in (False, True)]
