@@ -226,7 +226,7 @@ API = (
     "Hessian output_error StructuredSparseTensor S3Sparse finalize sparsify_ llm save_pretrained "
     "from_pretrained perplexity View BlockSpec BlockCoupling ScopeSpec ScopeCoupling SparsityBuilder "
     "StructuredOBS kth_largest mid_kth_largest draw_layout compute_hessian ModuleInputCatcher "
-    "transfer_to_device get_c4 Density sparsify_training_ step freeze"
+    "transfer_to_device get_c4 Density sparsify_training_ step freeze quantize_ Int8SparseTensor"
 )
 
 

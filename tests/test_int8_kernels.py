@@ -317,7 +317,7 @@ def test_a_compiled_model_with_bytes_runs_in_a_graph() -> None:
             assert torch.allclose(call(x), expected, atol=1e-2, rtol=1e-2)
 
 
-def test_the_paths_are_chosen_by_what_the_weight_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_paths_are_chosen_by_what_the_weight_allows() -> None:
     bound = Pattern.parse("2:4").bind((64, 128))
     values, codes, scales, _ = random_int8("2:4", 64, 128)
     weight = scaled.Int8Weight(values, codes, scales, bound)
