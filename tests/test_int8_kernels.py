@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import replace
 from typing import Any
@@ -132,6 +133,45 @@ def test_the_source_of_the_kernel_gives_the_product(form: str, dtype: torch.dtyp
     run(form, (48, 192), 9, dtype, cut(1, 2, 1, 2, 16, 1, True), False)
     run(form, (80, 320), 17, dtype, cut(2, 1, 2, 1, 16, 2), True)
     run(form, (64, 448), 5, dtype, cut(1, 2, 1, 4, 8, 2, True), True)
+
+
+class OnNumpy:
+    """A kernel's source in the place of the compiled kernel, for its launcher to launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, int]) -> Any:
+        def start(*arguments: Any, num_warps: int, launch_pdl: bool, **constants: Any) -> None:
+            given = [gluon.Pointer.of(a) if isinstance(a, Tensor) else a for a in arguments]
+            gluon.launch(self.kernel, grid, given, constants)
+
+        return start
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_launcher_gives_the_kernel_what_it_takes(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton.experimental.gluon", reason="needs Triton with Gluon")
+    from s3tensor.kernels import gpu, skinny
+
+    monkeypatch.setattr(gpu, "refusal", lambda device: None)
+    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "processors", lambda device: 2)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(skinny, "int8_kernel", OnNumpy(KERNEL.int8_kernel))
+    values, codes, scales, dense = random_int8(form, 80, 192)
+    bound = Pattern.parse(form).bind((80, 192))
+    tiled = tiles.tile_values(values, form, 80, 192), tiles.tile_codes(codes, form, 80, 192)  # type: ignore[arg-type]
+    weight = scaled.Int8Weight(*tiled, scales, bound, tiled=True)
+    for n in (1, 9, 20):
+        for dtype in (torch.bfloat16, torch.float16):
+            x, bias = torch.randn(n, 192).to(dtype), torch.randn(80).to(dtype)
+            close(scaled.linear(x, weight, bias, "packed"), x, dense, bias)
+            y = scaled.linear(x.reshape(n, 1, 192), weight, None, "packed")
+            assert y.shape == (n, 1, 80)
+            close(y.reshape(n, 80), x, dense, None)
 
 
 # Compilation ------------------------------------------------------------------------------------------
