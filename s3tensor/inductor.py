@@ -18,9 +18,9 @@ class GroupLinears(CustomGraphPass):
     """Put the compressed linears that read one x next to each other: query, key and value, gate and up.
 
     Two or three that a kernel takes together become one ``s3tensor::linear_group``. Others, those with int8
-    values too, gain by being neighbours: a kernel for packed weights starts to read its weight while the one before it drains
-    (programmatic dependent launch), but only where nothing lies between the two. And what follows on
-    several of them, such as norms and rotary embeddings, fuses into one kernel.
+    values too, gain by being neighbours: a kernel for packed weights starts to read its weight while the one
+    before it drains (programmatic dependent launch), but only where nothing lies between the two. And what
+    follows on several of them, such as norms and rotary embeddings, fuses into one kernel.
 
     Args:
         targets: the operators to group, by their first argument.

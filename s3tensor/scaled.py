@@ -152,7 +152,7 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, path: str | None 
         values = packed_of(weight, x.dtype)
         assert values is not None
         wide = paths.Weight(values, weight.indices, weight.bound, tiled=True)
-        graph = torch.cuda.is_current_stream_capturing()
+        graph = x.is_cuda and torch.cuda.is_current_stream_capturing()
         batch = x.numel() // into
         return paths.linear(x, wide, bias, paths.choose(wide, batch, graph))
     if x.is_cuda:
