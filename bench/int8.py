@@ -154,7 +154,8 @@ def cuts(batch: int) -> list[Any]:
     for warps, units in itertools.product((2, 4, 8, 16), (1, 2, 4, 8)):
         if warps * units > 32 or (size == 16 and units == 8):
             continue
-        found += [Skinny(1, warps, 1, units, size, 1, ahead) for ahead in (False, True)]
+        for ahead, by_float32 in itertools.product((False, True), repeat=2):
+            found.append(Skinny(1, warps, 1, units, size, 1, ahead, by_float32))
     found += [Skinny(1, 4, 2, 2, size, 1, True), Skinny(1, 8, 1, 2, size, 2, True)]
     return found
 

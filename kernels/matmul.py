@@ -252,8 +252,8 @@ def choose_int8(n: int, rows: int, columns: int, processors: int) -> Skinny:
     """As :func:`choose`, for int8 values: from registers and bytes in flight, not yet from measured times.
 
     An H100 wants some 40 KB in flight on each processor. A warp's step has 640 bytes a 64-column unit, where
-    16-bit values have 1152, so units are doubled; x is not loaded ahead then, for its registers would halve
-    the programs that run at once. ``bench/int8.py --tune`` times the alternatives.
+    16-bit values have 1152, so units are doubled where the registers of all programs that are to run at
+    once allow it. ``bench/int8.py --tune`` times the alternatives.
     """
     waves = rows / (16 * processors)
     if n > 8:
@@ -262,13 +262,13 @@ def choose_int8(n: int, rows: int, columns: int, processors: int) -> Skinny:
         elif waves <= 4:
             cut = Skinny(1, 4, 1, 4, 16)
         else:
-            cut = Skinny(1, 4, 1, 2, 16, ahead=True)
+            cut = Skinny(1, 4, 1, 2, 16, ahead=waves > 5)
     elif waves <= 2:
         cut = Skinny(1, 8, 1, 4, 8)
-    elif 4 < waves <= 6:  # so that all of them run at once
+    elif 4 < waves <= 7:  # small programs, so that all of them run at once
         cut = Skinny(1, 4, 1, 2, 8, ahead=True)
     else:
-        cut = Skinny(1, 4, 1, 4, 8)
+        cut = Skinny(1, 4, 1, 4, 8, ahead=True)
     return _fitted(cut, columns)
 
 

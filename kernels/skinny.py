@@ -48,6 +48,7 @@ class Skinny:
     batch: int  # rows of x a program: 8 or 16
     split: int = 1  # programs over columns
     ahead: bool = False  # load x a step ahead too
+    by_float32: bool = False  # widen int8 values of 2:4 to bfloat16 through float32 (see ``widen``)
 
     @property
     def rows(self) -> int:
@@ -138,6 +139,7 @@ def _rows(
     SPLIT: gl.constexpr,
     AHEAD: gl.constexpr,
     INT8: gl.constexpr,
+    BY_FLOAT32: gl.constexpr,
 ):
     """One program's rows of W times its rows of x."""
     DTYPE: gl.constexpr = y_ptr.dtype.element_ty
@@ -280,7 +282,7 @@ def _rows(
             next_v = gl.load(vp, mask=(v_in & (v_chunk < chunks) & more)[:, :, None], other=0)
         codes = _expand_codes(c, shift, FORM, TILED, ITEMS, UNITS)
         if INT8:
-            w = dense_rows_of_bytes(v, codes, FORM, TILES, UNITS, DTYPE)
+            w = dense_rows_of_bytes(v, codes, FORM, TILES, UNITS, DTYPE, BY_FLOAT32)
         else:
             w = dense_rows(v, codes, FORM, TILES, UNITS, TILED)
         w = w.reshape([TILES, 2, UNITS, WK, WM, 8, 4, 2, 8])
@@ -310,7 +312,7 @@ def skinny_kernel(
     _rows(
         x_ptr, v_ptr, c_ptr, b_ptr, y_ptr, ws_ptr, cnt_ptr, y_ptr, M, N, chunks, sx8, all_steps,
         gl.program_id(0) // SPLIT, gl.num_programs(0) // SPLIT, gl.program_id(0) % SPLIT,
-        FORM, TILED, EVEN, BIAS, OVERLAP, WM, WK, TILES, UNITS, BN, SPLIT, AHEAD, False,
+        FORM, TILED, EVEN, BIAS, OVERLAP, WM, WK, TILES, UNITS, BN, SPLIT, AHEAD, False, False,
     )  # fmt: skip
 
 
@@ -322,13 +324,13 @@ def int8_kernel(
     x_ptr, v_ptr, c_ptr, b_ptr, y_ptr, ws_ptr, cnt_ptr, s_ptr, M, N, chunks, sx8, all_steps,
     FORM: gl.constexpr, EVEN: gl.constexpr, BIAS: gl.constexpr, OVERLAP: gl.constexpr,
     WM: gl.constexpr, WK: gl.constexpr, TILES: gl.constexpr, UNITS: gl.constexpr, BN: gl.constexpr,
-    SPLIT: gl.constexpr, AHEAD: gl.constexpr,
+    SPLIT: gl.constexpr, AHEAD: gl.constexpr, BY_FLOAT32: gl.constexpr,
 ):  # fmt: skip
     """Values of eight bits, in tile order, with a scale for each row."""
     _rows(
         x_ptr, v_ptr, c_ptr, b_ptr, y_ptr, ws_ptr, cnt_ptr, s_ptr, M, N, chunks, sx8, all_steps,
         gl.program_id(0) // SPLIT, gl.num_programs(0) // SPLIT, gl.program_id(0) % SPLIT,
-        FORM, True, EVEN, BIAS, OVERLAP, WM, WK, TILES, UNITS, BN, SPLIT, AHEAD, True,
+        FORM, True, EVEN, BIAS, OVERLAP, WM, WK, TILES, UNITS, BN, SPLIT, AHEAD, True, BY_FLOAT32,
     )  # fmt: skip
 
 
@@ -359,7 +361,7 @@ def group_kernel(
     M = gl.where(is_third, M3, gl.where(is_second, M2, M))
     _rows(
         x_ptr, v_ptr, c_ptr, y_ptr, y_ptr, y_ptr, y_ptr, y_ptr, M, N, chunks, sx8, all_steps, pm, 1, 0,
-        FORM, True, EVEN, False, OVERLAP, WM, WK, TILES, UNITS, BN, 1, AHEAD, False,
+        FORM, True, EVEN, False, OVERLAP, WM, WK, TILES, UNITS, BN, 1, AHEAD, False, False,
     )  # fmt: skip
 
 
@@ -399,6 +401,7 @@ def launch(
         constants["TILED"] = tiled
     else:
         kernel = int8_kernel
+        constants["BY_FLOAT32"] = config.by_float32
         arguments = (*arguments[:7], scales, *arguments[7:])
     if warmup:
         return kernel.warmup(*arguments, grid=grid, **constants)

@@ -3,19 +3,24 @@
 A lane's 16 columns of rows r and r + 8 (of rowpair16: of packed row r) are 16 bytes, one load. Integers of
 eight bits are exact in bfloat16 and in float16, so they are multiplied as they are and a row's scale is
 laid on its sum. A group of four columns of 2:4 is 2.5 bytes of memory, where 16-bit values make 4.5: an
-H100 at full bandwidth has 12 integer operations and 24 instructions for it, in place of 22 and 44. In
-bfloat16 the loop of ``skinny`` compiles to 17 instructions for a group, 9 of them integer.
+H100 at full bandwidth has 12 integer operations and 24 instructions for it, in place of 22 and 44.
 
-==============  ===================================================================  =======================
-2:4, bfloat16   a byte with its sign bit flipped under the exponent of 2**23 is the  for a group: 6.5
-                float32 2**23 + 128 + value; less 2**23 + 128 it is the value, whose  integer, 2 float, and
-                lower 16 bits are zero. So the two float32 of a group hold the two    1.5 integer of the
-                bfloat16 and the zeros, and a permutation of them is a fragment       codes
-bfloat16        two bytes under the exponent of 2**7, as two bfloat16: the lower 7    for two values: 3
-                bits, less the sign bit: 128 + low - (128 or 256)                     integer, 1 float
-float16         two bytes, their sign bits flipped, under the exponent of 2**10:      for two values: 1.5
-                less 2**10 + 128                                                      integer, 1 float
-==============  ===================================================================  =======================
+=========================  ===========================================================================
+bfloat16                   two bytes under the exponent of 2**7, as two bfloat16: the lower 7 bits,
+                           less the sign bit: 128 + low - (128 or 256). For two values 3 integer
+                           operations and 1 of floats, then as ``expand``
+bfloat16, 2:4, by float32  a byte with its sign bit flipped under the exponent of 2**23 is the float32
+                           2**23 + 128 + value; less 2**23 + 128 it is the value, whose lower 16 bits
+                           are zero. So the two float32 of a group hold its two bfloat16 and the zeros,
+                           and one permutation of them is a fragment. For two values 2.5 integer
+                           operations and 2 of floats
+float16                    two bytes, their sign bits flipped, under the exponent of 2**10: less
+                           2**10 + 128. For two values 1.5 integer operations and 1 of floats
+=========================  ===========================================================================
+
+For 2:4 in bfloat16 the loop of ``skinny`` compiles to 17 instructions for a group either way, 10 of them
+integer, or 9 by float32, which takes up to 30 registers more. Which is faster was not measured yet
+(``bench/int8.py --tune``).
 """
 
 from __future__ import annotations
@@ -121,10 +126,11 @@ def dense_rows_of_bytes(
     TILES: gl.constexpr,
     UNITS: gl.constexpr,
     DTYPE: gl.constexpr,
+    BY_FLOAT32: gl.constexpr,
 ):
     """``expand.dense_rows`` of words of four int8 in tile order: (TILES * UNITS, threads, 4)."""
     T: gl.constexpr = words.shape[1]
-    if FORM == _PLAIN and DTYPE != _FLOAT16:
+    if BY_FLOAT32 and FORM == _PLAIN and DTYPE != _FLOAT16:
         w = words.reshape([TILES, UNITS, T, 2, 2]).permute(0, 3, 1, 2, 4)
         w = w.reshape([TILES * 2 * UNITS, T, 2])
         L: gl.constexpr = w.type.layout

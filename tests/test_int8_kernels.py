@@ -120,7 +120,7 @@ def run(form: str, size: tuple[int, int], n: int, dtype: torch.dtype, cut: Any, 
     arguments = [*map(gluon.Pointer.of, tensors), rows, n, columns // 16, columns // 8, steps]
     even = rows % cut.rows == 0 and columns == steps * cut.columns
     constants = KERNEL._constants(cut, FORMS.index(form), even)  # type: ignore[arg-type]
-    constants |= {"BIAS": bias, "SPLIT": cut.split, "OVERLAP": False}
+    constants |= {"BIAS": bias, "SPLIT": cut.split, "OVERLAP": False, "BY_FLOAT32": cut.by_float32}
     gluon.launch(KERNEL.int8_kernel, (blocks * cut.split, tall), arguments, constants)
     close(y, x, dense, b if bias else None)
 
@@ -133,6 +133,7 @@ def test_the_source_of_the_kernel_gives_the_product(form: str, dtype: torch.dtyp
     run(form, (48, 192), 9, dtype, cut(1, 2, 1, 2, 16, 1, True), False)
     run(form, (80, 320), 17, dtype, cut(2, 1, 2, 1, 16, 2), True)
     run(form, (64, 448), 5, dtype, cut(1, 2, 1, 4, 8, 2, True), True)
+    run(form, (32, 192), 4, dtype, cut(1, 2, 2, 2, 8, by_float32=True), True)
 
 
 class OnNumpy:
@@ -179,19 +180,20 @@ def test_the_launcher_gives_the_kernel_what_it_takes(
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
-    ("form", "even", "units", "batch", "dtype"),
+    ("form", "even", "units", "batch", "dtype", "by_float32"),
     [
-        (0, True, 4, 8, "bf16"),
-        (0, True, 2, 16, "bf16"),
-        (0, False, 4, 8, "fp16"),
-        (1, True, 4, 8, "bf16"),
-        (2, False, 2, 16, "bf16"),
-        (3, True, 4, 8, "bf16"),
-        (3, False, 2, 16, "fp16"),
+        (0, True, 4, 8, "bf16", False),
+        (0, True, 4, 8, "bf16", True),
+        (0, True, 2, 16, "bf16", False),
+        (0, False, 4, 8, "fp16", False),
+        (1, True, 4, 8, "bf16", False),
+        (2, False, 2, 16, "bf16", False),
+        (3, True, 4, 8, "bf16", False),
+        (3, False, 2, 16, "fp16", False),
     ],
 )
 def test_bytes_compile_to_wide_loads_and_no_spills(
-    form: int, even: bool, units: int, batch: int, dtype: str, arch: int
+    form: int, even: bool, units: int, batch: int, dtype: str, by_float32: bool, arch: int
 ) -> None:
     pytest.importorskip("triton.experimental.gluon", reason="needs Triton with Gluon")
     from s3tensor.kernels import skinny
@@ -203,7 +205,7 @@ def test_bytes_compile_to_wide_loads_and_no_spills(
         {
             "FORM": form, "EVEN": even, "BIAS": not even, "OVERLAP": arch == 90, "WM": 1, "WK": 8,
             "TILES": 1, "UNITS": units, "BN": batch, "SPLIT": 1 if even else 2, "AHEAD": even,
-            "num_warps": 8,
+            "BY_FLOAT32": by_float32, "num_warps": 8,
         },
         arch,
     )  # fmt: skip
@@ -211,10 +213,11 @@ def test_bytes_compile_to_wide_loads_and_no_spills(
     # A step's values, twice, in one load a tile: 16-bit values take two.
     assert len(re.findall(r"LDG\.E\.128", sass)) >= 2 * units
     if form == 0 and dtype == "bf16":
-        # Of a group of four: 2 permutations to float32, 2 selectors, 2 to the fragment, 1 look-up.
+        # Of a group of four: 1 permutation to bfloat16 or 2 to float32, 2 selectors, 2 to the fragment, 1
+        # look-up.
         groups = 8 * units
-        assert len(re.findall(r"\bPRMT\b", sass)) <= 7.5 * groups
-        assert len(re.findall(r"\bFADD\b", sass)) >= 2 * groups
+        assert len(re.findall(r"\bPRMT\b", sass)) <= (7.5 if by_float32 else 6.5) * groups
+        assert len(re.findall(r"\bFADD\b" if by_float32 else r"\bHFMA2", sass)) >= groups
 
 
 @given(
@@ -278,6 +281,8 @@ def test_every_cut_of_the_work_on_bytes_gives_the_product(form: str) -> None:
         Skinny(2, 2, 1, 4, 8),
         Skinny(1, 8, 1, 4, 8, ahead=True),
         Skinny(4, 1, 2, 2, 16),
+        Skinny(1, 4, 1, 2, 8, by_float32=True),
+        Skinny(1, 8, 1, 4, 16, by_float32=True),
     ]
     for rows, columns in ((512, 2048), (336, 1216)):
         packed = random_int8(form, rows, columns, "cuda")
