@@ -2,6 +2,7 @@
 
     python bench/decoder.py                      # 8 layers at Qwen3-4B's shapes, on a CUDA device
     python bench/decoder.py --layers 36 --batches 1,16 --patterns 2:4,rowpair16
+    python bench/decoder.py --patterns 2:4,2:4+int8      # with int8 values beside bfloat16 ones
     python bench/decoder.py --tiny               # a model of toy size, to try it on a CPU
 
 The weights are random: speed does not depend on them. All linears of the layers are compressed, the output
@@ -188,13 +189,18 @@ def main() -> None:
     )
     models = {"dense": (dense, plain), "dense, same options": (dense, grouped)}
     sizes: dict[str, Any] = {}
-    for pattern in args.patterns.split(","):
+    for name_of_model in args.patterns.split(","):
+        pattern, _, values = name_of_model.partition("+")
         model = copy.deepcopy(dense)
         report = s3.sparsify_(model, pattern)
-        s3.set_memory_(model, args.memory, (1, max(map(int, args.batches.split(",")))))
-        sizes[pattern] = {"dense": report.bytes_before, "compressed": report.bytes_after}
+        held = report.bytes_after
+        if values:
+            held = s3.quantize_(model, values).after  # type: ignore[arg-type]
+        else:
+            s3.set_memory_(model, args.memory, (1, max(map(int, args.batches.split(",")))))
+        sizes[name_of_model] = {"dense": report.bytes_before, "compressed": held}
         options = {"post_grad_custom_post_pass": GroupLinears(merge=False)} if args.apart else {}
-        models[pattern] = model, s3.inductor_options(triton__cudagraphs=False, **options)
+        models[name_of_model] = model, s3.inductor_options(triton__cudagraphs=False, **options)
     record: dict[str, Any] = {
         "device": name,
         "versions": {

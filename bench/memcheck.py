@@ -36,6 +36,11 @@ def cases() -> list[Case]:
         found += [("product", (form, shape, "float16", ROWS[::3]))]
     for form, shape in itertools.product(FORMS, ((16, 64), (48, 192), (272, 1088))):
         found += [("product_group", (form, shape, "bfloat16", ROWS))]
+    for form, shape in itertools.product(FORMS, ((16, 64), (48, 192), (272, 1088))):
+        found += [("product_int8", (form, shape, "bfloat16", (*ROWS[:5], 32, 200)))]
+        found += [("product_int8", (form, shape, "float16", (1, 16)))]
+    for pattern, shape in (("2:4", (7, 176)), ("1:4", (19, 68)), ("block:16x16@0.5", (48, 112))):
+        found += [("product_int8", (pattern, shape, "bfloat16", (1, 17)))]
     for form in FORMS[:3]:
         found += [("product", (form, (7, 176), "bfloat16", ROWS[::2]))]
     for pattern, columns in (("1:4", 68), ("4:8", 136), ("2:8", 200), ("8:16", 208), ("3:5", 65)):
@@ -99,6 +104,23 @@ def product(pattern: str, shape: tuple[int, int], dtype: str, batches: tuple[int
             for path in paths.possible(parts, n):
                 y = paths.linear(x, parts, bias, path)
                 _same(y, exact, 0.02 if kind != torch.float32 else 1e-4)
+
+
+def product_int8(
+    pattern: str, shape: tuple[int, int], dtype: str, batches: tuple[int, ...]
+) -> None:
+    """int8 values: the kernel where there is one, and the ways round it."""
+    kind = getattr(torch, dtype)
+    dense = torch.randn(shape, device="cuda").to(kind)
+    sparse = s3.StructuredSparseTensor.from_dense(dense, pattern)
+    weight = s3.Int8SparseTensor.from_sparse(sparse)
+    assert torch.equal(weight.to_dense(), weight.in_order(False).to_dense())
+    assert torch.equal(weight.to_dense().cpu(), weight.cpu().to_dense())
+    exact = weight.to_dense(torch.float64)
+    for n in batches:
+        x, bias = torch.randn(n, shape[1], device="cuda").to(kind), dense[:, 0].contiguous()
+        y = torch.nn.functional.linear(x, weight, bias)
+        _same(y, x.double() @ exact.t() + bias.double(), 0.02)
 
 
 def product_group(

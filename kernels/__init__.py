@@ -1,8 +1,9 @@
 """Triton kernels, installed as ``s3tensor.kernels``: ints and tensors in, tensors out.
 
 A kernel file holds one kernel family and its launcher and imports nothing of s3tensor. Triton is
-imported by the file that needs it, when a CUDA kernel first runs. The callers, ``s3tensor.paths``, ``mask``,
-``masked``, ``selection`` and ``packing``, import a file inside the function that runs its kernel.
+imported by the file that needs it, when a CUDA kernel first runs. The callers, ``s3tensor.paths``,
+``scaled``, ``mask``, ``masked``, ``selection`` and ``packing``, import a file inside the function that runs
+its kernel.
 
 ============  ==========================================================================================
 ``tiles``     the order of values and codes that the matmul kernels read fastest; torch only
@@ -11,6 +12,7 @@ imported by the file that needs it, when a CUDA kernel first runs. The callers, 
 ``skinny``    its kernel for few rows, from sm_80 on (Gluon)
 ``wide``      its kernel for 17 rows and more, on sm_90 (Gluon)
 ``expand``    what both share: packed words to tensor-core fragments, and sums in a fixed order
+``widen``     the same for packed bytes: int8 values, by ``skinny``
 ``gpu``       whether the matmul kernels run on a device, and how large it is
 ``columns``   ``linear`` of 1 to 64 rows by any N:M of columns; its kernels are
 ``gather``    plain multiply-adds, any dtype

@@ -32,15 +32,18 @@ _ROWPAIR = gl.constexpr(ROWPAIR)
 _FIRST, _SECOND, _ZERO = 0x10, 0x32, 0x54  # selector bytes: of word bytes 0-1, 2-3, or of zero
 
 
-def _look_up() -> str:
-    """Assembly: from four hashed codes, the selector bytes of column j of each, in output j."""
+def look_up(of_first: int, of_second: int, of_zero: int) -> str:
+    """Assembly: from four hashed codes, the selector bytes of column j of each, in output j.
+
+    A selector byte is that of the first value, of the second one or of zero.
+    """
     kept = {(i0 + 4 * i1): (i0, i1) for i1 in range(4) for i0 in range(i1)}
     lines = ["{", ".reg .b32 lo, hi;"]
     for column in range(4):
-        table = [_ZERO] * 8
+        table = [of_zero] * 8
         for code, (first, second) in kept.items():
             if column in (first, second):
-                table[(code ^ code >> 1) & 7] = _FIRST if column == first else _SECOND
+                table[(code ^ code >> 1) & 7] = of_first if column == first else of_second
         lo, hi = (
             sum(byte << 8 * i for i, byte in enumerate(half)) for half in (table[:4], table[4:])
         )
@@ -66,7 +69,7 @@ def _look_up_pairs() -> str:
     return "\n".join([*lines, "}"])
 
 
-_LOOK_UP = gl.constexpr(_look_up())
+_LOOK_UP = gl.constexpr(look_up(_FIRST, _SECOND, _ZERO))
 _LOOK_UP_PAIRS = gl.constexpr(_look_up_pairs())
 # $4 a word of two values; $5 to $8 the look-ups; $9 picks one of four codes. Out: columns 0 to 3.
 _GROUP = gl.constexpr("""
@@ -164,10 +167,10 @@ def halves(words):
 
 
 @gluon.jit
-def _selectors(codes, L: gl.constexpr, COUNT: gl.constexpr):
+def selectors(codes, L: gl.constexpr, COUNT: gl.constexpr, LOOK_UP: gl.constexpr):
     """Look-ups of hashed codes, (items, threads), and the last index, of COUNT."""
     s0, s1, s2, s3 = gl.inline_asm_elementwise(
-        _LOOK_UP,
+        LOOK_UP,
         "=r,=r,=r,=r,r",
         [codes],
         dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
@@ -205,7 +208,7 @@ def _groups(words, codes, FORM: gl.constexpr, UNITS: gl.constexpr, BOTH: gl.cons
     T: gl.constexpr = words.shape[1]
     if FORM == _PLAIN:
         L: gl.constexpr = words.type.layout
-        s0, s1, s2, s3, group = _selectors(codes, L, 4)
+        s0, s1, s2, s3, group = selectors(codes, L, 4, _LOOK_UP)
         w0, w1, w2, w3 = gl.inline_asm_elementwise(
             _GROUP,
             "=h,=h,=h,=h,r,r,r,r,r,r",
@@ -218,7 +221,7 @@ def _groups(words, codes, FORM: gl.constexpr, UNITS: gl.constexpr, BOTH: gl.cons
     elif FORM == _COUPLED:
         first, second = gl.split(words.reshape([ITEMS, T, 2, 2]))
         L2: gl.constexpr = first.type.layout
-        s0, s1, s2, s3, group = _selectors(codes, L2, 2)
+        s0, s1, s2, s3, group = selectors(codes, L2, 2, _LOOK_UP)
         if BOTH:
             group += 2 * _half_row(L2, ITEMS, UNITS)
         w0, w1, w2, w3, w4, w5, w6, w7 = gl.inline_asm_elementwise(
@@ -231,7 +234,7 @@ def _groups(words, codes, FORM: gl.constexpr, UNITS: gl.constexpr, BOTH: gl.cons
             is_pure=True,
             pack=1,
         )  # fmt: skip
-        both = _eight(w0, w1, w2, w3, w4, w5, w6, w7)  # the last index: columns 8 to 15
+        both = eight(w0, w1, w2, w3, w4, w5, w6, w7)  # the last index: columns 8 to 15
         return both.permute(0, 1, 5, 2, 3, 4).reshape([ITEMS, T, 16])
     else:
         first, second = gl.split(words.reshape([ITEMS, T, 2, 2]))
@@ -259,12 +262,12 @@ def _groups(words, codes, FORM: gl.constexpr, UNITS: gl.constexpr, BOTH: gl.cons
             is_pure=True,
             pack=1,
         )  # fmt: skip
-        both = _eight(w0, w1, w2, w3, w4, w5, w6, w7)  # the last index: columns 4 to 7 of each 8
+        both = eight(w0, w1, w2, w3, w4, w5, w6, w7)  # the last index: columns 4 to 7 of each 8
         return both.permute(0, 1, 2, 5, 3, 4).reshape([ITEMS, T, 16])
 
 
 @gluon.jit
-def _eight(w0, w1, w2, w3, w4, w5, w6, w7):
+def eight(w0, w1, w2, w3, w4, w5, w6, w7):
     """(items, threads, scope) each, to (items, threads, scope, 2, 2, 2)."""
     low = gl.join(gl.join(w0, w2), gl.join(w1, w3))
     high = gl.join(gl.join(w4, w6), gl.join(w5, w7))

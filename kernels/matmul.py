@@ -15,6 +15,9 @@ from .tiles import FORMS, Form, can_tile, code_bytes
 from .wide import Wide
 
 MOST_ROWS = 128  # of x; more are better served by a dense or sparse tensor-core library
+# With int8 values: every 16 rows read the weight again, so that 32 are two times 2.5 bytes a group of four,
+# where to make 16-bit values of it first is 2.5 to read, 4.5 to write and 4.5 to read.
+MOST_ROWS_INT8 = 32
 _DTYPES = (torch.bfloat16, torch.float16)
 # Codes as the kernels load them: (canonical, tiled).
 _CODES = {
@@ -56,13 +59,14 @@ def linear(
     tiled: bool,
     overlap: bool = False,
     config: Skinny | Wide | None = None,
+    scales: Tensor | None = None,  # (rows,) float32, of int8 values
 ) -> Tensor:  # (N, rows)
     """``x @ W.t() + bias`` for the packed (rows, columns) weight W, summed in float32 in a fixed order.
 
     Args:
-        x: 1 to 128 rows; strides are honoured, and a copy is made where a row does not start at a
-            multiple of 16 bytes.
-        values: packed values, canonical or in the order of ``tiles.tile_values``.
+        x: 1 to 128 rows, to 32 with int8 values; strides are honoured, and a copy is made where a row does
+            not start at a multiple of 16 bytes.
+        values: packed values, canonical or in the order of ``tiles.tile_values``; int8 ones in the latter.
         codes: packed codes, in the same order as the values.
         bias: in the dtype of x, or None.
         form: the pattern.
@@ -73,19 +77,25 @@ def linear(
             before that kernel is done. Allowed when no kernel still in flight writes ``values`` or
             ``codes``.
         config: how to cut the work; by default :func:`choose` decides.
+        scales: with int8 values, what row r of W is the integers of r times.
 
     Raises:
         ValueError: sizes, dtypes or devices that do not belong together, or a :func:`refusal`.
     """
-    reason = refusal(form, values.dtype, rows, columns, x.device)
-    reason = reason or _mismatch(x, values, codes, bias, form, rows, columns)
+    reason = refusal(form, values.dtype if scales is None else x.dtype, rows, columns, x.device)
+    reason = reason or _mismatch(x, values, codes, bias, form, rows, columns, scales)
+    if reason is None and scales is not None and not tiled:
+        reason = "int8 values must be in tile order"
     if reason is None and tiled and not can_tile(rows, columns):
         reason = f"{rows} x {columns} has no tile order"
     if reason is not None:
         raise ValueError(f"packed linear: {reason}")
     capability = gpu.capability(x.device)
     if config is None:
-        config = default(form, x.shape[0], rows, columns, tiled, x.device)
+        how = default if scales is None else default_int8
+        config = how(form, x.shape[0], rows, columns, tiled, x.device)
+    if isinstance(config, Wide) and scales is not None:
+        raise ValueError("packed linear: the wide kernel takes no int8 values")
     if isinstance(config, Wide) and not (tiled and capability == (9, 0)):
         raise ValueError(
             "packed linear: the wide kernel takes tile order, on compute capability 9.0"
@@ -114,8 +124,9 @@ def linear(
         else:
             x_words = x.view(torch.int32)
             skinny.launch(
-                config, x_words, words, codes, bias, y, sums, cells, number, tiled, overlap
-            )
+                config, x_words, words, codes, bias, y, sums, cells, number, tiled, overlap,
+                scales=None if scales is None else scales.contiguous(),
+            )  # fmt: skip
     return y
 
 
@@ -191,18 +202,27 @@ def _mismatch(
     form: Form,
     rows: int,
     columns: int,
+    scales: Tensor | None = None,
 ) -> str | None:
     """What does not belong together, or None."""
-    devices = {t.device for t in (x, values, codes, bias) if t is not None}
-    dtypes = {t.dtype for t in (x, values, bias) if t is not None}
+    devices = {t.device for t in (x, values, codes, bias, scales) if t is not None}
+    dtypes = {t.dtype for t in (x, values if scales is None else None, bias) if t is not None}
+    most = MOST_ROWS
+    if scales is not None:
+        most = MOST_ROWS_INT8
+        if values.dtype != torch.int8 or scales.dtype != torch.float32 or scales.shape != (rows,):
+            return (
+                f"values of {values.dtype} with scales of {scales.dtype} and shape {tuple(scales.shape)}; "
+                f"they must be int8 and float32 of shape ({rows},)"
+            )
     if len(devices) > 1 or len(dtypes) > 1:
         return (
             f"x is {x.dtype} on {x.device}, values are {values.dtype} on {values.device}, codes are on "
             f"{codes.device}"
             + ("" if bias is None else f", the bias is {bias.dtype} on {bias.device}")
         )
-    if x.ndim != 2 or x.shape[1] != columns or not 1 <= x.shape[0] <= MOST_ROWS:
-        return f"x is {tuple(x.shape)}; it must be (1 to {MOST_ROWS}, {columns})"
+    if x.ndim != 2 or x.shape[1] != columns or not 1 <= x.shape[0] <= most:
+        return f"x is {tuple(x.shape)}; it must be (1 to {most}, {columns})"
     if values.numel() * 2 != rows * columns or codes.numel() != code_bytes(form, rows, columns):
         return (
             f"{values.numel()} values and {codes.numel()} bytes of codes are not those of {form} on "
@@ -218,6 +238,38 @@ def default(
 ) -> Skinny | Wide:
     """The cut that :func:`linear` takes on a device."""
     return choose(form, n, rows, columns, tiled, gpu.capability(device), gpu.processors(device))
+
+
+def default_int8(
+    form: Form, n: int, rows: int, columns: int, tiled: bool, device: torch.device
+) -> Skinny:
+    """The cut that :func:`linear` takes for int8 values on a device."""
+    del form, tiled
+    return choose_int8(n, rows, columns, gpu.processors(device))
+
+
+def choose_int8(n: int, rows: int, columns: int, processors: int) -> Skinny:
+    """As :func:`choose`, for int8 values: from registers and bytes in flight, not yet from measured times.
+
+    An H100 wants some 40 KB in flight on each processor. A warp's step has 640 bytes a 64-column unit, where
+    16-bit values have 1152, so units are doubled where the registers of all programs that are to run at
+    once allow it. ``bench/int8.py --tune`` times the alternatives.
+    """
+    waves = rows / (16 * processors)
+    if n > 8:
+        if waves <= 2:
+            cut = Skinny(1, 8, 1, 2, 16)
+        elif waves <= 4:
+            cut = Skinny(1, 4, 1, 4, 16)
+        else:
+            cut = Skinny(1, 4, 1, 2, 16, ahead=waves > 5)
+    elif waves <= 2:
+        cut = Skinny(1, 8, 1, 4, 8)
+    elif 4 < waves <= 7:  # small programs, so that all of them run at once
+        cut = Skinny(1, 4, 1, 2, 8, ahead=True)
+    else:
+        cut = Skinny(1, 4, 1, 4, 8, ahead=True)
+    return _fitted(cut, columns)
 
 
 def choose(
@@ -251,6 +303,11 @@ def choose(
         cut = Skinny(1, 4, 1, 2, 8, ahead=True)
     else:
         cut = Skinny(1, 4, 1, 4, 8, ahead=True)
+    return _fitted(cut, columns)
+
+
+def _fitted(cut: Skinny, columns: int) -> Skinny:
+    """The cut with a step no wider than the weight."""
     while cut.columns > columns and cut.units > 1:
         cut = replace(cut, units=cut.units // 2)
     while cut.columns > columns and cut.warps_k > 2:

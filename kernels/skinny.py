@@ -31,6 +31,7 @@ from .expand import (
     wait_for_previous,
     word_layout,
 )
+from .widen import dense_rows_of_bytes
 
 _ROWPAIR = gl.constexpr(ROWPAIR)
 _PLAIN = gl.constexpr(PLAIN)
@@ -47,6 +48,7 @@ class Skinny:
     batch: int  # rows of x a program: 8 or 16
     split: int = 1  # programs over columns
     ahead: bool = False  # load x a step ahead too
+    by_float32: bool = False  # widen int8 values of 2:4 to bfloat16 through float32 (see ``widen``)
 
     @property
     def rows(self) -> int:
@@ -108,13 +110,14 @@ def _expand_codes(
 @gluon.jit
 def _rows(
     x_ptr,  # (N, K) as 32-bit words, rows sx8 * 16 bytes apart
-    v_ptr,  # values, 32-bit words
+    v_ptr,  # values, 32-bit words: two 16-bit floats each, or four int8 in tile order
     c_ptr,  # codes: a lane's of half a row, 16-bit for 2:4 and 8-bit for other groups, or of both in
     #         tile order; of rowpair16 bytes, or 32-bit words in tile order
     b_ptr,  # (M,)
     y_ptr,  # (N, M)
     ws_ptr,  # (tiles, SPLIT, rows, BN) float32
     cnt_ptr,  # (tiles,) int32
+    s_ptr,  # (M,) float32, scales of int8 values
     M,
     N,
     chunks,  # K / 16
@@ -135,9 +138,12 @@ def _rows(
     BN: gl.constexpr,
     SPLIT: gl.constexpr,
     AHEAD: gl.constexpr,
+    INT8: gl.constexpr,
+    BY_FLOAT32: gl.constexpr,
 ):
     """One program's rows of W times its rows of x."""
     DTYPE: gl.constexpr = y_ptr.dtype.element_ty
+    gl.static_assert(TILED or not INT8, "int8 values are in tile order")
     T: gl.constexpr = WM * WK * 32
     R: gl.constexpr = WM * TILES * 16
     STEP: gl.constexpr = WK * UNITS  # units a step
@@ -147,7 +153,8 @@ def _rows(
     )
     LA: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
     LB: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
-    LV: gl.constexpr = word_layout(ITEMS, T)
+    PIECES: gl.constexpr = TILES * UNITS if INT8 else ITEMS  # 16-byte pieces of values of a lane
+    LV: gl.constexpr = word_layout(PIECES, T)
     LX: gl.constexpr = _x_layout(WM, WK, UNITS, BN)
     pn = gl.program_id(1)
     step0 = all_steps * ps // SPLIT
@@ -156,19 +163,28 @@ def _rows(
     units = chunks // 4
 
     # Values: item i is a 16-byte piece of a lane.
-    i = gl.arange(0, ITEMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, LV)))[:, None]
+    i = gl.arange(0, PIECES, layout=gl.SliceLayout(1, gl.SliceLayout(2, LV)))[:, None]
     t = gl.arange(0, T, layout=gl.SliceLayout(0, gl.SliceLayout(2, LV)))[None, :]
     word = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, LV)))[None, :][:, None, :]
-    if FORM == _ROWPAIR:
+    if INT8:
+        u = i % UNITS
+        half = 0
+    elif FORM == _ROWPAIR:
         u = (i // 2) % UNITS
         half = i % 2
     else:
         u = i % UNITS
         half = (i // UNITS) % 2
-    tile = pm * (R // 16) + i // (2 * UNITS) * WM + t // 32 % WM
+    if INT8:
+        tile = pm * (R // 16) + i // UNITS * WM + t // 32 % WM
+    else:
+        tile = pm * (R // 16) + i // (2 * UNITS) * WM + t // 32 % WM
     u = unit0 + t // (32 * WM) * UNITS + u
     lane_row = t // 4 % 8
-    if TILED:
+    if INT8:
+        offset = (tile * units + u) * 128 + t % 32 * 4
+        V_STEP: gl.constexpr = STEP * 128
+    elif TILED:
         offset = (tile * units + u) * 256 + (half * 128 + t % 32 * 4)
         V_STEP: gl.constexpr = STEP * 256
     elif FORM == _ROWPAIR:
@@ -228,6 +244,10 @@ def _rows(
         c_live = c_in & (c_chunk < chunks)
     c = _load_words(cp, c_live, EVEN)
     v = gl.load(vp) if EVEN else gl.load(vp, mask=live[:, :, None], other=0)
+    if INT8:
+        LS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, mma))
+        s_row = pm * R + gl.arange(0, R, layout=LS)
+        scale = gl.load(s_ptr + s_row, mask=s_row < M, other=0.0)
     if OVERLAP:  # the weight does not depend on earlier kernels, x does
         launch_dependents()
         wait_for_previous()
@@ -261,7 +281,10 @@ def _rows(
             next_c = gl.load(cp, mask=c_in & (c_chunk < chunks) & more, other=0)
             next_v = gl.load(vp, mask=(v_in & (v_chunk < chunks) & more)[:, :, None], other=0)
         codes = _expand_codes(c, shift, FORM, TILED, ITEMS, UNITS)
-        w = dense_rows(v, codes, FORM, TILES, UNITS, TILED)
+        if INT8:
+            w = dense_rows_of_bytes(v, codes, FORM, TILES, UNITS, DTYPE, BY_FLOAT32)
+        else:
+            w = dense_rows(v, codes, FORM, TILES, UNITS, TILED)
         w = w.reshape([TILES, 2, UNITS, WK, WM, 8, 4, 2, 8])
         w = w.permute(3, 0, 4, 1, 5, 2, 7, 6, 8).reshape([WK, R, UNITS * 64])
         a = gl.convert_layout(w.to(DTYPE, bitcast=True), LA, assert_trivial=True)
@@ -270,7 +293,9 @@ def _rows(
         acc = mma_v2(a, gl.convert_layout(b, LB, assert_trivial=True), acc)
         v = next_v
         c = next_c
-    sums = gl.sum(acc, 0) if WK > 1 else acc.reshape([R, BN])
+    sums = gl.sum(acc, 0) if WK > 1 or INT8 else acc.reshape([R, BN])
+    if INT8:
+        sums *= scale[:, None]
     store_sums(sums, b_ptr, y_ptr, ws_ptr, cnt_ptr, pm, pn, row_blocks, ps, M, N, T, SPLIT, BIAS)
 
 
@@ -285,9 +310,27 @@ def skinny_kernel(
     UNITS: gl.constexpr, BN: gl.constexpr, SPLIT: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     _rows(
-        x_ptr, v_ptr, c_ptr, b_ptr, y_ptr, ws_ptr, cnt_ptr, M, N, chunks, sx8, all_steps,
+        x_ptr, v_ptr, c_ptr, b_ptr, y_ptr, ws_ptr, cnt_ptr, y_ptr, M, N, chunks, sx8, all_steps,
         gl.program_id(0) // SPLIT, gl.num_programs(0) // SPLIT, gl.program_id(0) % SPLIT,
-        FORM, TILED, EVEN, BIAS, OVERLAP, WM, WK, TILES, UNITS, BN, SPLIT, AHEAD,
+        FORM, TILED, EVEN, BIAS, OVERLAP, WM, WK, TILES, UNITS, BN, SPLIT, AHEAD, False, False,
+    )  # fmt: skip
+
+
+@gluon.jit(
+    do_not_specialize=["N", "chunks", "sx8", "all_steps"],
+    do_not_specialize_on_alignment=["c_ptr", "b_ptr", "cnt_ptr", "s_ptr"],
+)
+def int8_kernel(
+    x_ptr, v_ptr, c_ptr, b_ptr, y_ptr, ws_ptr, cnt_ptr, s_ptr, M, N, chunks, sx8, all_steps,
+    FORM: gl.constexpr, EVEN: gl.constexpr, BIAS: gl.constexpr, OVERLAP: gl.constexpr,
+    WM: gl.constexpr, WK: gl.constexpr, TILES: gl.constexpr, UNITS: gl.constexpr, BN: gl.constexpr,
+    SPLIT: gl.constexpr, AHEAD: gl.constexpr, BY_FLOAT32: gl.constexpr,
+):  # fmt: skip
+    """Values of eight bits, in tile order, with a scale for each row."""
+    _rows(
+        x_ptr, v_ptr, c_ptr, b_ptr, y_ptr, ws_ptr, cnt_ptr, s_ptr, M, N, chunks, sx8, all_steps,
+        gl.program_id(0) // SPLIT, gl.num_programs(0) // SPLIT, gl.program_id(0) % SPLIT,
+        FORM, True, EVEN, BIAS, OVERLAP, WM, WK, TILES, UNITS, BN, SPLIT, AHEAD, True, BY_FLOAT32,
     )  # fmt: skip
 
 
@@ -317,8 +360,8 @@ def group_kernel(
     y_ptr = gl.where(is_third, y3_ptr, gl.where(is_second, y2_ptr, y_ptr))
     M = gl.where(is_third, M3, gl.where(is_second, M2, M))
     _rows(
-        x_ptr, v_ptr, c_ptr, y_ptr, y_ptr, y_ptr, y_ptr, M, N, chunks, sx8, all_steps, pm, 1, 0,
-        FORM, True, EVEN, False, OVERLAP, WM, WK, TILES, UNITS, BN, 1, AHEAD,
+        x_ptr, v_ptr, c_ptr, y_ptr, y_ptr, y_ptr, y_ptr, y_ptr, M, N, chunks, sx8, all_steps, pm, 1, 0,
+        FORM, True, EVEN, False, OVERLAP, WM, WK, TILES, UNITS, BN, 1, AHEAD, False, False,
     )  # fmt: skip
 
 
@@ -335,6 +378,7 @@ def launch(
     tiled: bool,
     overlap: bool,
     warmup: bool = False,
+    scales: Tensor | None = None,  # (M,) float32: values are int8 in tile order
 ) -> object:
     """Launch, or with ``warmup`` compile only."""
     n, m = y.shape
@@ -348,14 +392,20 @@ def launch(
     )  # fmt: skip
     constants = {
         **_constants(config, form, m % config.rows == 0 and columns == steps * config.columns),
-        "TILED": tiled,
         "BIAS": bias is not None,
         "SPLIT": config.split,
         **_launching(config, overlap),
     }
+    kernel = skinny_kernel
+    if scales is None:
+        constants["TILED"] = tiled
+    else:
+        kernel = int8_kernel
+        constants["BY_FLOAT32"] = config.by_float32
+        arguments = (*arguments[:7], scales, *arguments[7:])
     if warmup:
-        return skinny_kernel.warmup(*arguments, grid=grid, **constants)
-    return skinny_kernel[grid](*arguments, **constants)
+        return kernel.warmup(*arguments, grid=grid, **constants)
+    return kernel[grid](*arguments, **constants)
 
 
 def launch_group(

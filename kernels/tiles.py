@@ -18,7 +18,8 @@ rowpair16               (M/16, K/64, half, lane, 16 bytes) of   (M/16, K/64), a 
 ======================  ======================================  ==================================
 
 Canonical codes are nibbles ``i0 | i1 << 2`` of a scope's two kept blocks, or for rowpair16 one bit a
-scope; values are 16-bit floats.
+scope; values are 16-bit floats. Values of eight bits are half as many bytes, and so that a lane loads 16 of
+them at once all the same, its two halves lie side by side: (M/16, K/64, lane, half, 8 bytes).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ Form = Literal["2:4", "coupled2:4", "pair4:8", "rowpair16"]
 FORMS: tuple[Form, ...] = ("2:4", "coupled2:4", "pair4:8", "rowpair16")
 
 ROWS, COLUMNS = 16, 64  # of a tile
+_BYTES = (0, 3, 2, 4, 1, 5, 6)  # the order of int8 values: axes of the canonical grid
 
 
 def can_tile(rows: int, columns: int) -> bool:
@@ -43,7 +45,7 @@ def tile_values(values: Tensor, form: Form, rows: int, columns: int) -> Tensor:
     """Packed values in tile order, in the shape they came in.
 
     Args:
-        values: packed values of a (rows, columns) weight in canonical order, 16-bit, any shape.
+        values: packed values of a (rows, columns) weight in canonical order, 16-bit or int8, any shape.
         form: the pattern.
         rows: rows of the dense weight, a multiple of 16.
         columns: its columns, a multiple of 64.
@@ -52,18 +54,33 @@ def tile_values(values: Tensor, form: Form, rows: int, columns: int) -> Tensor:
         ValueError: an unknown form, sizes that are not whole tiles, or tensors of another size.
     """
     grid = _value_grid(values, form, rows, columns)
+    if values.itemsize == 1:
+        return values.reshape(grid).permute(_BYTES).reshape(values.shape)
     order = (0, 3, 5, 2, 4, 1, 6) if form == "rowpair16" else (0, 3, 1, 2, 4, 5, 6)
     return values.reshape(grid).permute(order).reshape(values.shape)
 
 
 def untile_values(values: Tensor, form: Form, rows: int, columns: int) -> Tensor:
     """The inverse of :func:`tile_values`."""
-    tiles, halves, r, units, q, two, chunk = _value_grid(values, form, rows, columns)
+    grid = _value_grid(values, form, rows, columns)
+    tiles, halves, r, units, q, two, chunk = grid
+    if values.itemsize == 1:
+        tiled = values.reshape([grid[axis] for axis in _BYTES])
+        return tiled.permute(0, 4, 2, 1, 3, 5, 6).reshape(values.shape)
     if form == "rowpair16":
         tiled = values.reshape(tiles, units, two, r, q, halves, chunk)
         return tiled.permute(0, 5, 3, 1, 4, 2, 6).reshape(values.shape)
     tiled = values.reshape(tiles, units, halves, r, q, two, chunk)
     return tiled.permute(0, 2, 3, 1, 4, 5, 6).reshape(values.shape)
+
+
+def bytes_as_wide(values: Tensor, rows: int, columns: int) -> Tensor:
+    """int8 values that lie in their tile order, in that of 16-bit values: a view.
+
+    Returns:
+        (rows / 16, columns / 64, half, r, q, 8): half h is rows r + 8 h, or of rowpair16 columns 8 h on.
+    """
+    return values.reshape(rows // ROWS, columns // COLUMNS, 8, 4, 2, 8).permute(0, 1, 4, 2, 3, 5)
 
 
 def tile_codes(codes: Tensor, form: Form, rows: int, columns: int) -> Tensor:

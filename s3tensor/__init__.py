@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from s3tensor.hessian import Factors, Hessian, compute_hessian, output_error
     from s3tensor.hf import from_pretrained, save_pretrained, verify
     from s3tensor.inductor import inductor_options
+    from s3tensor.int8 import Int8SparseTensor
     from s3tensor.llm.calibrate import ModuleInputCatcher, transfer_to_device
     from s3tensor.llm.text import get_c4
     from s3tensor.lora import lora_config
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from s3tensor.memory import set_memory_
     from s3tensor.parametrize import S3Sparse, finalize
     from s3tensor.prune.structured import StructuredOBS
+    from s3tensor.quantize import quantize_
     from s3tensor.schedule import Density
     from s3tensor.selection import kth_largest, mid_kth_largest
     from s3tensor.sparsify import sparsify_
@@ -74,6 +76,8 @@ _LAZY = {
     "project": "s3tensor.mask",
     "satisfies": "s3tensor.mask",
     "inductor_options": "s3tensor.inductor",
+    "Int8SparseTensor": "s3tensor.int8",
+    "quantize_": "s3tensor.quantize",
     "lora_config": "s3tensor.lora",
     "set_memory_": "s3tensor.memory",
     "S3Sparse": "s3tensor.parametrize",

@@ -1,6 +1,7 @@
 """Compressed safetensors: a state dict with structured-sparse tensors in one flat, checked file.
 
-A sparse tensor ``name`` becomes the plain tensors ``name.packed`` and ``name.indices``; its pattern
+A sparse tensor ``name`` becomes the plain tensors ``name.packed`` and ``name.indices``, and with int8 values
+``name.scales``; its pattern
 (spelled out in parts), shape and orientation, and a SHA-256 of every stored tensor, are JSON in the
 file's metadata, behind a SHA-256 of that JSON. No pickle is read or written, and every size is
 checked before memory is taken.
@@ -23,10 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from s3tensor.errors import CheckpointError
+from s3tensor.int8 import Int8SparseTensor
 from s3tensor.tensor import StructuredSparseTensor
 
 FORMAT = 1
 METADATA_KEY = "s3tensor"
+_PARTS = ("packed", "indices", "scales")  # the last one of int8 values
 TEMPORARY = ".tmp"  # end of the name of a file that is being written
 
 
@@ -45,8 +48,8 @@ def flatten_state(
         checksums: put a SHA-256 of every tensor in the string.
 
     Returns:
-        tensors by name, a sparse ``name`` as ``name.packed`` and ``name.indices`` in canonical order,
-        and the description: a SHA-256, a space and JSON.
+        tensors by name, a sparse ``name`` as ``name.packed`` and ``name.indices`` in canonical order, with
+        int8 values ``name.scales`` too, and the description: a SHA-256, a space and JSON.
 
     Raises:
         CheckpointError: when a name is also that of a part of a sparse tensor.
@@ -55,8 +58,8 @@ def flatten_state(
     sparse: dict[str, dict[str, Any]] = {}
     for name, tensor in state.items():
         parts = {name: tensor}
-        if isinstance(tensor, StructuredSparseTensor):
-            parts = dict(zip((f"{name}.packed", f"{name}.indices"), tensor.parts(), strict=True))
+        if isinstance(tensor, StructuredSparseTensor | Int8SparseTensor):
+            parts = {f"{name}.{p}": t for p, t in zip(_PARTS, tensor.parts(), strict=False)}
             sparse[name] = tensor.description()
         for key, part in parts.items():
             if key in tensors:
@@ -98,13 +101,15 @@ def unflatten_state(
     rest = dict(tensors)
     state: dict[str, Tensor] = {}
     for name, fields in document["sparse"].items():
-        packed, indices = (rest.pop(f"{name}.{part}", None) for part in ("packed", "indices"))
-        if packed is None or indices is None:
+        int8 = isinstance(fields, dict) and "values" in fields
+        names = [f"{name}.{part}" for part in _PARTS[: 3 if int8 else 2]]
+        parts = [rest.pop(part) for part in names if part in rest]
+        if len(parts) < len(names):
             raise CheckpointError(
                 f"{where}: {name}: damaged description of a sparse tensor; a part of it is missing"
             )
-        made = StructuredSparseTensor.from_stored(packed, indices, fields, f"{where}: {name}")
-        state[name] = made
+        make: Any = Int8SparseTensor if int8 else StructuredSparseTensor
+        state[name] = make.from_stored(*parts, fields, f"{where}: {name}")
     for name, tensor in rest.items():
         if name in state:
             raise CheckpointError(f"{where}: {name!r} is there twice, dense and sparse")

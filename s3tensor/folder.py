@@ -28,7 +28,8 @@ from s3tensor.checkpoint import (
     write_atomically,
     write_json,
 )
-from s3tensor.errors import CheckpointError
+from s3tensor.errors import CheckpointError, ModelError
+from s3tensor.int8 import Int8SparseTensor
 from s3tensor.tensor import StructuredSparseTensor
 
 WEIGHTS = "model.safetensors"
@@ -46,10 +47,19 @@ def quantization(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
     ``patterns`` names the pattern of every sparse weight, ``definitions`` spells these names out, and
     ``transposed`` lists the weights that are kept as transposed views. Shapes are the model's own.
+
+    Raises:
+        ModelError: a weight with int8 values, which transformers would not know how to load.
     """
     definitions: dict[str, str] = {}
     patterns: dict[str, str] = {}
     for name, tensor in state.items():
+        if isinstance(tensor, Int8SparseTensor):
+            raise ModelError(
+                f"{name} has int8 values, which the files of a Hugging Face model do not hold; save the "
+                "model before s3tensor.quantize_ and quantize it after loading, or store its state_dict "
+                "with s3tensor.checkpoint.save_state"
+            )
         if isinstance(tensor, StructuredSparseTensor):
             label, parts = str(tensor.pattern), tensor.pattern.parts
             if definitions.setdefault(label, parts) != parts:  # two patterns of one name

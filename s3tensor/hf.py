@@ -25,6 +25,7 @@ from s3tensor.folder import (
     write_files,
 )
 from s3tensor.folder import unshared_state as unshared_state
+from s3tensor.int8 import Int8SparseTensor
 from s3tensor.mask import satisfies
 from s3tensor.tensor import StructuredSparseTensor
 
@@ -107,7 +108,8 @@ def save_pretrained(
 
     Raises:
         CheckpointError: a model is there already, or the folder cannot be written.
-        ModelError: a model without a config, or with parameters on the meta device.
+        ModelError: a model without a config, with parameters on the meta device, or compressed with int8
+            values (with ``dense=True`` these are written as what they stand for).
     """
     folder = Path(directory)
     refuse_existing(folder, overwrite)
@@ -122,6 +124,7 @@ def save_pretrained(
     absent = [name for name, tensor in state.items() if tensor.is_meta]
     if absent:
         raise ModelError(f"{absent[0]} is on the meta device and has no values to save")
+    entry = None if dense else quantization(state)  # refused before anything is written
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None:
@@ -140,7 +143,7 @@ def save_pretrained(
                 delete(folder / INDEX)
             return folder
         # The weights last: a folder with this file is complete.
-        with _configured(model, quantization(state)):
+        with _configured(model, entry):
             config.save_pretrained(folder)
         generation = getattr(model, "generation_config", None)
         if generation is not None:
@@ -252,8 +255,10 @@ def verify(source: nn.Module | str | Path) -> list[tuple[str, str, float]]:
         state = read_files(files) if files else load_state(path)
     rows = []
     for name, tensor in state.items():
-        sparse = isinstance(tensor, StructuredSparseTensor)
-        if not bool(torch.isfinite(tensor.packed if sparse else tensor).all()):
+        int8 = isinstance(tensor, Int8SparseTensor)
+        sparse = int8 or isinstance(tensor, StructuredSparseTensor)
+        values = tensor.scales if int8 else tensor.packed if sparse else tensor
+        if not bool(torch.isfinite(values).all()):
             raise CheckpointError(f"{name} holds NaN or Inf")
         if sparse:
             dense = (tensor.t() if tensor.transposed else tensor).to_dense()
@@ -265,7 +270,8 @@ def verify(source: nn.Module | str | Path) -> list[tuple[str, str, float]]:
 
 def densified(tensor: Tensor) -> Tensor:
     """The tensor, unpacked when it is compressed."""
-    return tensor.to_dense() if isinstance(tensor, StructuredSparseTensor) else tensor
+    sparse = isinstance(tensor, StructuredSparseTensor | Int8SparseTensor)
+    return tensor.to_dense() if sparse else tensor
 
 
 def weight_bytes(model: nn.Module) -> tuple[int, int]:
@@ -274,7 +280,11 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
     for tensor in unshared_state(model).values():
         whole = tensor.numel() * tensor.element_size()
         dense += whole
-        now += tensor.nbytes_held if isinstance(tensor, StructuredSparseTensor) else whole
+        if isinstance(tensor, StructuredSparseTensor):
+            whole = tensor.nbytes_held
+        elif isinstance(tensor, Int8SparseTensor):
+            whole = tensor.nbytes_compressed
+        now += whole
     return now, dense
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from s3tensor import ops
+from s3tensor import ops, scaled
 
 _MOST = 3  # weights of one launch
 
@@ -17,10 +17,10 @@ _MOST = 3  # weights of one launch
 class GroupLinears(CustomGraphPass):
     """Put the compressed linears that read one x next to each other: query, key and value, gate and up.
 
-    Two or three that a kernel takes together become one ``s3tensor::linear_group``. Others gain by being
-    neighbours: a kernel for packed weights starts to read its weight while the one before it drains
-    (programmatic dependent launch), but only where nothing lies between the two. And what follows on
-    several of them, such as norms and rotary embeddings, fuses into one kernel.
+    Two or three that a kernel takes together become one ``s3tensor::linear_group``. Others, those with int8
+    values too, gain by being neighbours: a kernel for packed weights starts to read its weight while the one
+    before it drains (programmatic dependent launch), but only where nothing lies between the two. And what
+    follows on several of them, such as norms and rotary embeddings, fuses into one kernel.
 
     Args:
         targets: the operators to group, by their first argument.
@@ -28,7 +28,7 @@ class GroupLinears(CustomGraphPass):
     """
 
     def __init__(self, targets: tuple[Any, ...] = (), merge: bool = True) -> None:
-        self.targets = targets or (ops.linear._opoverload,)
+        self.targets = targets or (ops.linear._opoverload, scaled.linear_int8._opoverload)
         self.merge = merge
 
     def __call__(self, graph: fx.Graph) -> None:

@@ -24,10 +24,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "layout", "viewrule", "pattern", "presets", "registration"),
     ("kernels",),
     ("mask", "packing", "hessian", "linalg", "proximal", "selection", "timings"),
-    ("paths", "ops"),
+    ("paths", "ops", "scaled"),
     (
         "tensor",
         "tensor_rules",
+        "int8_rules",
+        "int8",
+        "quantize",
         "memory",
         "inductor",
         "specs",
@@ -74,7 +77,7 @@ GUESTS = {
 }
 STDLIB_ONLY = FLOORS[0]
 # Who may import kernels, and only inside functions: they meet CUDA tensors, and the file needs Triton.
-KERNEL_CALLERS = {"paths", "mask", "masked", "selection", "packing"}
+KERNEL_CALLERS = {"paths", "scaled", "mask", "masked", "selection", "packing"}
 
 
 def sources() -> list[tuple[str, Path]]:
@@ -223,7 +226,7 @@ API = (
     "Hessian output_error StructuredSparseTensor S3Sparse finalize sparsify_ llm save_pretrained "
     "from_pretrained perplexity View BlockSpec BlockCoupling ScopeSpec ScopeCoupling SparsityBuilder "
     "StructuredOBS kth_largest mid_kth_largest draw_layout compute_hessian ModuleInputCatcher "
-    "transfer_to_device get_c4 Density sparsify_training_ step freeze"
+    "transfer_to_device get_c4 Density sparsify_training_ step freeze quantize_ Int8SparseTensor"
 )
 
 

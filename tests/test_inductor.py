@@ -54,6 +54,16 @@ def test_linears_of_one_input_become_neighbours_in_their_order() -> None:
     assert order(graph) == [before[0], before[2], before[1], *before[3:]]
 
 
+def test_linears_with_int8_values_become_neighbours_too() -> None:
+    int8 = torch.ops.s3tensor.linear_int8.default
+    calls = [(int8, (0, 1)), (torch.tanh, (3,)), (int8, (0, 2)), (torch.add, (4, 5))]
+    graph = graph_of(calls, 3)
+    before = order(graph)
+    GroupLinears()(graph)
+    graph.lint()
+    assert order(graph) == [before[0], before[2], before[1], before[3]]
+
+
 def test_a_linear_that_waits_for_another_stays_behind_it() -> None:
     # the second reads x, but with a weight that is made from the first one's output, in two steps
     calls = [

@@ -152,6 +152,17 @@ CASES: dict[str, list[Callable[..., Any]]] = {
         lambda: compress(torch.full((16, 32), torch.nan)),
         lambda: compress(torch.full((16, 32), torch.inf)),
     ],
+    "int8 values of a weight that is dense, of float64 or of other than two dims": [
+        lambda: s3.Int8SparseTensor.from_sparse(dense()),
+        lambda: s3.Int8SparseTensor.from_sparse(compress(dense().double())),
+        lambda: s3.Int8SparseTensor.from_sparse(
+            s3.StructuredSparseTensor.from_dense(torch.ones(8, 4, 3, 3), "filter@0.5")
+        ),
+    ],
+    "a gradient of a weight with int8 values": [
+        lambda: nn.Parameter(s3.Int8SparseTensor.from_sparse(weight())),
+        lambda: s3.Int8SparseTensor.from_sparse(weight()).requires_grad_(),
+    ],
     "embeddings alone": [lambda: s3.sparsify_(nn.Embedding(16, 32), "2:4")],
     "convolutions, by `sparsify_`": [lambda: s3.sparsify_(nn.Conv2d(16, 16, 3), "2:4")],
     "a file that was altered": [altered_file],
