@@ -244,29 +244,36 @@ def default_int8(
     form: Form, n: int, rows: int, columns: int, tiled: bool, device: torch.device
 ) -> Skinny:
     """The cut that :func:`linear` takes for int8 values on a device."""
-    del form, tiled
-    return choose_int8(n, rows, columns, gpu.processors(device))
+    del tiled
+    return choose_int8(form, n, rows, columns, gpu.processors(device))
 
 
-def choose_int8(n: int, rows: int, columns: int, processors: int) -> Skinny:
-    """As :func:`choose`, for int8 values: from registers and bytes in flight, not yet from measured times.
+def choose_int8(form: Form, n: int, rows: int, columns: int, processors: int) -> Skinny:
+    """As :func:`choose`, for int8 values.
 
-    An H100 wants some 40 KB in flight on each processor. A warp's step has 640 bytes a 64-column unit, where
-    16-bit values have 1152, so units are doubled where the registers of all programs that are to run at
-    once allow it. ``bench/int8.py --tune`` times the alternatives.
+    For 2:4 the fastest on an H100 of those that ``bench/int8.py --tune`` tries, at 2560x9728, 9728x2560 and
+    4096x2560 and 1 and 16 rows of x. For other forms by registers and bytes in flight: an H100 wants some
+    40 KB in flight on each processor. A warp's step has 640 bytes a 64-column unit, where 16-bit values have
+    1152, so units are doubled where the registers of all programs that are to run at once allow it.
     """
-    waves = rows / (16 * processors)
+    waves, plain = rows / (16 * processors), form == "2:4"
     if n > 8:
         if waves <= 2:
-            cut = Skinny(1, 8, 1, 2, 16)
+            cut = Skinny(1, 4, 1, 4, 16, ahead=True) if plain else Skinny(1, 8, 1, 2, 16)
         elif waves <= 4:
             cut = Skinny(1, 4, 1, 4, 16)
         else:
-            cut = Skinny(1, 4, 1, 2, 16, ahead=waves > 5)
+            ahead = waves > 5
+            cut = Skinny(1, 4, 1, 2, 16, ahead=ahead, by_float32=plain and not ahead)
     elif waves <= 2:
-        cut = Skinny(1, 8, 1, 4, 8)
+        if plain and columns >= 8192:
+            cut = Skinny(1, 8, 1, 2, 8, split=2, ahead=True)
+        elif plain:
+            cut = Skinny(1, 8, 1, 2, 8, ahead=True, by_float32=True)
+        else:
+            cut = Skinny(1, 8, 1, 4, 8)
     elif 4 < waves <= 7:  # small programs, so that all of them run at once
-        cut = Skinny(1, 4, 1, 2, 8, ahead=True)
+        cut = Skinny(1, 4, 1, 2, 8, ahead=True, by_float32=plain)
     else:
         cut = Skinny(1, 4, 1, 4, 8, ahead=True)
     return _fitted(cut, columns)

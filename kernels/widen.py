@@ -19,8 +19,9 @@ float16                    two bytes, their sign bits flipped, under the exponen
 =========================  ===========================================================================
 
 For 2:4 in bfloat16 and up to 8 rows of x the loop of ``skinny`` compiles to 16.3 instructions for a group,
-9.3 of them integer; by float32 to 16.8 and 8.8, and to 8 to 20 registers more. Which is faster was not
-measured yet (``bench/int8.py --tune``).
+9.3 of them integer; by float32 to 16.8 and 8.8, and to 8 to 20 registers more. On an H100 each is the faster
+in some cuts (``bench/int8.py --tune``): by float32 4096x2560 takes 5.0 us in place of 5.7, and 9728x2560
+9.6 in place of 10.4.
 """
 
 from __future__ import annotations

@@ -221,17 +221,20 @@ def test_bytes_compile_to_wide_loads_and_no_spills(
 
 
 @given(
+    st.sampled_from(FORMS),
     st.integers(1, 32),
     st.integers(1, 4000).map(lambda n: 16 * n),
     st.integers(1, 1000).map(lambda n: 64 * n),
     st.integers(1, 160),
 )
-def test_a_cut_for_bytes_can_run(n: int, rows: int, columns: int, processors: int) -> None:
+def test_a_cut_for_bytes_can_run(
+    form: Any, n: int, rows: int, columns: int, processors: int
+) -> None:
     pytest.importorskip("triton.experimental.gluon", reason="needs Triton with Gluon")
     from s3tensor.kernels.matmul import choose_int8
 
-    cut = choose_int8(n, rows, columns, processors)
-    assert cut.split == 1 and cut.batch >= min(n, 16)
+    cut = choose_int8(form, n, rows, columns, processors)
+    assert cut.columns * cut.split <= max(columns, 128) and cut.batch >= min(n, 16)
     assert cut.warps_m * cut.warps_k <= 16 and cut.columns % 128 == 0
 
 

@@ -434,7 +434,7 @@ def test_an_overflow_in_the_pruned_stream_is_named_by_its_layer() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_blocks_of_a_model_on_the_cpu_are_pruned_on_the_gpu_one_at_a_time(kind: str) -> None:
-    batches = token_batches((2, 24), (1, 7))
+    batches = token_batches((8, 60), (4, 30))
     model = family(kind)
     blocks = llm.decoder_blocks(model)[1]
     seen = set()
@@ -446,13 +446,16 @@ def test_blocks_of_a_model_on_the_cpu_are_pruned_on_the_gpu_one_at_a_time(kind: 
 
     for block in blocks:
         block.register_forward_pre_hook(look, with_kwargs=True)
-    report = llm.prune_model(model, batches, "2:4", device="cuda", progress=False)
+    # With the drift, or with few tokens, rounding decides single weights: 2e-6 more or less of each weight
+    # moves the errors of this model by up to 7 %, and so by 0.1 %.
+    same: dict[str, Any] = {"beta": 0.0, "progress": False}
+    report = llm.prune_model(model, batches, "2:4", device="cuda", **same)
     assert seen == set(blocks)
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert all(0 < row.peak_memory_bytes < 2**30 for row in (*report.linears, *report.blocks))
-    expected = llm.prune_model(family(kind), batches, "2:4", progress=False)
+    expected = llm.prune_model(family(kind), batches, "2:4", **same)
     for row, other in zip(report.blocks, expected.blocks, strict=True):
-        assert row.error == pytest.approx(other.error, rel=0.05)
+        assert row.error == pytest.approx(other.error, rel=0.02)
 
 
 def test_activations_wait_on_the_gpu_where_it_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
