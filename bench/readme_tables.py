@@ -275,12 +275,13 @@ def _overhead(row: dict[str, Any] | None) -> str:
 def finetune(stored: dict[str, Any]) -> str:
     """A pruned language model, fine-tuned under its masks (examples/finetune.py)."""
     settings = stored["settings"]
+    notes = f"; {stored['notes']}" if "notes" in stored else ""
     lines = [
         f"{settings['model']}, {stored['pruned_linears']} linears to {settings['pattern']} by "
         f"`{settings['pruner']}`, then {settings['steps']} steps of {settings['batch']} x "
         f"{settings['seq_len']} tokens, of {stored['tokens']['training']:,} of the calibration topics; "
         f"perplexity of {stored['tokens']['held_out']:,} held-out tokens of other topics, of the compressed "
-        f"model, saved and reloaded; {_where(stored)} (`examples/finetune.py`):",
+        f"model, saved and reloaded; {_where(stored)} (`examples/finetune.py`{notes}):",
         "",
         "| | perplexity | regained of what pruning lost | step kept | ms a step |",
         "|---|---|---|---|---|",
