@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from s3tensor import ops, scaled
 from s3tensor.errors import UnsupportedOpError
 from s3tensor.pattern import Pattern
+from s3tensor.product_rules import Products, combine
 
 aten = torch.ops.aten
 
@@ -266,25 +266,10 @@ def _addmm(func: Any, args: Any, kwargs: Any) -> Tensor:
     if _is_int8(bias):
         raise _refusal(func, "only one of the factors may be compressed")
     product = _mm(aten.mm.default, (left, right), {})
-    return _combine(bias, product, kwargs.get("beta", 1), kwargs.get("alpha", 1))
-
-
-def _combine(bias: Tensor, product: Tensor, beta: Any, alpha: Any) -> Tensor:
-    """``beta * bias + alpha * product``; as in torch, a bias times 0 is ignored, NaN and all."""
-    product = product if alpha == 1 else alpha * product
-    if beta == 0:
-        return product
-    return product + (bias if beta == 1 else beta * bias)
+    return combine(bias, product, kwargs.get("beta", 1), kwargs.get("alpha", 1))
 
 
 # The functions that users call. They go to one op that takes the weight whole and does not decompose.
-
-
-@_function(F.linear)
-def _function_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not _is_int8(weight) or _is_int8(input) or _is_int8(bias):
-        raise _refusal(F.linear, "only the weight may be compressed")
-    return _multiply(input, weight, bias)
 
 
 def _multiply(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
@@ -295,99 +280,14 @@ def _multiply(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     return ops.product(x, weight, bias)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` with a compressed matrix on one side and any number of dims on the other."""
-    if _is_int8(left) and _is_int8(right):
-        raise _refusal(torch.matmul, "both operands are compressed")
-    if _is_int8(right):
-        return _multiply(left, right.t(), None)
-    if right.ndim == 1:
-        return _multiply(right, left, None)
-    return _multiply(right.mT, left, None).mT
+Products(_is_int8, _refusal, _multiply, "compressed, with int8 values, like the old").register(
+    _FUNCTIONS
+)
 
-
-@_function(torch.matmul, Tensor.matmul, Tensor.__matmul__)
-def _function_matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
-    _refuse_out(torch.matmul, out)
-    return _product(input, other)
-
-
-@_function(Tensor.__rmatmul__)
-def _function_rmatmul(right: Tensor, left: Tensor) -> Tensor:
-    return _product(left, right)
-
-
-@_function(torch.mm, Tensor.mm)
-def _function_mm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None) -> Tensor:
-    _refuse_out(torch.mm, out)
-    _check_dims(torch.mm, input, 2, mat2, 2)
-    return _product(input, mat2)
-
-
-@_function(torch.mv, Tensor.mv)
-def _function_mv(input: Tensor, vec: Tensor, *, out: Tensor | None = None) -> Tensor:
-    _refuse_out(torch.mv, out)
-    _check_dims(torch.mv, input, 2, vec, 1)
-    return _product(input, vec)
-
-
-@_function(torch.addmm, Tensor.addmm)
-def _function_addmm(
-    input: Tensor,
-    mat1: Tensor,
-    mat2: Tensor,
-    *,
-    beta: Any = 1,
-    alpha: Any = 1,
-    out: Tensor | None = None,
-) -> Tensor:
-    _refuse_out(torch.addmm, out)
-    _check_dims(torch.addmm, mat1, 2, mat2, 2)
-    if _is_int8(input):
-        raise _refusal(torch.addmm, "only one of the factors may be compressed")
-    if _is_int8(mat2) and not _is_int8(mat1) and beta == 1 and alpha == 1 and input.ndim == 1:
-        return _multiply(mat1, mat2.t(), input)
-    return _combine(input, _product(mat1, mat2), beta, alpha)
-
-
-_set_data_of = Tensor.data.__set__  # type: ignore[attr-defined]  # Tensor.data is a descriptor
-_set_grad_of = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
-
-
-@_function(_set_data_of)
-def _set_data(target: Tensor, source: Tensor) -> None:
-    """``target.data = source``: torch's own setter would change the dtype and leave the parts."""
-    if not (_is_int8(target) and _is_int8(source)):
-        raise _refusal(
-            "Tensor.data", "the new data must be compressed, with int8 values, like the old"
-        )
-    with torch._C.DisableTorchFunctionSubclass():
-        _set_data_of(target, source)
-    held = vars(target)
-    held.update({name: part for name, part in vars(source).items() if name in held})
+_set_grad_of = Tensor.requires_grad.__set__  # type: ignore[attr-defined]  # a descriptor
 
 
 @_function(_set_grad_of)
 def _set_requires_grad(target: Tensor, value: bool) -> None:
     if value:
         raise _untrained()
-
-
-@_function(Tensor.apply_, Tensor.map_, Tensor.map2_)
-def _refuse_storage(self: Tensor, *args: Any) -> Tensor:
-    """These walk over the storage, which a wrapper does not have: torch's own version crashes."""
-    raise _refusal(Tensor.apply_)
-
-
-def _refuse_out(func: Any, out: Tensor | None) -> None:
-    if out is not None:
-        raise _refusal(func, "with out=")
-
-
-def _check_dims(func: Any, left: Tensor, left_dims: int, right: Tensor, right_dims: int) -> None:
-    if left.ndim != left_dims or right.ndim != right_dims:
-        raise _refusal(
-            func,
-            f"takes {left_dims} and {right_dims} dims, got shapes {tuple(left.shape)} and "
-            f"{tuple(right.shape)}",
-        )

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from s3tensor import ops
+from s3tensor.product_rules import Products, combine
 from s3tensor.tensor import (
     DISPATCH_RULES,
     DTYPES,
@@ -295,25 +295,10 @@ def _addmm(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
             left, right.t(), bias, func
         )  # added in the matmul's epilogue, as F.linear does
     product = _mm(aten.mm.default, (left, right), {})
-    return _combine(bias, product, beta, alpha)
-
-
-def _combine(bias: Tensor, product: Tensor, beta: Any, alpha: Any) -> Tensor:
-    """``beta * bias + alpha * product``; as in torch, a bias times 0 is ignored, NaN and all."""
-    product = product if alpha == 1 else alpha * product
-    if beta == 0:
-        return product
-    return product + (bias if beta == 1 else beta * bias)
+    return combine(bias, product, beta, alpha)
 
 
 # The functions that users call. They go to one op that takes the weight whole and does not decompose.
-
-
-@function(F.linear)
-def _function_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not is_sparse(weight) or is_sparse(input) or is_sparse(bias):
-        raise refusal(F.linear, "only the weight may be compressed")
-    return _multiply(input, weight, bias)
 
 
 def _multiply(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
@@ -324,90 +309,4 @@ def _multiply(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     return ops.product(x, weight, bias)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` with a compressed matrix on one side and any number of dims on the other."""
-    if is_sparse(left) == is_sparse(right):
-        raise refusal(torch.matmul, "both operands are compressed")
-    if is_sparse(right):
-        return _multiply(left, right.t(), None)
-    if right.ndim == 1:
-        return _multiply(right, left, None)
-    return _multiply(right.mT, left, None).mT
-
-
-@function(torch.matmul, Tensor.matmul, Tensor.__matmul__)
-def _function_matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
-    _refuse_out(torch.matmul, out)
-    return _product(input, other)
-
-
-@function(Tensor.__rmatmul__)
-def _function_rmatmul(right: Tensor, left: Tensor) -> Tensor:
-    return _product(left, right)
-
-
-@function(torch.mm, Tensor.mm)
-def _function_mm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None) -> Tensor:
-    _refuse_out(torch.mm, out)
-    _check_dims(torch.mm, input, 2, mat2, 2)
-    return _product(input, mat2)
-
-
-@function(torch.mv, Tensor.mv)
-def _function_mv(input: Tensor, vec: Tensor, *, out: Tensor | None = None) -> Tensor:
-    _refuse_out(torch.mv, out)
-    _check_dims(torch.mv, input, 2, vec, 1)
-    return _product(input, vec)
-
-
-@function(torch.addmm, Tensor.addmm)
-def _function_addmm(
-    input: Tensor,
-    mat1: Tensor,
-    mat2: Tensor,
-    *,
-    beta: Any = 1,
-    alpha: Any = 1,
-    out: Tensor | None = None,
-) -> Tensor:
-    _refuse_out(torch.addmm, out)
-    _check_dims(torch.addmm, mat1, 2, mat2, 2)
-    if is_sparse(input):
-        raise refusal(torch.addmm, "only one of the factors may be compressed")
-    if is_sparse(mat2) and not is_sparse(mat1) and beta == 1 and alpha == 1 and input.ndim == 1:
-        return _multiply(mat1, mat2.t(), input)
-    return _combine(input, _product(mat1, mat2), beta, alpha)
-
-
-_set_data_of = Tensor.data.__set__  # type: ignore[attr-defined]  # Tensor.data is a descriptor
-
-
-@function(_set_data_of)
-def _set_data(target: Tensor, source: Tensor) -> None:
-    """``target.data = source``: torch's own setter would change the dtype and leave the parts."""
-    if not (is_sparse(target) and is_sparse(source)):
-        raise refusal("Tensor.data", "the new data must be compressed, like the old")
-    with torch._C.DisableTorchFunctionSubclass():
-        _set_data_of(target, source)
-    held = vars(target)
-    held.update({name: part for name, part in vars(source).items() if name in held})
-
-
-@function(Tensor.apply_, Tensor.map_, Tensor.map2_)
-def _refuse_storage(self: Tensor, *args: Any) -> Tensor:
-    """These walk over the storage, which a wrapper does not have: torch's own version crashes."""
-    raise refusal(Tensor.apply_)
-
-
-def _refuse_out(func: Any, out: Tensor | None) -> None:
-    if out is not None:
-        raise refusal(func, "with out=")
-
-
-def _check_dims(func: Any, left: Tensor, left_dims: int, right: Tensor, right_dims: int) -> None:
-    if left.ndim != left_dims or right.ndim != right_dims:
-        raise refusal(
-            func,
-            f"takes {left_dims} and {right_dims} dims, got shapes {tuple(left.shape)} and "
-            f"{tuple(right.shape)}",
-        )
+Products(is_sparse, refusal, _multiply, "compressed, like the old").register(FUNCTION_RULES)

@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "tensor",
         "tensor_rules",
+        "product_rules",
         "int8_rules",
         "int8",
         "quantize",
