@@ -91,8 +91,9 @@ def prune_model(
 
     Memory beyond the model: on ``device`` one dense block and one Hessian with its factors (about
     ``6 * in_features**2`` floats), and on ``cache_device`` the hidden states of all calibration tokens
-    twice and, with a dense target, one block's dense linear inputs. Recovery takes on ``device`` five
-    floats for each weight of a block and what its backward pass keeps of ``batch`` sequences.
+    twice and, with a dense target, one block's dense linear inputs. ``"auto"`` takes as many squares
+    again. Recovery takes on ``device`` five floats for each weight of a block and what its backward pass
+    keeps of ``batch`` sequences.
 
     Args:
         model: a decoder-only language model, called as ``model(input_ids=..., use_cache=False)``, on
