@@ -66,6 +66,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (pruner, options of 
     "admm, no dense target": ("admm", {"alpha": 0.0}),
     "admm, beta 0": ("admm", {"beta": 0.0}),  # the dense target alone
     "admm": ("admm", {}),  # the default: drift of the residual stream taken back too
+    "admm, auto damp": ("admm", {"damp": "auto"}),
     "admm, auto alpha": (
         "admm",
         {"alpha": "auto"},

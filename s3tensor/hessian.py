@@ -285,6 +285,18 @@ class Factors:
                 self._inverse = unit.mul_(unscale[:, None]).mul_(unscale)
         return self._inverse
 
+    def solve(self, rows: Tensor) -> Tensor:
+        """``rows`` (M, K) times the inverse, which is not formed: for few rows a sixth of its work.
+
+        Raises:
+            HessianError: the matrix is singular or indefinite.
+        """
+        unscale = self.scale.reciprocal()
+        with full_precision():
+            lower = self._lower(self.matrix * unscale[:, None] * unscale)
+            found = torch.cholesky_solve((rows * unscale).T, lower)
+        return found.T * unscale
+
     def inverse_cholesky(self, order: Tensor | None = None) -> Tensor:
         """Upper U (K, K) with ``inv(matrix) = U'U``, rows and columns in ``order`` (default: as they are).
 

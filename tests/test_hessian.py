@@ -137,6 +137,8 @@ def test_factorisations_give_back_the_damped_matrix(seed: int, damp: float) -> N
     torch.testing.assert_close(factors.matrix, expected)
     identity = torch.eye(12, dtype=torch.float64)
     torch.testing.assert_close(factors.inverse() @ expected, identity, rtol=0, atol=1e-6)
+    rows = x[:3] @ expected
+    torch.testing.assert_close(factors.solve(rows), x[:3], rtol=1e-6, atol=1e-6)
     for order in (None, torch.randperm(12, generator=torch.Generator().manual_seed(seed))):
         upper = factors.inverse_cholesky(order)
         matrix = expected if order is None else expected[order][:, order]

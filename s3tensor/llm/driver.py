@@ -296,8 +296,8 @@ def _warn_of_few_tokens(plan: _Plan, batches: list[Tensor]) -> None:
     if tokens < widest.shape[1]:
         warnings.warn(
             f"{tokens} calibration tokens for {widest.name}, which has {widest.shape[1]} in_features: with "
-            "fewer tokens than inputs weights are fitted to these tokens alone. Calibrate on more; "
-            "held_out= tells the error on other tokens",
+            "fewer tokens than inputs weights are fitted to these tokens alone. Calibrate on more, or let "
+            "damp='auto' choose; held_out= tells the error on other tokens",
             stacklevel=3,
         )
 

@@ -26,7 +26,8 @@ from s3tensor.llm.moments import Moments
 
 DEFAULT_ALPHA = 0.5  # best of five on development text with SmolLM2-135M (docs/pruners.md)
 DEFAULT_DAMP = 0.01
-DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1)  # that damp="auto" tries
+DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # that damp="auto" tries
+_ROWS = 256  # of each weight that choose, evenly spaced: what is missed is a sum over rows
 _NOISE = 1e-10  # of the square of the outputs: what is less is rounding
 _EVERY = 8  # one calibration sequence of so many is kept from the fit that chooses
 
@@ -188,18 +189,18 @@ def _parabola(
     """(q, l, c) of what is missed, ``q alpha^2 - 2 l alpha + c``, but for what no fit can change."""
     known = fit.hessian.value()
     factors = Factors(known, damp)
-    inverse = factors.inverse()
     seen = fit.hessian.cross()
     assert seen is not None
     quadratic = linear = constant = 0.0
     with full_precision():
         for weight in weights:
-            dense = weight.float()
-            way = factors.clear_dead(dense @ (seen - known)) @ inverse
+            rows = torch.arange(0, len(weight), -(-len(weight) // _ROWS), device=weight.device)
+            dense = weight[rows].float()
+            way = factors.solve(factors.clear_dead(dense @ (seen - known)))
             start, wanted = dense, dense @ cross
             if fit.drift is not None and drift is not None:
-                start = dense + shares.beta * (factors.clear_dead(fit.drift) @ inverse)
-                wanted = wanted + drift
+                start = dense + shares.beta * factors.solve(factors.clear_dead(fit.drift[rows]))
+                wanted = wanted + drift[rows]
             quadratic += _dot(way @ matrix, way)
             given = start @ matrix
             linear += _dot(way, wanted - given)
