@@ -41,9 +41,7 @@ class Run:
     cache: torch.device
     compress: bool
     recovery: Recovery | None
-    parts: Sequence[
-        Sequence[int]
-    ]  # of the calibration batches, by index: one, or to fit and to choose by
+    parts: Sequence[Sequence[int]]  # calibration batches: all, or those to fit on and to choose by
 
     @property
     def dense_target(self) -> bool:
