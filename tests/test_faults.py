@@ -196,10 +196,12 @@ def test_a_folder_that_vanishes_during_the_run_is_one_clear_line(
 
 
 SLOWLY = """
-import sys, time
+import signal, sys, time
 from s3tensor.cli import main
 from s3tensor.llm import driver
 
+# A shell makes what it starts in the background deaf to it, and what that starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 real = driver._prune_block
 
 def waits(runner, *rest):
