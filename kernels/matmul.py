@@ -76,7 +76,7 @@ def linear(
         overlap: on sm_90 and later, start while the stream's previous kernel drains, and read the weight
             before that kernel is done. Allowed when no kernel still in flight writes ``values`` or
             ``codes``.
-        config: how to cut the work; by default :func:`choose` decides.
+        config: how to cut the work; by default :func:`choose` or :func:`choose_int8` decides.
         scales: with int8 values, what row r of W is the integers of r times.
 
     Raises:
@@ -91,9 +91,11 @@ def linear(
     if reason is not None:
         raise ValueError(f"packed linear: {reason}")
     capability = gpu.capability(x.device)
-    if config is None:
-        how = default if scales is None else default_int8
-        config = how(form, x.shape[0], rows, columns, tiled, x.device)
+    n = x.shape[0]
+    if config is None and scales is None:
+        config = default(form, n, rows, columns, tiled, x.device)
+    elif config is None:
+        config = choose_int8(form, n, rows, columns, gpu.processors(x.device))
     if isinstance(config, Wide) and scales is not None:
         raise ValueError("packed linear: the wide kernel takes no int8 values")
     if isinstance(config, Wide) and not (tiled and capability == (9, 0)):
@@ -108,7 +110,6 @@ def linear(
     codes = _as_codes(codes, form, tiled)
     x = _rows_aligned(x)
     bias = None if bias is None else bias.contiguous()
-    n = x.shape[0]
     y = torch.empty(n, rows, dtype=x.dtype, device=x.device)
     sums = cells = y
     if config.split > 1:
@@ -236,16 +237,8 @@ def _mismatch(
 def default(
     form: Form, n: int, rows: int, columns: int, tiled: bool, device: torch.device
 ) -> Skinny | Wide:
-    """The cut that :func:`linear` takes on a device."""
+    """The cut that :func:`linear` takes for 16-bit values on a device."""
     return choose(form, n, rows, columns, tiled, gpu.capability(device), gpu.processors(device))
-
-
-def default_int8(
-    form: Form, n: int, rows: int, columns: int, tiled: bool, device: torch.device
-) -> Skinny:
-    """The cut that :func:`linear` takes for int8 values on a device."""
-    del tiled
-    return choose_int8(form, n, rows, columns, gpu.processors(device))
 
 
 def choose_int8(form: Form, n: int, rows: int, columns: int, processors: int) -> Skinny:

@@ -71,9 +71,8 @@ def to_int8(
             f"the weight of shape {bound.shape} holds NaN or Inf; repair it before it is quantized"
         )
     # Divided by a tensor: by a number, CUDA multiplies with the inverse, which rounds otherwise.
-    scales = (largest / torch.full_like(largest, LARGEST)).clamp_min(
-        torch.finfo(torch.float32).tiny
-    )  # never denormal
+    scales = largest / torch.full_like(largest, LARGEST)
+    scales = scales.clamp_min(torch.finfo(torch.float32).tiny)  # never denormal
     # A scale that was rounded up must not take the largest value beyond float32.
     scales = torch.where(torch.isinf(scales * LARGEST), scales * (1 - 2**-23), scales)
     integers = (whole / scales[:, None]).round_().clamp_(-LARGEST, LARGEST)
