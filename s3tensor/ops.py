@@ -13,7 +13,6 @@ is needed because ``aten.linear`` and ``aten.matmul`` break up, for 3-D inputs, 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,17 +26,7 @@ from s3tensor.mask import project as project_mask
 from s3tensor.packing import gather as gather_blocks
 from s3tensor.packing import pack as pack_blocks
 from s3tensor.packing import unpack as unpack_blocks
-from s3tensor.pattern import BoundPattern, Pattern
-
-
-@functools.lru_cache(maxsize=1024)
-def _bind(pattern: str, shape: tuple[int, ...]) -> BoundPattern:
-    return Pattern.parse(pattern).bind(shape)
-
-
-def _bound(pattern: str, shape: Sequence[int]) -> BoundPattern:
-    return _bind(pattern, tuple(int(n) for n in shape))
-
+from s3tensor.pattern import BoundPattern, bind
 
 # project: which weights to keep -----------------------------------------------------------------------
 
@@ -52,7 +41,7 @@ def project(weight: Tensor, pattern: str) -> Tensor:
 
 @project.register_fake
 def _(weight: Tensor, pattern: str) -> Tensor:
-    _bound(pattern, weight.shape)
+    bind(pattern, weight.shape)
     return torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
 
 
@@ -71,7 +60,7 @@ def pack(weight: Tensor, mask: Tensor, pattern: str) -> tuple[Tensor, Tensor]:
         PatternError: a mask that does not fit the pattern.
         NonFiniteError: NaN or Inf in the weight.
     """
-    bound = _bound(pattern, weight.shape)
+    bound = bind(pattern, weight.shape)
     if not bool(torch.isfinite(weight).all()):
         raise NonFiniteError(
             f"the weight of shape {bound.shape} holds NaN or Inf; repair it before it is compressed"
@@ -81,7 +70,7 @@ def pack(weight: Tensor, mask: Tensor, pattern: str) -> tuple[Tensor, Tensor]:
 
 @pack.register_fake
 def _(weight: Tensor, mask: Tensor, pattern: str) -> tuple[Tensor, Tensor]:
-    return _empty_packed(weight, _bound(pattern, weight.shape))
+    return _empty_packed(weight, bind(pattern, weight.shape))
 
 
 def _empty_packed(like: Tensor, bound: BoundPattern) -> tuple[Tensor, Tensor]:
@@ -98,14 +87,14 @@ def unpack(
     packed: Tensor, indices: Tensor, pattern: str, shape: Sequence[int], tiled: bool = False
 ) -> Tensor:
     """The dense, contiguous weight of ``shape``; ``tiled`` parts are in tile order."""
-    return unpack_blocks(packed, indices, _bound(pattern, shape), tiled).contiguous()
+    return unpack_blocks(packed, indices, bind(pattern, shape), tiled).contiguous()
 
 
 @unpack.register_fake
 def _(
     packed: Tensor, indices: Tensor, pattern: str, shape: Sequence[int], tiled: bool = False
 ) -> Tensor:
-    bound = _bound(pattern, shape)
+    bound = bind(pattern, shape)
     return torch.empty(bound.shape, dtype=packed.dtype, device=packed.device)
 
 
@@ -116,12 +105,12 @@ def _(
 )
 def gather(dense: Tensor, indices: Tensor, pattern: str, tiled: bool = False) -> Tensor:
     """The packed values of ``dense`` at the blocks that ``indices`` record: the adjoint of unpack."""
-    return gather_blocks(dense, indices, _bound(pattern, dense.shape), tiled)
+    return gather_blocks(dense, indices, bind(pattern, dense.shape), tiled)
 
 
 @gather.register_fake
 def _(dense: Tensor, indices: Tensor, pattern: str, tiled: bool = False) -> Tensor:
-    return _empty_packed(dense, _bound(pattern, dense.shape))[0]
+    return _empty_packed(dense, bind(pattern, dense.shape))[0]
 
 
 @torch.library.custom_op(
@@ -229,7 +218,7 @@ def linear(
     Raises:
         RuntimeError: sizes, dtypes or devices that do not belong together, as ``F.linear`` does.
     """
-    bound = _bound(pattern, shape)
+    bound = bind(pattern, shape)
     weight = paths.Weight(packed, indices, bound, tiled, transposed, dense, vendor)
     return linear_now(x, weight, bias)
 
@@ -286,7 +275,7 @@ def _(
     dense: Tensor | None = None,
     vendor: Tensor | None = None,
 ) -> Tensor:
-    bound = _bound(pattern, shape)
+    bound = bind(pattern, shape)
     _check_linear(x, packed, bias, bound, transposed)
     return x.new_empty(*x.shape[:-1], bound.shape[1] if transposed else bound.shape[0])
 
@@ -314,7 +303,7 @@ def linear_group(
     """
     weights = []
     for values, codes, rows in zip(packed, indices, out_features, strict=True):
-        bound = _bound(pattern, (rows, x.shape[-1]))
+        bound = bind(pattern, (rows, x.shape[-1]))
         _check_linear(x, values, None, bound, False)
         weights.append(paths.Weight(values, codes, bound, tiled))
     return paths.linear_group(x, weights)
@@ -330,7 +319,7 @@ def _(
     tiled: bool,
 ) -> list[Tensor]:
     for values, rows in zip(packed, out_features, strict=True):
-        _check_linear(x, values, None, _bound(pattern, (rows, x.shape[-1])), False)
+        _check_linear(x, values, None, bind(pattern, (rows, x.shape[-1])), False)
     return [x.new_empty(*x.shape[:-1], rows) for rows in out_features]
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -377,6 +377,7 @@ def preset(syntax: str, regex: str, meaning: str) -> Callable[[Preset], Preset]:
     def register(build: Preset) -> Preset:
         _PRESETS[syntax] = (re.compile(regex), meaning, build)
         _parse.cache_clear()
+        _bind_text.cache_clear()
         return build
 
     return register
@@ -462,6 +463,20 @@ def _bind(pattern: Pattern, name: str, shape: tuple[int, ...]) -> BoundPattern:
             f"must keep from 1 to {blocks}: choose another keep or density, or a wider scope"
         )
     return BoundPattern(pattern, shape, view, block, scope, keep)
+
+
+def bind(text: str, shape: Sequence[int]) -> BoundPattern:
+    """``Pattern.parse(text).bind(shape)``, cached by the text: for operators, whose pattern is a string.
+
+    Raises:
+        PatternError: a string that is no pattern, or a pattern that does not fit the shape.
+    """
+    return _bind_text(text, tuple(int(n) for n in shape))
+
+
+@functools.lru_cache(maxsize=1024)
+def _bind_text(text: str, shape: tuple[int, ...]) -> BoundPattern:
+    return Pattern.parse(text).bind(shape)
 
 
 def _view(pattern: Pattern, shape: tuple[int, ...]) -> Layout:

@@ -27,7 +27,7 @@ from torch import Tensor
 from s3tensor import paths
 from s3tensor.errors import NonFiniteError
 from s3tensor.packing import form_of, gather, unpack
-from s3tensor.pattern import BoundPattern, Pattern
+from s3tensor.pattern import BoundPattern, bind
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # to compute in
 LARGEST = 127  # of the integers; -128 is not used, so that the scale is the same for both signs
@@ -201,7 +201,7 @@ def linear_int8(
     Raises:
         RuntimeError: sizes, dtypes or devices that do not belong together, as ``F.linear`` does.
     """
-    bound = _bound(pattern, tuple(int(n) for n in shape))
+    bound = bind(pattern, shape)
     return linear(x, Int8Weight(packed, indices, scales, bound, tiled, transposed), bias)
 
 
@@ -217,14 +217,9 @@ def _(
     transposed: bool = False,
     tiled: bool = False,
 ) -> Tensor:
-    bound = _bound(pattern, tuple(int(n) for n in shape))
+    bound = bind(pattern, shape)
     _check(x, packed, scales, bias, bound, transposed)
     return x.new_empty(*x.shape[:-1], bound.shape[1] if transposed else bound.shape[0])
-
-
-@functools.lru_cache(maxsize=1024)
-def _bound(pattern: str, shape: tuple[int, ...]) -> BoundPattern:
-    return Pattern.parse(pattern).bind(shape)
 
 
 def _check(
