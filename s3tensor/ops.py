@@ -331,10 +331,7 @@ def _check_linear(
         lambda: f"linear takes a weight of 2 dims, got {bound}; call .to_dense()",
     )
     out_features, in_features = bound.shape[::-1] if transposed else bound.shape
-    torch._check(
-        x.ndim >= 1 and x.shape[-1] == in_features,
-        lambda: f"linear: x of shape {tuple(x.shape)} against in_features {in_features}",
-    )
+    check_x("linear", x, in_features)
     torch._check(
         x.device == packed.device and (bias is None or bias.device == x.device),
         lambda: (
@@ -353,11 +350,24 @@ def _check_linear(
             f"linear: packed values of shape {tuple(packed.shape)}, {bound} has {bound.packed_shape}"
         ),
     )
+    check_bias("linear", x, bias, out_features)
+
+
+def check_x(op: str, x: Tensor, in_features: int) -> None:
+    """Raises RuntimeError for an x without ``in_features`` columns; ``op`` is named in the message."""
+    torch._check(
+        x.ndim >= 1 and x.shape[-1] == in_features,
+        lambda: f"{op}: x of shape {tuple(x.shape)} against in_features {in_features}",
+    )
+
+
+def check_bias(op: str, x: Tensor, bias: Tensor | None, out_features: int) -> None:
+    """Raises RuntimeError for a bias that is neither None nor (out_features,) or (1,) in the dtype of x."""
     if bias is not None:
         torch._check(
             bias.dtype == x.dtype and bias.ndim == 1 and bias.shape[0] in (1, out_features),
             lambda: (
-                f"linear: bias {tuple(bias.shape)} {bias.dtype} for {out_features} {x.dtype} outputs"
+                f"{op}: bias {tuple(bias.shape)} {bias.dtype} for {out_features} {x.dtype} outputs"
             ),
         )
 

@@ -325,11 +325,13 @@ def blocks_of(bound: BoundPattern) -> tuple[int, int] | None:
 def _general(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     rows, columns = weight.bound.shape
     kernel = general(weight.bound, weight.packed.dtype, weight.packed.device)
-    y: Tensor = kernel(x.reshape(-1, columns), weight.packed, weight.indices, _of_rows(bias, rows))
+    y: Tensor = kernel(
+        x.reshape(-1, columns), weight.packed, weight.indices, bias_of_rows(bias, rows)
+    )
     return y.view(*x.shape[:-1], rows)
 
 
-def _of_rows(bias: Tensor | None, rows: int) -> Tensor | None:
+def bias_of_rows(bias: Tensor | None, rows: int) -> Tensor | None:
     """The bias with an element for each row: F.linear takes one of a single element too, kernels do not."""
     return bias if bias is None or bias.shape[0] == rows else bias.expand(rows)
 
@@ -339,8 +341,8 @@ def _packed(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     rows, columns = weight.bound.shape
     # A weight that is trained may be written by a kernel still in flight; one at rest is read early.
     y: Tensor = _matmul().linear(
-        x.reshape(-1, columns), weight.packed, weight.indices, _of_rows(bias, rows), form=form, rows=rows,
-        columns=columns, tiled=weight.tiled, overlap=not weight.packed.requires_grad,
+        x.reshape(-1, columns), weight.packed, weight.indices, bias_of_rows(bias, rows), form=form,
+        rows=rows, columns=columns, tiled=weight.tiled, overlap=not weight.packed.requires_grad,
     )  # fmt: skip
     return y.view(*x.shape[:-1], rows)
 
@@ -412,7 +414,7 @@ def _vendor(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     batch = flat.shape[0]
     if batch % 16:
         flat = F.pad(flat, (0, 0, 0, -batch % 16))
-    y = vendor_product(flat, weight, _of_rows(bias, rows), _vendor_plan(weight, batch))
+    y = vendor_product(flat, weight, bias_of_rows(bias, rows), _vendor_plan(weight, batch))
     return y[:batch].reshape(*x.shape[:-1], rows)
 
 

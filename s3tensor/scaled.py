@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3tensor import paths
+from s3tensor import ops, paths
 from s3tensor.errors import NonFiniteError
 from s3tensor.packing import form_of, gather, unpack
 from s3tensor.pattern import BoundPattern, bind
@@ -142,8 +142,7 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, path: str | None 
         empty = x.new_zeros(*x.shape[:-1], out)
         return empty if bias is None else empty + bias
     path = path or choose(weight, x.dtype, x.numel() // into)
-    if bias is not None and bias.shape[0] != out:
-        bias = bias.expand(out)  # F.linear takes one of a single element too, kernels do not
+    bias = paths.bias_of_rows(bias, out)
     if path == "packed":
         y: Tensor = paths._matmul().linear(
             x.reshape(-1, into), weight.packed, weight.indices, bias, form=form_of(weight.bound),
@@ -232,10 +231,7 @@ def _check(
 ) -> None:
     torch._check(len(bound.shape) == 2, lambda: f"linear_int8 takes a matrix, got {bound}")
     out, into = bound.shape[::-1] if transposed else bound.shape
-    torch._check(
-        x.ndim >= 1 and x.shape[-1] == into,
-        lambda: f"linear_int8: x of shape {tuple(x.shape)} against in_features {into}",
-    )
+    ops.check_x("linear_int8", x, into)
     devices = {t.device for t in (x, packed, scales, bias) if t is not None}
     torch._check(
         len(devices) == 1,
@@ -259,10 +255,4 @@ def _check(
             f"{bound} has {bound.packed_shape} and {bound.shape[:1]}"
         ),
     )
-    if bias is not None:
-        torch._check(
-            bias.dtype == x.dtype and bias.ndim == 1 and bias.shape[0] in (1, out),
-            lambda: (
-                f"linear_int8: bias {tuple(bias.shape)} {bias.dtype} for {out} {x.dtype} outputs"
-            ),
-        )
+    ops.check_bias("linear_int8", x, bias, out)
