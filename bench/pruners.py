@@ -67,10 +67,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (pruner, options of 
     "admm, beta 0": ("admm", {"beta": 0.0}),  # the dense target alone
     "admm": ("admm", {}),  # the default: drift of the residual stream taken back too
     "admm, auto damp": ("admm", {"damp": "auto"}),
-    "admm, auto alpha": (
-        "admm",
-        {"alpha": "auto"},
-    ),  # chosen on calibration sequences, for each input
+    # Chosen on calibration sequences, for each input:
+    "admm, auto alpha": ("admm", {"alpha": "auto"}),
     "admm, auto alpha and damp": ("admm", {"alpha": "auto", "damp": "auto"}),
     "admm, mixed budgets": ("admm", {"budgets": "mixed"}),
     "admm + recovery": ("admm", {"recover": 300}),

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import s3tensor as s3
 from s3tensor import llm
-from s3tensor.llm.calibrate import BlockRunner, catch_chunks
-from s3tensor.llm.residual import token_weights, writers
+from s3tensor.llm.calibrate import BlockRunner, Chunk, catch_chunks
+from s3tensor.llm.moments import input_moments, token_weights
+from s3tensor.llm.residual import writers
 
 CPU = torch.device("cpu")
 IDS = torch.randint(VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(1))
@@ -164,6 +165,28 @@ def test_a_token_counts_by_the_inverse_of_its_square() -> None:
     mean = (9 + 0 + 1 + 5000) / 4
     torch.testing.assert_close(found, 1 / torch.tensor([9, mean, 1, 5000]))
     assert torch.equal(token_weights(torch.zeros(1, 2, 3)), torch.ones(2))
+
+
+class Adds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(8, 8, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.out(hidden)
+
+
+def test_a_linear_whose_tokens_cannot_be_weighed_is_named() -> None:
+    block = Adds()
+    layers, _ = llm.prunable_layers(block, "blocks.0", s3.Pattern.parse("2:4"))
+    runner = BlockRunner(block, 0, "blocks.0", CPU, CPU)
+    chunk = Chunk(torch.ones(1, 3, 8), [((), {})])
+    found = input_moments(runner, [chunk], layers, weigh=True)
+    weights = token_weights(block(chunk.hidden).detach())
+    assert found is not None and found.hessian.weight == pytest.approx(float(weights.sum()))
+    chunk.hidden = torch.full((1, 3, 8), 1e-21)  # its inverse square is beyond float32
+    with pytest.raises(s3.NonFiniteError, match=r"blocks\.0\.out: the weights of this layer"):
+        input_moments(runner, [chunk], layers, weigh=True)
 
 
 # whole models -----------------------------------------------------------------------------------------

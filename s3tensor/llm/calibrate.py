@@ -388,12 +388,10 @@ class BlockRunner:
         return self._finite(chunk, out), inputs
 
     @torch.no_grad()
-    def without(
-        self, chunk: Chunk, layers: Sequence[nn.Module]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The block's output where these layers give zeros, and what the first of them is given and gave.
+    def without(self, chunk: Chunk, layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
+        """The block's output where these layers give zeros, and what the first of them gave.
 
-        The latter two are ``None`` for a layer that does not see every token.
+        The latter is ``None`` for a layer that does not see every token.
         """
         args, kwargs = self._call(chunk)
         calls: list[tuple[Any, Any]] = []
@@ -409,8 +407,8 @@ class BlockRunner:
             for layer in layers:
                 hooks.callback(layer.register_forward_hook(zeros, with_kwargs=True).remove)
             out = hidden_of(self.block(*args, **kwargs))
-        given = _whole_input(calls, chunk)
-        return self._finite(chunk, out), given, None if given is None else gave[0]
+        whole = _whole_input(calls, chunk) is not None
+        return self._finite(chunk, out), gave[0] if whole else None
 
     @torch.no_grad()
     def added(

@@ -29,7 +29,7 @@ from s3tensor.llm.budgets import (
 )
 from s3tensor.llm.calibrate import BlockRunner, Chunk, catch_chunks, check_batches, has_room
 from s3tensor.llm.group import Run, prune_group, short_names
-from s3tensor.llm.moments import input_moments, weighted_moments
+from s3tensor.llm.moments import input_moments
 from s3tensor.llm.progress import PruneProgress
 from s3tensor.llm.recover import Recovered, Recovery, recover_block, shared_parameters
 from s3tensor.llm.report import BlockRow, LinearRow, PeakMemory, PruneReport
@@ -422,8 +422,7 @@ def _prune_block(
         if len(seen) == len(run.parts):
             unseen = None
             if streams.held_out:
-                moments = weighted_moments if writes else partial(input_moments, targets=None)
-                unseen = moments(runner, streams.held_out, group)
+                unseen = input_moments(runner, streams.held_out, group, weigh=writes)
             rows.extend(prune_group(group, runner.index, seen, unseen, run, bar, memory, masks))
     bar.skip(sum(x.weight.numel() for x in layers) - sum(m.numel() for _, m in masks))
     recovered = Recovered(0, 0.0, None, None)

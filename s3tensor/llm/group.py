@@ -23,10 +23,8 @@ from s3tensor.pattern import Pattern
 from s3tensor.prune.problem import MEMORY_BUDGET, row_stacks
 
 _LEAST_BUDGET = 32 << 20  # bytes of working memory: with fewer a pruner is not tried again
-_SQUARES, _WEIGHTS = (
-    8,
-    5,
-)  # tensors (K, K) and (M, K) that the hungriest pruner, admm, holds besides
+# Tensors (K, K) and (M, K) that admm, the hungriest pruner, holds besides.
+_SQUARES, _WEIGHTS = 8, 5
 
 
 @dataclass(frozen=True)

@@ -18,29 +18,36 @@ class Moments(NamedTuple):
     """What some tokens tell of the linears of one input."""
 
     hessian: Hessian  # of the inputs in the pruned stream, and against those of the dense one
-    drift: Tensor | None = (
-        None  # (M, K) of a linear that writes into the residual stream, else None
-    )
+    drift: Tensor | None = None  # (M, K), of a linear that writes into the residual stream
 
 
 def input_moments(
     runner: BlockRunner,
     chunks: Sequence[Chunk],
     group: Sequence[LinearLayer],  # linears of one input
-    targets: Sequence[Tensor] | None,  # for each chunk the input in the dense model
+    targets: Sequence[Tensor] | None = None,  # for each chunk the input in the dense model
+    weigh: bool = False,
 ) -> Moments | None:
-    """Moments over all tokens alike.
+    """Moments over all tokens alike, or over tokens by :func:`token_weights` of what the block gives.
 
     None when the group no longer sees every token, because what was pruned before it routes otherwise.
+
+    Raises:
+        NonFiniteError: NaN or Inf in an input, by name of the linear.
     """
     hessian = Hessian(group[0].shape[1], device=runner.device)
     for index, chunk in enumerate(chunks):
-        given = runner.layer_input(chunk, group[0].module)
+        weights = None
+        if weigh:
+            out, given, _ = runner.added(chunk, [group[0].module])
+            weights = token_weights(out)
+        else:
+            given = runner.layer_input(chunk, group[0].module)
         if given is None:
             return None
         dense = None if targets is None else targets[index].to(runner.device)
         try:
-            hessian.update(given, dense)
+            hessian.update(given, dense, weights)
         except NonFiniteError as error:
             raise NonFiniteError(f"{group[0].name}: {error}") from None
     return Moments(hessian)
@@ -53,19 +60,6 @@ def token_weights(hidden: Tensor) -> Tensor:  # (batch, tokens, hidden) -> (batc
     if not mean > 0:
         return torch.ones_like(sizes)
     return 1 / torch.where(sizes > 0, sizes, mean)
-
-
-def weighted_moments(
-    runner: BlockRunner, chunks: Sequence[Chunk], group: Sequence[LinearLayer]
-) -> Moments | None:
-    """Moments of a linear that writes into the residual stream, without dense target or drift."""
-    hessian = Hessian(group[0].shape[1], device=runner.device)
-    for chunk in chunks:
-        out, given, _ = runner.added(chunk, [group[0].module])
-        if given is None:
-            return None
-        hessian.update(given, None, token_weights(out))
-    return Moments(hessian)
 
 
 def merged(parts: Sequence[Moments]) -> Moments:

@@ -37,12 +37,10 @@ class LinearRow:
     peak_memory_bytes: int  # while it was pruned, see PeakMemory
     pattern: str = ""
     held_out_error: float | None = None  # like ``error``, on held-out tokens where there were any
-    alpha: float | None = (
-        None  # what it was pruned with, chosen or given: the share of the dense target,
-    )
-    beta: float | None = (
-        None  # of the residual stream's drift (0 where it does not write into that),
-    )
+    # What it was pruned with, given or chosen: the share of the dense target,
+    alpha: float | None = None
+    # of the residual stream's drift (0 where it does not write into that),
+    beta: float | None = None
     damp: float | None = None  # and of the mean diagonal
 
 

@@ -38,7 +38,7 @@ def writers(
         layers = [groups[index][0].module, *(groups[later][0].module for later in found)]
         if len(groups[index]) > 1 or groups[index][0].shape[0] != out.shape[-1]:
             continue
-        rest, _, gave = runner.without(chunk, layers)
+        rest, gave = runner.without(chunk, layers)
         if gave is None or gave.shape != out.shape:
             continue
         lacks = (out.float() - rest.float() - gave.float()).norm(dim=-1)

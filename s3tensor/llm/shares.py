@@ -55,14 +55,13 @@ def check_options(
             without drift or without a dense target, damp="auto" without a dense target.
     """
     accepts = inspect.signature(prune.get(pruner)).parameters
-    if isinstance(damp, str) and damp != "auto":
-        raise PrunerError(f"damp={damp!r} must be a number or 'auto'")
+    for name, share in (("damp", damp), ("alpha", alpha)):
+        if isinstance(share, str) and share != "auto":
+            raise PrunerError(f"{name}={share!r} must be a number or 'auto'")
     if not isinstance(damp, str) and not 0.0 <= damp < math.inf:
         raise PrunerError(
             f"damp={damp} must be a finite share >= 0 of the mean diagonal, or 'auto'"
         )
-    if isinstance(alpha, str) and alpha != "auto":
-        raise PrunerError(f"alpha={alpha!r} must be a number or 'auto'")
     if not isinstance(alpha, str) and alpha is not None and not 0.0 <= alpha <= 1.0:
         raise PrunerError(
             f"alpha={alpha} must be from 0 (pruned stream) to 1 (dense outputs), or 'auto'"
@@ -154,15 +153,16 @@ def chosen(
     What these tokens do not tell stays as it is in ``shares``: alpha where the fit does not depend on it, for
     want of a difference between the dense and the pruned stream.
     """
-    damps = (shares.damp, *DAMPS) if "damp" in shares.auto else (shares.damp,)
-    matrix, cross = check.hessian.value(), check.hessian.cross()
-    if cross is None:
+    damps = list(dict.fromkeys((shares.damp, *(DAMPS if "damp" in shares.auto else ()))))
+    if check.hessian.cross() is None:
         return shares
+    matrix, known = check.hessian.value(), fit.hessian.value()
+    samples = _samples(weights, fit, check, known, matrix)
     best = math.inf, shares.alpha, shares.damp
     for damp in damps:
         try:
             quadratic, linear, constant = _parabola(
-                weights, fit, matrix, cross, check.drift, shares, damp
+                samples, Factors(known, damp), matrix, shares.beta
             )
         except HessianError:  # not positive definite under this damp
             if len(damps) == 1:
@@ -177,34 +177,57 @@ def chosen(
     return Shares(best[1], shares.beta, best[2])
 
 
-def _parabola(
+@dataclass(frozen=True)
+class _Sample:
+    """Rows of one weight, and what does not depend on damp: each (rows, K)."""
+
+    dense: Tensor  # W0
+    pull: Tensor  # W0 (C - H)
+    wanted: Tensor  # W0 C' + E'
+    given: Tensor  # W0 H'
+    drift: Tensor | None  # E
+
+
+def _samples(
     weights: Sequence[Tensor],
     fit: Moments,
-    matrix: Tensor,
-    cross: Tensor,
-    drift: Tensor | None,
-    shares: Shares,
-    damp: float,
-) -> tuple[float, float, float]:
-    """(q, l, c) of what is missed, ``q alpha^2 - 2 l alpha + c``, but for what no fit can change."""
-    known = fit.hessian.value()
-    factors = Factors(known, damp)
-    seen = fit.hessian.cross()
-    assert seen is not None
-    quadratic = linear = constant = 0.0
+    check: Moments,
+    known: Tensor,  # H of the fit
+    matrix: Tensor,  # H' of the tokens that choose
+) -> list[_Sample]:
+    seen, cross = fit.hessian.cross(), check.hessian.cross()
+    assert seen is not None and cross is not None
+    apart = seen.sub_(known)
+    found = []
     with full_precision():
         for weight in weights:
             rows = torch.arange(0, len(weight), -(-len(weight) // _ROWS), device=weight.device)
             dense = weight[rows].float()
-            way = factors.solve(factors.clear_dead(dense @ (seen - known)))
-            start, wanted = dense, dense @ cross
-            if fit.drift is not None and drift is not None:
-                start = dense + shares.beta * factors.solve(factors.clear_dead(fit.drift[rows]))
-                wanted = wanted + drift[rows]
+            wanted, drift = dense @ cross, None
+            if fit.drift is not None and check.drift is not None:
+                wanted, drift = wanted + check.drift[rows], fit.drift[rows]
+            found.append(_Sample(dense, dense @ apart, wanted, dense @ matrix, drift))
+    return found
+
+
+def _parabola(
+    samples: Sequence[_Sample],
+    factors: Factors,  # of the fit, damped
+    matrix: Tensor,  # H' of the tokens that choose
+    beta: float,
+) -> tuple[float, float, float]:
+    """(q, l, c) of what is missed, ``q alpha^2 - 2 l alpha + c``, but for what no fit can change."""
+    quadratic = linear = constant = 0.0
+    with full_precision():
+        for sample in samples:
+            way = factors.solve(factors.clear_dead(sample.pull))
+            start, given = sample.dense, sample.given
+            if sample.drift is not None:
+                start = start + beta * factors.solve(factors.clear_dead(sample.drift))
+                given = start @ matrix
             quadratic += _dot(way @ matrix, way)
-            given = start @ matrix
-            linear += _dot(way, wanted - given)
-            constant += _dot(given - 2 * wanted, start)
+            linear += _dot(way, sample.wanted - given)
+            constant += _dot(given - 2 * sample.wanted, start)
     return quadratic, linear, constant
 
 
