@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from s3tensor.errors import ModelError
+from s3tensor.holders import parameters_of
 from s3tensor.tensor import StructuredSparseTensor
 
 
@@ -75,24 +76,20 @@ def set_memory_(
         >>> report.compressed, report.held, report.dense
         (4352, 12544, 8192)
     """
-    made: dict[int, nn.Parameter] = {}  # shared weights stay shared
-    rows: dict[int, MemoryRow] = {}
-    for name, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            if not isinstance(parameter, StructuredSparseTensor):
-                continue
-            key = id(parameter)
-            if key not in made:
-                bare: Any = parameter.detach()
-                weight = bare.with_memory(memory, batches)
-                made[key] = nn.Parameter(weight, requires_grad=parameter.requires_grad)
-                rows[key] = _row(f"{name}.{own}" if name else own, weight)
-            setattr(module, own, made[key])
+    rows = []
+    for held in parameters_of(model):
+        before = held.parameter
+        if isinstance(before, StructuredSparseTensor):
+            bare: Any = before.detach()
+            weight = bare.with_memory(memory, batches)
+            # One at a time, so that the copies of an earlier call are freed as new ones are made.
+            held.replace(nn.Parameter(weight, requires_grad=before.requires_grad))
+            rows.append(_row(held.path, weight))
     if not rows:
         raise ModelError(
             f"{type(model).__name__} has no compressed weights; prune it, or call s3tensor.sparsify_, first"
         )
-    return MemoryReport(tuple(rows.values()))
+    return MemoryReport(tuple(rows))
 
 
 def _row(name: str, weight: StructuredSparseTensor) -> MemoryRow:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from s3tensor.errors import ModelError
+from s3tensor.holders import Held, parameters_of
 from s3tensor.int8 import Int8SparseTensor
 from s3tensor.tensor import StructuredSparseTensor
 
@@ -86,30 +87,23 @@ def quantize_(
     """
     if dtype != "int8":
         raise ValueError(f'dtype={dtype!r:.40}; it must be "int8"')
-    made: dict[int, nn.Parameter] = {}  # shared weights stay shared
-    rows: dict[int, QuantizeRow] = {}
-    places: list[tuple[nn.Module, str, int]] = []
-    for name, module in model.named_modules():
-        if filter_fn is not None and not filter_fn(module, name):
-            continue
-        for own, parameter in module.named_parameters(recurse=False):
-            if not isinstance(parameter, StructuredSparseTensor) or parameter.ndim != 2:
-                continue
-            key = id(parameter)
-            if key not in made:
-                weight = Int8SparseTensor.from_sparse(parameter)
-                made[key] = nn.Parameter(weight, requires_grad=False)
-                rows[key] = _row(f"{name}.{own}" if name else own, parameter, weight)
-            places.append((module, own, key))
+    made: list[tuple[Held, nn.Parameter]] = []
+    rows = []
+    for held in parameters_of(model, filter_fn):
+        before = held.parameter
+        if isinstance(before, StructuredSparseTensor) and before.ndim == 2:
+            weight = Int8SparseTensor.from_sparse(before)
+            made.append((held, nn.Parameter(weight, requires_grad=False)))
+            rows.append(_row(held.path, before, weight))
     if not rows:
         raise ModelError(
             f"{type(model).__name__} has no compressed weights to quantize"
             + ("" if filter_fn is None else " that filter_fn takes")
             + "; prune it, or call s3tensor.sparsify_, first"
         )
-    for module, own, key in places:
-        setattr(module, own, made[key])
-    return QuantizeReport(tuple(rows.values()))
+    for held, parameter in made:
+        held.replace(parameter)
+    return QuantizeReport(tuple(rows))
 
 
 def _row(name: str, before: StructuredSparseTensor, after: Int8SparseTensor) -> QuantizeRow:

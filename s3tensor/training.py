@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from s3tensor.coupled import CoupledSparse, Coupling
 from s3tensor.errors import ModelError, NonFiniteError
+from s3tensor.holders import parameters_of
 from s3tensor.parametrize import S3Sparse, Site, parametrized
 from s3tensor.pattern import Pattern
 from s3tensor.sparsify import linear_layers, owners_of, reason_to_skip
@@ -165,11 +166,7 @@ def _couple_(
         raise TypeError("a coupling needs keep=, the blocks of each scope that stay, or a density")
     if not scopes or not all(isinstance(each, Scopes) for each in scopes):
         raise TypeError("give a pattern, or a ScopeSpec or ScopeCoupling, or several in a list")
-    holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            where = f"{path}.{name}" if path else name
-            holders.setdefault(id(parameter), []).append((where, module, name))
+    holders = {id(held.parameter): held for held in parameters_of(model)}
     taken: dict[int, str] = {}
     owners = []
     for number, each in enumerate(scopes):
@@ -180,7 +177,7 @@ def _couple_(
                     f"{owner.name}: its tensor of shape {tuple(weight.shape)} is no parameter of this "
                     f"{type(model).__name__}; bind blocks to the model's own parameters"
                 )
-            where = holders[id(weight)][0][0]
+            where = holders[id(weight)].path
             if "parametrizations." in where:
                 raise ModelError(
                     f"{where.replace('parametrizations.', '')} is parametrized already"
@@ -194,7 +191,7 @@ def _couple_(
     rows = []
     for owner in owners:
         for weight, member in zip(owner.weights, owner.members, strict=True):
-            for where, module, name in holders[id(weight)]:
+            for where, module, name in holders[id(weight)].places:
                 parametrize.register_parametrization(module, name, member)
                 facts = (mode, "parametrized", member.density, weight.numel())
                 rows.append(TrainingRow(where, str(owner.budget), *facts))

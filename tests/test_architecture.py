@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "product_rules",
         "int8_rules",
         "int8",
+        "holders",
         "quantize",
         "memory",
         "inductor",
