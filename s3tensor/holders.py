@@ -56,7 +56,7 @@ def parameters_of(
     for path, module in model.named_modules():
         if filter_fn is not None and not filter_fn(module, path):
             continue
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             place = Place(f"{path}.{name}" if path else name, module, name)
             places.setdefault(id(parameter), []).append(place)
     return [Held(tuple(found)) for found in places.values()]

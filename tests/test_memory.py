@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,18 @@ def test_set_memory_changes_every_compressed_weight_and_says_what_it_costs() -> 
     assert lean.held == lean.compressed == report.compressed
     with pytest.raises(s3.ModelError, match="no compressed weights"):
         s3.set_memory_(nn.Linear(4, 4), "fast")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: s3.set_memory_(m, "fast"), s3.quantize_], ids=["set_memory_", "quantize_"]
+)
+def test_a_weight_of_two_names_in_one_module_stays_one(change: Callable[[nn.Module], Any]) -> None:
+    layer: Any = nn.Linear(64, 32)
+    s3.sparsify_(layer, "2:4")
+    layer.twin = before = layer.weight
+    report = change(layer)
+    assert [row.name for row in report.rows] == ["weight"]
+    assert layer.twin is layer.weight is not before
 
 
 # CUDA -------------------------------------------------------------------------------------------------
