@@ -133,9 +133,7 @@ def linear(
 
 def linear_group(
     x: Tensor,  # (N, columns)
-    parts: Sequence[
-        tuple[Tensor, Tensor]
-    ],  # values and codes of two or three weights, in tile order
+    parts: Sequence[tuple[Tensor, Tensor]],  # values and codes of each weight, in tile order
     *,
     form: Form,
     rows: Sequence[int],  # of each weight

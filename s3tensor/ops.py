@@ -229,9 +229,8 @@ def linear_now(x: Tensor, weight: paths.Weight, bias: Tensor | None) -> Tensor:
     sound = x.ndim and len(shape) == 2 and x.shape[-1] == shape[0 if weight.transposed else 1]
     sound = sound and x.dtype == packed.dtype and x.device == packed.device
     sound = sound and packed.shape == weight.bound.packed_shape
-    if (
-        not sound or bias is not None
-    ):  # the whole check, which takes the host longer, for its messages
+    if not sound or bias is not None:
+        # The whole check, which takes the host longer, for its messages.
         _check_linear(x, packed, bias, weight.bound, weight.transposed)
     if x.is_cuda:
         return paths.linear(x, weight, bias)

@@ -65,19 +65,24 @@ class Weight:
 
 def prefers_tiles(bound: BoundPattern, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the packed parts of a weight are best kept in tile order: where the packed kernels run."""
-    if device.type != "cuda" or dtype not in _HALF or form_of(bound) is None or not _matmul():
+    if (
+        device.type != "cuda"
+        or dtype not in _HALF
+        or form_of(bound) is None
+        or not packed_kernels()
+    ):
         return False
     from s3tensor.kernels import tiles  # type: ignore[import-not-found]
 
     if not tiles.can_tile(*bound.shape):
         return False
     if torch.cuda.is_available():  # else the device is that of a fake tensor
-        _matmul().prepare(device)
+        packed_kernels().prepare(device)
     return True
 
 
 @functools.lru_cache(maxsize=1)
-def _matmul() -> Any:
+def packed_kernels() -> Any:
     """The module of the packed kernels, or None where they cannot be had (Triton older than 3.6, ROCm)."""
     if torch.version.hip is not None:
         return None
@@ -132,8 +137,8 @@ def _possible(kept: Kept, batch: int) -> list[str]:
     if kept.vendor:
         found.append("vendor")
     form = form_of(bound)
-    if form is not None and dtype in _HALF and batch <= 128 and _matmul():
-        if _matmul().refusal(form, dtype, *bound.shape, device) is None:
+    if form is not None and dtype in _HALF and batch <= 128 and packed_kernels():
+        if packed_kernels().refusal(form, dtype, *bound.shape, device) is None:
             found.append("packed")
     elif batch <= 64 and not kept.tiled and general(bound, dtype, device) is not None:
         found.append("general")
@@ -184,7 +189,7 @@ def kernel_key(
     if "packed" not in paths:
         return (pattern, shape, dtype, batch) if "general" in paths else None
     form: Any = form_of(bound)
-    cut = _matmul().default(form, batch, *shape, prefers_tiles(bound, dtype, device), device)
+    cut = packed_kernels().default(form, batch, *shape, prefers_tiles(bound, dtype, device), device)
     return form, dtype, cut, shape[0] % cut.rows == 0, shape[1] % cut.columns == 0
 
 
@@ -340,7 +345,7 @@ def _packed(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     form: Any = form_of(weight.bound)
     rows, columns = weight.bound.shape
     # A weight that is trained may be written by a kernel still in flight; one at rest is read early.
-    y: Tensor = _matmul().linear(
+    y: Tensor = packed_kernels().linear(
         x.reshape(-1, columns), weight.packed, weight.indices, bias_of_rows(bias, rows), form=form,
         rows=rows, columns=columns, tiled=weight.tiled, overlap=not weight.packed.requires_grad,
     )  # fmt: skip
@@ -362,7 +367,7 @@ def linear_group(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     if not alike:
         path = None if x.is_cuda else "scratch"
         return [linear(x, weight, None, path) for weight in weights]
-    ys: list[Tensor] = _matmul().linear_group(
+    ys: list[Tensor] = packed_kernels().linear_group(
         x.reshape(-1, columns), [(weight.packed, weight.indices) for weight in weights], form=form,
         rows=[weight.bound.shape[0] for weight in weights], columns=columns,
         overlap=not any(weight.packed.requires_grad for weight in weights),

@@ -122,7 +122,7 @@ def choose(weight: Int8Weight, dtype: torch.dtype, batch: int) -> str:
     form, device = form_of(weight.bound), weight.packed.device
     if device.type != "cuda" or not weight.tiled or weight.transposed or form is None:
         return "scratch"
-    kernels = paths._matmul()
+    kernels = paths.packed_kernels()
     if kernels is None or kernels.refusal(form, dtype, *weight.bound.shape, device) is not None:
         return "scratch"
     if batch <= kernels.MOST_ROWS_INT8:
@@ -144,7 +144,7 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, path: str | None 
     path = path or choose(weight, x.dtype, x.numel() // into)
     bias = paths.bias_of_rows(bias, out)
     if path == "packed":
-        y: Tensor = paths._matmul().linear(
+        y: Tensor = paths.packed_kernels().linear(
             x.reshape(-1, into), weight.packed, weight.indices, bias, form=form_of(weight.bound),
             rows=out, columns=into, tiled=True, overlap=True, scales=weight.scales,
         )  # fmt: skip
