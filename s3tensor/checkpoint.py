@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from s3tensor.compressed import Compressed
 from s3tensor.errors import CheckpointError
 from s3tensor.int8 import Int8SparseTensor
 from s3tensor.tensor import StructuredSparseTensor
@@ -58,7 +59,7 @@ def flatten_state(
     sparse: dict[str, dict[str, Any]] = {}
     for name, tensor in state.items():
         parts = {name: tensor}
-        if isinstance(tensor, StructuredSparseTensor | Int8SparseTensor):
+        if isinstance(tensor, Compressed):
             parts = {f"{name}.{p}": t for p, t in zip(_PARTS, tensor.parts(), strict=False)}
             sparse[name] = tensor.description()
         for key, part in parts.items():

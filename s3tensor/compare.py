@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s3tensor.compressed import Compressed
 from s3tensor.errors import CalibrationError, NonFiniteError
 from s3tensor.evaluate import next_token_logits
 from s3tensor.folder import unshared_state
 from s3tensor.hf import weight_bytes
 from s3tensor.llm.text import check_tokens
-from s3tensor.tensor import StructuredSparseTensor
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _log_probabilities(name: str, model: nn.Module, window: Tensor) -> Tensor:
 
 def _side(name: str, model: nn.Module, loss: float, apart: float, same: float) -> Side:
     state = unshared_state(model)
-    sparse = [tensor for tensor in state.values() if isinstance(tensor, StructuredSparseTensor)]
+    sparse = [tensor for tensor in state.values() if isinstance(tensor, Compressed)]
     numel = sum(tensor.numel() for tensor in sparse)
     stored = sum(tensor.density * tensor.numel() for tensor in sparse)
     return Side(

@@ -28,6 +28,7 @@ from s3tensor.checkpoint import (
     write_atomically,
     write_json,
 )
+from s3tensor.compressed import Compressed
 from s3tensor.errors import CheckpointError, ModelError
 from s3tensor.int8 import Int8SparseTensor
 from s3tensor.tensor import StructuredSparseTensor
@@ -80,7 +81,7 @@ def unshared_state(model: nn.Module) -> dict[str, Tensor]:
     seen: set[object] = set()
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        first = tensor.packed if isinstance(tensor, StructuredSparseTensor) else tensor
+        first = tensor.packed if isinstance(tensor, Compressed) else tensor
         address = 0 if first.is_meta else first.data_ptr()  # 0 when empty
         key = (address, tuple(tensor.shape), tensor.stride()) if address else name
         if key not in seen:

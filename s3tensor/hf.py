@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from s3tensor.card import write_card
 from s3tensor.checkpoint import first_line, load_state
+from s3tensor.compressed import Compressed
 from s3tensor.errors import CheckpointError, ModelError
 from s3tensor.folder import (
     INDEX,
@@ -25,9 +26,7 @@ from s3tensor.folder import (
     write_files,
 )
 from s3tensor.folder import unshared_state as unshared_state
-from s3tensor.int8 import Int8SparseTensor
 from s3tensor.mask import satisfies
-from s3tensor.tensor import StructuredSparseTensor
 
 
 def load_model(
@@ -255,10 +254,8 @@ def verify(source: nn.Module | str | Path) -> list[tuple[str, str, float]]:
         state = read_files(files) if files else load_state(path)
     rows = []
     for name, tensor in state.items():
-        int8 = isinstance(tensor, Int8SparseTensor)
-        sparse = int8 or isinstance(tensor, StructuredSparseTensor)
-        values = tensor.scales if int8 else tensor.packed if sparse else tensor
-        if not bool(torch.isfinite(values).all()):
+        sparse = isinstance(tensor, Compressed)
+        if not bool(torch.isfinite(tensor.floats if sparse else tensor).all()):
             raise CheckpointError(f"{name} holds NaN or Inf")
         if sparse:
             dense = (tensor.t() if tensor.transposed else tensor).to_dense()
@@ -270,8 +267,7 @@ def verify(source: nn.Module | str | Path) -> list[tuple[str, str, float]]:
 
 def densified(tensor: Tensor) -> Tensor:
     """The tensor, unpacked when it is compressed."""
-    sparse = isinstance(tensor, StructuredSparseTensor | Int8SparseTensor)
-    return tensor.to_dense() if sparse else tensor
+    return tensor.to_dense() if isinstance(tensor, Compressed) else tensor
 
 
 def weight_bytes(model: nn.Module) -> tuple[int, int]:
@@ -280,11 +276,7 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
     for tensor in unshared_state(model).values():
         whole = tensor.numel() * tensor.element_size()
         dense += whole
-        if isinstance(tensor, StructuredSparseTensor):
-            whole = tensor.nbytes_held
-        elif isinstance(tensor, Int8SparseTensor):
-            whole = tensor.nbytes_compressed
-        now += whole
+        now += tensor.nbytes_held if isinstance(tensor, Compressed) else whole
     return now, dense
 
 

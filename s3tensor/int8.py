@@ -7,20 +7,19 @@ weights of a model.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from s3tensor import paths, scaled
-from s3tensor.errors import CheckpointError, PatternError
-from s3tensor.int8_rules import Int8Rules
-from s3tensor.packing import to_tiles, unpack_mask
-from s3tensor.pattern import BoundPattern, Pattern
+from s3tensor.compressed import Compressed, Rules
+from s3tensor.errors import CheckpointError, PatternError, UnsupportedOpError
+from s3tensor.operator_rules import SHARED
+from s3tensor.packing import to_tiles
+from s3tensor.pattern import Pattern
+from s3tensor.stored import check_parts, claimed, has_values, reading, set_attributes
 from s3tensor.tensor import StructuredSparseTensor
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 VALUES = "int8"  # what a stored description says of the values
 
 
-class Int8SparseTensor(Int8Rules):
+class Int8SparseTensor(Compressed):
     """A compressed matrix for inference: packed int8 values, packed indices and a float32 scale for each row.
 
     Row r of the dense weight is ``scales[r]`` times integers of -127 to 127. Shape and device are those of
@@ -56,6 +55,11 @@ class Int8SparseTensor(Int8Rules):
         >>> weight.nbytes_compressed, small.nbytes_compressed
         (17408, 5376)
     """
+
+    scales: Tensor
+
+    PARTS: ClassVar[tuple[str, ...]] = ("packed", "indices", "scales")
+    RULES: ClassVar[Rules] = dict(SHARED)  # and those of s3tensor.int8_rules
 
     @staticmethod
     def __new__(
@@ -102,7 +106,7 @@ class Int8SparseTensor(Int8Rules):
         self.transposed = transposed
         self.tiled = tiled
         context = (self.pattern, shape, dtype, transposed, tiled)
-        self._flat = ["packed", "indices", "scales"], context
+        self._flat = list(self.PARTS), context
 
     # making one ---------------------------------------------------------------------------------------
 
@@ -155,7 +159,7 @@ class Int8SparseTensor(Int8Rules):
         parts = self.packed, self.indices, self.scales
         return scaled.Int8Weight(*parts, self.bound, self.tiled, self.transposed)
 
-    def in_order(self, tiled: bool | None = None) -> Int8SparseTensor:
+    def in_order(self, tiled: bool | None = None) -> Self:
         """The weight with its parts in tile order or in canonical order; by default as its device likes."""
         if tiled is None:
             tiled = paths.prefers_tiles(self.bound, self.dtype, self.device)
@@ -172,50 +176,52 @@ class Int8SparseTensor(Int8Rules):
         dense = scaled.dense_of(self.as_parts(), dtype or self.dtype)
         return dense.t() if self.transposed else dense
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight: the name that torchao and Hugging Face know for it."""
-        return self.to_dense(dtype)
-
-    def mask(self) -> Tensor:
-        """Bool tensor of the tensor's shape, True at the positions that are stored."""
-        kept = unpack_mask(self.parts()[1], self.bound)
-        return kept.t() if self.transposed else kept
-
     @property
-    def bound(self) -> BoundPattern:
-        """The pattern on the shape as packed."""
-        return _bound(self.pattern, self.pattern.name, self.bound_shape)
-
-    @property
-    def density(self) -> float:
-        """Stored fraction of the weights."""
-        return self.bound.density
+    def floats(self) -> Tensor:
+        return self.scales
 
     @property
     def nbytes_compressed(self) -> int:
         """Bytes of values, indices and scales."""
         return self.bound.packed_bytes(1) + 4 * self.bound_shape[0]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return (
-            f"{type(self).__name__}(shape={tuple(self.shape)}, pattern={self.pattern}"
-            f"{', transposed' if self.transposed else ''}, density={self.density:.4g}, "
-            f"dtype={self.dtype}, device='{self.device}', bytes={self.nbytes_compressed} of "
-            f"{self.numel() * self.dtype.itemsize} dense)"
+    def multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        self._check_dtype(x)
+        parts = self.packed, self.indices, self.scales, bias, str(self.pattern)
+        order = list(self.bound_shape), self.transposed, self.tiled
+        out: Tensor = torch.ops.s3tensor.linear_int8(x, *parts, *order)
+        return out
+
+    def multiplied_now(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        self._check_dtype(x)
+        return scaled.linear(x, self.as_parts(), bias)
+
+    def _check_dtype(self, x: Tensor) -> None:
+        torch._check(
+            x.dtype == self.dtype,
+            lambda: f"linear: x is {x.dtype} and the weight {self.dtype}; convert one with .to()",
         )
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Only ``False``: integers do not train.
+
+        Raises:
+            UnsupportedOpError: for ``True``.
+        """
+        if requires_grad:
+            raise UnsupportedOpError(
+                f"an {type(self).__name__} has no gradient, its values are integers: make the parameter with "
+                "requires_grad=False, or call model.requires_grad_(False) before load_state_dict; to train, "
+                "keep the StructuredSparseTensor and quantize it afterwards"
+            )
+        return self
 
     # how it is stored ---------------------------------------------------------------------------------
 
     def description(self) -> dict[str, Any]:
         """What a checkpoint holds beside :meth:`parts`, as JSON can."""
-        return {
-            "pattern": self.pattern.parts,
-            "label": str(self.pattern),
-            "shape": list(self.bound.shape),
-            "transposed": self.transposed,
-            "values": VALUES,
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {**super().description(), "values": VALUES, "dtype": dtype}
 
     @classmethod
     def from_stored(
@@ -231,7 +237,7 @@ class Int8SparseTensor(Int8Rules):
         Raises:
             CheckpointError: what no weight could have given, or a shape that is out of all proportion.
         """
-        try:
+        with reading(where):
             names = {str(dtype).removeprefix("torch."): dtype for dtype in scaled.DTYPES}
             dtype = names.get(description["dtype"])
             if description["values"] != VALUES or dtype is None:
@@ -240,50 +246,32 @@ class Int8SparseTensor(Int8Rules):
                     "unknown; update s3tensor"
                 )
             for part, kind in ((packed, torch.int8), (scales, torch.float32)):
-                # Zero strides would describe any number of values by one that is stored.
                 if part.dtype != kind or part.layout != torch.strided or not part.is_contiguous():
                     raise CheckpointError(
                         f"{where}: its {kind} parts are {part.dtype}, or not contiguous"
                     )
             if scales.device != packed.device:
                 raise CheckpointError(f"{where}: its parts are on different devices")
-            # Sizes, pattern and every index, by the rules of the float weight.
-            float_one = StructuredSparseTensor.from_stored(
-                packed.to(torch.float16), indices, description, where
-            )
-            rows = float_one.bound_shape[:1]
-            if len(float_one.bound_shape) != 2 or tuple(scales.shape) != rows:
+            pattern, shape, transposed = claimed(packed, indices, description, where)
+            check_parts(packed, indices, pattern.bind(shape), (torch.int8,))
+            if len(shape) != 2 or tuple(scales.shape) != shape[:1]:
                 raise CheckpointError(
-                    f"{where}: scales of shape {tuple(scales.shape)} for a weight of {float_one.bound_shape}"
+                    f"{where}: scales of shape {tuple(scales.shape)} for a weight of {shape}"
                 )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(
-                f"{where}: damaged description of a sparse tensor ({reason})"
-            ) from None
-        if not (packed.is_meta or isinstance(packed, FakeTensor)):
+        if has_values(packed):
             if not bool(torch.isfinite(scales * scaled.LARGEST).all()) or bool((scales < 0).any()):
                 raise CheckpointError(f"{where}: its scales are not finite, or negative")
             if packed.numel() and int(packed.amin()) < -scaled.LARGEST:
                 raise CheckpointError(f"{where}: its values are not of -127 to 127")
-        facts = float_one.pattern, float_one.bound_shape, dtype, float_one.transposed
-        return cls(packed.detach(), indices.detach(), scales.detach(), *facts).in_order()
+        parts = packed.detach(), indices.detach(), scales.detach()
+        return cls(*parts, pattern, shape, dtype, transposed).in_order()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """As a checkpoint stores it: canonical order, checked on loading."""
         parts = (part.detach().contiguous() for part in self.parts())
-        more = {name: value for name, value in vars(self).items() if name not in _OWN}
-        return rebuild_int8, (*parts, self.description(), more)
-
-    def __copy__(self) -> Int8SparseTensor:
-        twin = self._map(lambda part: part)
-        vars(twin).update(vars(self))
-        return twin
+        return rebuild_int8, (*parts, self.description(), self.further_attributes())
 
     # what torch asks of it ----------------------------------------------------------------------------
-
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        return self._flat
 
     @classmethod
     def __tensor_unflatten__(
@@ -297,51 +285,18 @@ class Int8SparseTensor(Int8Rules):
         pattern, shape, dtype, transposed, tiled = context
         return cls(*parts, pattern, shape, dtype, transposed, tiled, outer_size, outer_stride)
 
-    def _stable_hash_for_caching(self) -> str:
-        """What a cached compilation depends on: everything but the values (AOTAutograd's cache asks)."""
-        pattern, *facts = self._flat[1]
-        facts += [pattern.parts, str(pattern), self.device, self.shape, self.stride()]
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-    def _map(
+    def map_parts(
         self,
-        change: Callable[[Tensor], Tensor],
+        values: Callable[[Tensor], Tensor],
+        *,
         flip: bool = False,
         dtype: torch.dtype | None = None,
-    ) -> Int8SparseTensor:
+    ) -> Self:
         """The same weight, its parts passed through a function; ``flip`` makes it the transposed view."""
-        return type(self)(
-            change(self.packed),
-            change(self.indices),
-            change(self.scales),
-            self.pattern,
-            self.bound_shape,
-            dtype or self.dtype,
-            self.transposed ^ flip,
-            self.tiled,
-        )
-
-    def same_layout(self, other: Tensor) -> bool:
-        """True when ``other`` is packed under the same pattern, shape, order and orientation."""
-        return isinstance(other, Int8SparseTensor) and self._layout() == other._layout()
-
-    def _layout(self) -> tuple[Any, ...]:
-        return self.pattern, self.bound_shape, self.transposed, self.tiled
-
-    def share_memory_(self) -> Int8SparseTensor:
-        """Move the parts to shared memory; torch's own version would touch a storage that is not there."""
-        for name in self._flat[0]:
-            getattr(self, name).share_memory_()
-        return self
-
-    def is_shared(self) -> bool:
-        """True when the values are in shared memory."""
-        return self.packed.is_shared()
-
-
-_OWN = frozenset(
-    ("packed", "indices", "scales", "pattern", "bound_shape", "transposed", "tiled", "_flat")
-)
+        parts = values(self.packed), values(self.indices), values(self.scales)
+        dtype = dtype or self.dtype
+        order = self.transposed ^ flip, self.tiled
+        return type(self)(*parts, self.pattern, self.bound_shape, dtype, *order)
 
 
 def rebuild_int8(
@@ -358,20 +313,12 @@ def rebuild_int8(
     """
     where = "a pickled weight"
     made = Int8SparseTensor.from_stored(packed, indices, scales, description, where)
-    if type(more) is not dict:
-        raise CheckpointError(f"{where}: its attributes are damaged")
-    for name in more:
-        if type(name) is not str or name in _OWN or hasattr(Int8SparseTensor, name):
-            raise CheckpointError(f"{where} sets {name!r:.40}, which is not an attribute to set")
-    vars(made).update(more)
+    set_attributes(made, more, where)
     return made
 
 
-@functools.lru_cache(maxsize=1024)
-def _bound(pattern: Pattern, name: str, shape: tuple[int, ...]) -> BoundPattern:
-    del name  # a key: equal patterns keep their own spelling
-    return pattern.bind(shape)
-
+# As in s3tensor.tensor.
+import s3tensor.int8_rules  # noqa: E402, F401
 
 # So that torch.load(weights_only=True) may call it; the class itself is not on the list, as for
 # StructuredSparseTensor.

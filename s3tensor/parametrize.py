@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from s3tensor.compressed import Compressed
 from s3tensor.errors import ModelError, PatternError
 from s3tensor.mask import project
 from s3tensor.masked import (
@@ -198,7 +199,7 @@ class S3Sparse(Masked):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The dense original of a weight that is registered, or assigned later: the weight itself."""
-        if isinstance(weight, StructuredSparseTensor):
+        if isinstance(weight, Compressed):
             raise PatternError("the weight is compressed already; parametrize weight.to_dense()")
         if not weight.is_floating_point():
             raise PatternError(f"S3Sparse needs a floating-point weight, got {weight.dtype}")
@@ -444,7 +445,7 @@ def finalize(module: nn.Module, compress: bool = True) -> nn.Module:
     """
     found = list(parametrized(module))
     if not found:
-        if any(isinstance(p, StructuredSparseTensor) for p in module.parameters()):
+        if any(isinstance(p, Compressed) for p in module.parameters()):
             return module
         raise ModelError(
             f"{type(module).__name__} has no S3Sparse parametrization to finalize; register one with "
@@ -476,7 +477,7 @@ def finalize(module: nn.Module, compress: bool = True) -> nn.Module:
 
 
 def _equal(value: Tensor, other: nn.Parameter) -> bool:
-    if isinstance(value, StructuredSparseTensor) and not value.same_layout(other):
+    if isinstance(value, Compressed) and not value.same_layout(other):
         return False
     return value.shape == other.shape and torch.equal(value, other)
 

@@ -24,9 +24,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from s3tensor.checkpoint import METADATA_KEY, first_line, flatten_state, read_description
+from s3tensor.compressed import Compressed
 from s3tensor.errors import CheckpointError, ModelError
 from s3tensor.folder import FORMAT, METHOD, quantization, unshared_state
-from s3tensor.int8 import Int8SparseTensor
 from s3tensor.pattern import Pattern
 from s3tensor.tensor import StructuredSparseTensor
 
@@ -211,7 +211,7 @@ class S3Quantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for module in model.modules():
             for leaf, weight in list(module.named_parameters(recurse=False)):
-                if isinstance(weight, StructuredSparseTensor | Int8SparseTensor):
+                if isinstance(weight, Compressed):
                     setattr(module, leaf, nn.Parameter(weight.to_dense(dtype).contiguous()))
         return model
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from s3tensor.compressed import Compressed
 from s3tensor.errors import ModelError, NonFiniteError, PatternError
 from s3tensor.mask import satisfies
 from s3tensor.pattern import Pattern
@@ -84,7 +85,7 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        if isinstance(self.parameter, StructuredSparseTensor):
+        if isinstance(self.parameter, Compressed):
             return self.parameter.nbytes_compressed
         return self.parameter.numel() * self.parameter.element_size()
 
@@ -167,7 +168,7 @@ def reason_to_skip(
     """Why a layer stays as it is, or an empty string."""
     if parametrize.is_parametrized(layer.module, "weight"):
         return "parametrized; call s3tensor.finalize"
-    if isinstance(layer.parameter, StructuredSparseTensor):
+    if isinstance(layer.parameter, Compressed):
         return "compressed already"
     if chosen is not None and layer.name not in chosen:
         return "left out by the filter"

@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from s3tensor import ops, paths
-from s3tensor.errors import CheckpointError, PatternError, UnsupportedOpError
-from s3tensor.packing import check_packed, to_tiles, unpack_mask
-from s3tensor.pattern import BoundPattern, Pattern
+from s3tensor.compressed import Compressed, Rules
+from s3tensor.errors import CheckpointError, PatternError
+from s3tensor.operator_rules import SHARED
+from s3tensor.packing import to_tiles
+from s3tensor.pattern import Pattern
+from s3tensor.stored import check_parts, claimed, names_of, reading, set_attributes
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# Limits on what a stored weight may claim; what is beyond them is an attack or damage. A few bytes can
-# describe a weight of any size, which ``to_dense`` would then allocate.
-_MAX_NDIM, _MAX_DIM = 8, 2**40
-_MAX_ELEMENTS = 2**28  # a weight may have these, or
-_MAX_EXPANSION = 1024  # these for each stored value, if that is more
 
-# One small rule for each operator, filled by ``s3tensor.tensor_rules``. An operator without a rule is
-# refused by name: nothing densifies in silence.
-DISPATCH_RULES: dict[Any, Callable[..., Any]] = {}  # rule(func, args, kwargs), by aten overload
-FUNCTION_RULES: dict[Any, Callable[..., Any]] = {}  # rule(*args, **kwargs), by torch function
-
-
-class StructuredSparseTensor(Tensor):
+class StructuredSparseTensor(Compressed):
     """A matrix under a structured-sparsity pattern: packed values and packed indices in a tensor's clothes.
 
     Shape, dtype and device are those of the dense matrix. Products with a dense operand (``F.linear``,
@@ -60,14 +47,11 @@ class StructuredSparseTensor(Tensor):
         torch.Size([3, 64])
     """
 
-    packed: Tensor
-    indices: Tensor  # type: ignore[assignment]  # Tensor.indices() is of torch's own sparse tensors
-    pattern: Pattern
-    bound_shape: tuple[int, ...]
-    transposed: bool
-    tiled: bool
     dense: Tensor | None
     vendor: Tensor | None
+
+    SECOND_FORMS: ClassVar[tuple[str, ...]] = ("dense", "vendor")
+    RULES: ClassVar[Rules] = dict(SHARED)  # and those of s3tensor.tensor_rules
 
     # No __slots__: torch.utils.swap_tensors, which Module.to uses, refuses them.
 
@@ -119,7 +103,7 @@ class StructuredSparseTensor(Tensor):
         self.dense = dense
         self.vendor = vendor
         # Made once, for a compiled graph asks for it several times in each call.
-        copies = [name for name in ("dense", "vendor") if getattr(self, name) is not None]
+        copies = [name for name in self.SECOND_FORMS if getattr(self, name) is not None]
         context = (self.pattern, shape, transposed, tiled)
         self._flat = ["packed", "indices", *copies], context
 
@@ -167,20 +151,7 @@ class StructuredSparseTensor(Tensor):
         """
         pattern = Pattern.parse(pattern)
         bound = pattern.bind(shape)
-        if tuple(packed.shape) != bound.packed_shape or packed.dtype not in DTYPES:
-            raise PatternError(
-                f"packed values of shape {tuple(packed.shape)} and {packed.dtype}; {bound} needs shape "
-                f"{bound.packed_shape} and one of {_names(DTYPES)}"
-            )
-        if indices.dtype != torch.uint8 or tuple(indices.shape) != (bound.index_bytes,):
-            raise PatternError(
-                f"packed indices of shape {tuple(indices.shape)} and {indices.dtype}; {bound} needs shape "
-                f"({bound.index_bytes},) and torch.uint8"
-            )
-        if indices.device != packed.device:
-            raise PatternError(
-                f"packed values on {packed.device} and indices on {indices.device}; move them to one device"
-            )
+        check_parts(packed, indices, bound, DTYPES)
         return cls(packed.detach(), indices.detach(), pattern, bound.shape).in_order()
 
     # how it is kept -----------------------------------------------------------------------------------
@@ -196,7 +167,7 @@ class StructuredSparseTensor(Tensor):
         order = self.tiled, self.transposed
         return paths.Weight(self.packed, self.indices, self.bound, *order, self.dense, self.vendor)
 
-    def in_order(self, tiled: bool | None = None) -> StructuredSparseTensor:
+    def in_order(self, tiled: bool | None = None) -> Self:
         """The weight with its parts in tile order or in canonical order; by default as its device likes.
 
         Itself when it is so already. Both orders hold the same bytes.
@@ -268,25 +239,21 @@ class StructuredSparseTensor(Tensor):
         dense = dense if dtype is None else dense.to(dtype)
         return dense.t() if self.transposed else dense
 
-    def dequantize(self) -> Tensor:
-        """The dense tensor: the name that torchao and Hugging Face know for it."""
-        return self.to_dense()
+    @property
+    def nbytes_compressed(self) -> int:
+        """Bytes of values and indices."""
+        return self.bound.packed_bytes(self.dtype.itemsize)
 
-    def mask(self) -> Tensor:
-        """Bool tensor of the tensor's shape, True at the positions that are stored."""
-        kept = unpack_mask(self.parts()[1], self.bound)
-        return kept.t() if self.transposed else kept
+    def multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        parts = self.packed, self.indices, bias, str(self.pattern), list(self.bound_shape)
+        rest = self.transposed, self.tiled, self.dense, self.vendor
+        out: Tensor = torch.ops.s3tensor.linear(x, *parts, *rest)
+        return out
+
+    def multiplied_now(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return ops.linear_now(x, self.as_parts(), bias)
 
     # how it is stored ---------------------------------------------------------------------------------
-
-    def description(self) -> dict[str, Any]:
-        """What a checkpoint holds beside :meth:`parts`, as JSON can: pattern, label, shape, transposed."""
-        return {
-            "pattern": self.pattern.parts,
-            "label": str(self.pattern),
-            "shape": list(self.bound.shape),
-            "transposed": self.transposed,
-        }
 
     @classmethod
     def from_stored(
@@ -303,86 +270,18 @@ class StructuredSparseTensor(Tensor):
         Raises:
             CheckpointError: what no weight could have given, or a shape that is out of all proportion.
         """
-        try:
-            shape, transposed = tuple(description["shape"]), description["transposed"]
-            sound = len(shape) <= _MAX_NDIM and all(
-                type(n) is int and 0 < n < _MAX_DIM for n in shape
-            )
-            if not sound or type(transposed) is not bool or (transposed and len(shape) != 2):
-                raise CheckpointError(
-                    f"{where}: shape {shape!r:.80} or orientation {transposed!r:.20} is damaged"
-                )
-            if math.prod(shape) > max(_MAX_ELEMENTS, _MAX_EXPANSION * packed.numel()):
-                raise CheckpointError(
-                    f"{where}: shape {shape} for {packed.numel()} stored values is damaged"
-                )
-            pattern = _labelled(Pattern.parse(description["pattern"]), description.get("label"))
-            parts = packed, indices
-            if not all(p.layout == torch.strided and p.is_contiguous() for p in parts):
-                # Zero strides would describe any number of values by one that is stored.
-                raise CheckpointError(
-                    f"{where}: its parts are not contiguous, as all that is stored is"
-                )
-            if not (indices.is_meta or isinstance(indices, FakeTensor)):
-                check_packed(packed, indices, pattern.bind(shape), where)
+        with reading(where):
+            pattern, shape, transposed = claimed(packed, indices, description, where)
             made = cls.from_packed(packed, indices, pattern, shape)
-        except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(
-                f"{where}: damaged description of a sparse tensor ({reason})"
-            ) from None
         return made.map_parts(lambda part: part, flip=True) if transposed else made
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """As a checkpoint stores it: canonical order, no second forms (loading makes them anew), checked."""
         packed, indices = (part.detach().contiguous() for part in self.parts())
-        more = {name: value for name, value in vars(self).items() if name not in _OWN}
-        described = self.description(), self.memory, self.requires_grad, more
+        described = self.description(), self.memory, self.requires_grad, self.further_attributes()
         return rebuild, (packed, indices, *described)
 
-    def __copy__(self) -> StructuredSparseTensor:
-        twin = self.map_parts(lambda part: part)
-        vars(twin).update(vars(self))
-        twin.requires_grad_(self.requires_grad)
-        return twin
-
-    # facts --------------------------------------------------------------------------------------------
-
-    @property
-    def bound(self) -> BoundPattern:
-        """The pattern on the shape as packed (``bound.shape``; reversed when ``transposed``)."""
-        return _bound(self.pattern, self.pattern.name, self.bound_shape)
-
-    @property
-    def density(self) -> float:
-        """Stored fraction of the weights."""
-        return self.bound.density
-
-    @property
-    def nbytes_compressed(self) -> int:
-        """Bytes of values and indices."""
-        return self.bound.packed_bytes(self.dtype.itemsize)
-
-    @property
-    def nbytes_held(self) -> int:
-        """Bytes of all that is kept: values, indices, and the second forms of :meth:`with_memory`."""
-        kept = (part.nbytes for part in (self.dense, self.vendor) if part is not None)
-        return self.nbytes_compressed + sum(kept)
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        grad = ", requires_grad=True" if self.requires_grad else ""
-        held = "" if self.memory == "lean" else f", {self.nbytes_held} with copies for speed"
-        return (
-            f"{type(self).__name__}(shape={tuple(self.shape)}, pattern={self.pattern}"
-            f"{', transposed' if self.transposed else ''}, density={self.density:.4g}, "
-            f"dtype={self.dtype}, device='{self.device}', bytes={self.nbytes_compressed} of "
-            f"{self.numel() * self.dtype.itemsize} dense{held}{grad})"
-        )
-
     # what torch asks of it ----------------------------------------------------------------------------
-
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        return self._flat
 
     @classmethod
     def __tensor_unflatten__(
@@ -399,22 +298,13 @@ class StructuredSparseTensor(Tensor):
         sizes = outer_size, outer_stride
         return cls(*parts, pattern, shape, transposed, tiled, *copies, *sizes)
 
-    def _stable_hash_for_caching(self) -> str:
-        """What a cached compilation depends on: everything but the values (AOTAutograd's cache asks)."""
-        facts = (
-            *(self.pattern.parts, str(self.pattern), self.bound_shape, self.transposed, self.tiled),
-            *(self.dtype, self.device, self.shape, self.stride(), self.requires_grad),
-            *((name, tuple(getattr(self, name).shape)) for name in self.__tensor_flatten__()[0]),
-        )
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
-
     def map_parts(
         self,
         values: Callable[[Tensor], Tensor],
         positions: Callable[[Tensor], Tensor] | None = None,
         flip: bool = False,
         copies: bool = True,
-    ) -> StructuredSparseTensor:
+    ) -> Self:
         """The same weight, its parts passed through functions; ``flip`` makes it the transposed view.
 
         ``copies`` says whether ``values`` makes of the second forms what it makes of the packed values;
@@ -435,71 +325,6 @@ class StructuredSparseTensor(Tensor):
             vendor,
         )
 
-    def same_layout(self, other: Tensor) -> bool:
-        """True when ``other`` is packed under the same pattern, shape, order and orientation."""
-        return (
-            isinstance(other, StructuredSparseTensor)
-            and self.pattern == other.pattern
-            and self.bound_shape == other.bound_shape
-            and self.transposed == other.transposed
-            and self.tiled == other.tiled
-        )
-
-    def share_memory_(self) -> StructuredSparseTensor:
-        """Move the parts to shared memory; torch's own version would touch a storage that is not there."""
-        for name in self.__tensor_flatten__()[0]:
-            getattr(self, name).share_memory_()
-        return self
-
-    def is_shared(self) -> bool:
-        """True when the values are in shared memory."""
-        return self.packed.is_shared()
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in FUNCTION_RULES:
-            return FUNCTION_RULES[func](*args, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-
-    # Dynamo must not trace into the rules: AOTAutograd runs them while it traces.
-    @classmethod
-    @_disable_dynamo
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        func: Any,
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        rule = DISPATCH_RULES.get(func)
-        if rule is None:
-            raise refusal(func)
-        return rule(func, args, kwargs or {})
-
-
-# What __init__ sets; anything else on a tensor is its user's, or says that it is a parameter.
-_OWN = frozenset(
-    (
-        "packed",
-        "indices",
-        "pattern",
-        "bound_shape",
-        "transposed",
-        "tiled",
-        "dense",
-        "vendor",
-        "_flat",
-    )
-)
-
 
 def rebuild(
     packed: Tensor,
@@ -516,47 +341,18 @@ def rebuild(
     """
     where = "a pickled weight"
     made = StructuredSparseTensor.from_stored(packed, indices, description, where)
-    if memory not in ("lean", "fast") or type(requires_grad) is not bool or type(more) is not dict:
-        raise CheckpointError(f"{where}: its memory, requires_grad or attributes are damaged")
-    for name in more:
-        if type(name) is not str or name in _OWN or hasattr(StructuredSparseTensor, name):
-            raise CheckpointError(f"{where} sets {name!r:.40}, which is not an attribute to set")
+    if memory not in ("lean", "fast") or type(requires_grad) is not bool:
+        raise CheckpointError(f"{where}: its memory or requires_grad is damaged")
     made = made.with_memory(memory) if memory == "fast" else made
-    vars(made).update(more)
+    set_attributes(made, more, where)
     made.requires_grad_(requires_grad)
     return made
-
-
-def _labelled(pattern: Pattern, label: object) -> Pattern:
-    """The pattern under its short name, where that name still means the same here."""
-    try:
-        named = Pattern.parse(label) if isinstance(label, str) else pattern
-    except PatternError:
-        return pattern
-    return named if named == pattern else pattern
-
-
-@functools.lru_cache(maxsize=1024)
-def _bound(pattern: Pattern, name: str, shape: tuple[int, ...]) -> BoundPattern:
-    del name  # a key: equal patterns keep their own spelling
-    return pattern.bind(
-        shape
-    )  # cached there too, behind checks of a shape that is known to be sound here
-
-
-def refusal(func: Any, why: str = "") -> UnsupportedOpError:
-    """The error for an operator, or a use of one, that has no rule."""
-    name = func if isinstance(func, (str, torch._ops.OpOverload)) else f"torch.{func.__name__}"
-    return UnsupportedOpError(
-        f"{name} has no rule for StructuredSparseTensor{f': {why}' if why else ''}. Call .to_dense() for a "
-        "dense copy"
-    )
 
 
 def _check_dense(dense: Tensor) -> None:
     if not isinstance(dense, Tensor):
         raise PatternError(f"from_dense takes a tensor, got {type(dense).__name__}")
-    if isinstance(dense, StructuredSparseTensor):
+    if isinstance(dense, Compressed):
         raise PatternError("the weight is compressed already; call .to_dense() to compress it anew")
     if is_traceable_wrapper_subclass(dense):
         raise PatternError(
@@ -567,12 +363,8 @@ def _check_dense(dense: Tensor) -> None:
         raise PatternError(f"the weight has layout {dense.layout}; call .to_dense() on it first")
     if dense.dtype not in DTYPES:
         raise PatternError(
-            f"a weight of {dense.dtype} cannot be compressed; convert it to one of {_names(DTYPES)}"
+            f"a weight of {dense.dtype} cannot be compressed; convert it to one of {names_of(DTYPES)}"
         )
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 # The rules need the class above, and the class needs its rules from the first tensor on.

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import s3tensor as s3
 from s3tensor import scaled
 from s3tensor.checkpoint import flatten_state, load_state, save_state, unflatten_state
+from s3tensor.folder import unshared_state
 from s3tensor.testing import bound_patterns
 
 PATTERNS = (
@@ -288,6 +290,22 @@ def test_stores_give_back_the_same_weights(pattern: str, tmp_path: Path) -> None
     assert torch.equal(copy.deepcopy(model)(x), expected)
 
 
+def test_what_is_quantized_counts_as_compressed() -> None:
+    model: Any = nn.Sequential(nn.Linear(64, 32), nn.Linear(64, 32), nn.Linear(32, 16))
+    model[1].weight = model[0].weight
+    s3.sparsify_(model, "2:4", lambda module, name: name != "2")
+    s3.quantize_(model)
+    weight = model[0].weight
+    reasons = {row.name: row.reason for row in s3.sparsify_(model, "2:4").rows}
+    assert reasons == {"0": "compressed already", "1": "compressed already", "2": ""}
+    assert model[0].weight is model[1].weight is weight
+    assert s3.finalize(model) is model
+    state = unshared_state(model)
+    assert "0.weight" in state and "1.weight" not in state
+    with pytest.raises(s3.PatternError, match="compressed already"):
+        register_parametrization(model[0], "weight", s3.S3Sparse("2:4"))
+
+
 def stored() -> tuple[dict[str, Tensor], dict[str, Any]]:
     weight = int8()
     names = "packed", "indices", "scales"
@@ -457,7 +475,7 @@ def test_only_compressed_matrices_are_quantized() -> None:
     filters = s3.StructuredSparseTensor.from_dense(torch.randn(8, 4, 3, 3), "filter@0.5")
     with pytest.raises(s3.PatternError, match="for matrices"):
         quantize(filters)
-    with pytest.raises(s3.PatternError, match="dequantize"):
+    with pytest.raises(s3.PatternError, match="compressed already"):
         s3.StructuredSparseTensor.from_dense(int8(), "2:4")
 
 
