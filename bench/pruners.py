@@ -65,15 +65,15 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (pruner, options of 
     "S-OBS, dense target": ("obs", {}),
     "admm, no dense target": ("admm", {"alpha": 0.0}),
     "admm, beta 0": ("admm", {"beta": 0.0}),  # the dense target alone
-    "admm": ("admm", {}),  # the default: drift of the residual stream taken back too
-    "admm, auto damp": ("admm", {"damp": "auto"}),
+    "admm, damp 0.01": ("admm", {}),  # drift of the residual stream taken back too
+    "admm": ("admm", {"damp": None}),  # the default: damp chosen for each input
     # Chosen on calibration sequences, for each input:
     "admm, auto alpha": ("admm", {"alpha": "auto"}),
     "admm, auto alpha and damp": ("admm", {"alpha": "auto", "damp": "auto"}),
     "admm, mixed budgets": ("admm", {"budgets": "mixed"}),
-    "admm + recovery": ("admm", {"recover": 300}),
+    "admm + recovery": ("admm", {"damp": None, "recover": 300}),
 }
-DAMP = 0.01  # of every Hessian
+DAMP = 0.01  # of every Hessian, where a method names no other
 
 
 def method(name: str, **options: Any) -> Callable[[Callable[..., prune.Pruned]], Any]:

@@ -50,6 +50,15 @@ def test_a_row_holds_errors_perplexity_seconds_and_memory(bench: ModuleType) -> 
     assert all(name in shown for name in ("admm, mixed budgets", "perplexity", "peak GB"))
 
 
+def test_rows_have_the_damp_that_they_name_or_that_of_the_default(bench: ModuleType) -> None:
+    default, given = row(bench, "admm"), row(bench, "admm, damp 0.01")
+    for found, options in ((default, {}), (given, {"damp": 0.01})):
+        model = tiny("llama")
+        s3.llm.prune_model(model, batches(), "2:4", compress=False, progress=False, **options)
+        assert found["perplexity"] == s3.perplexity(model, torch.cat(batches(2))[:, :32])
+    assert default["perplexity"] != given["perplexity"]
+
+
 def test_the_hessians_are_those_of_the_dense_models_inputs(bench: ModuleType) -> None:
     model = tiny("llama")
     given = bench.hessians(model, batches(), 0)

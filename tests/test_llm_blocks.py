@@ -447,8 +447,9 @@ def test_blocks_of_a_model_on_the_cpu_are_pruned_on_the_gpu_one_at_a_time(kind: 
     for block in blocks:
         block.register_forward_pre_hook(look, with_kwargs=True)
     # With the drift, or with few tokens, rounding decides single weights: 2e-6 more or less of each weight
-    # moves the errors of this model by up to 7 %, and so by 0.1 %.
-    same: dict[str, Any] = {"beta": 0.0, "progress": False}
+    # moves the errors of this model by up to 7 %, and so by 0.1 %. Of two damps that are nearly as good it
+    # may choose the other.
+    same: dict[str, Any] = {"beta": 0.0, "damp": 0.01, "progress": False}
     report = llm.prune_model(model, batches, "2:4", device="cuda", **same)
     assert seen == set(blocks)
     assert {p.device.type for p in model.parameters()} == {"cpu"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -205,10 +207,94 @@ def test_what_is_chosen_does_not_depend_on_batches(sizes: tuple[int, ...]) -> No
     torch.testing.assert_close(state[first], expected[first], rtol=1e-3, atol=1e-4)
 
 
-def test_a_run_that_chooses_goes_on_to_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def alike(one: tuple[dict[str, Tensor], llm.PruneReport], other: Any) -> bool:
+    """The same weights, bit by bit, from the same shares."""
+    shares = [[(row.alpha, row.beta, row.damp) for row in run[1].linears] for run in (one, other)]
+    return shares[0] == shares[1] and all(torch.equal(one[0][k], other[0][k]) for k in one[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": "auto"}, {"pruner": "obs"}])
+def test_damp_is_chosen_unless_it_is_given(options: dict[str, Any]) -> None:
+    found = pruned([IDS], **options)
+    assert alike(found, pruned([IDS], damp="auto", **options))
+    assert {row.damp for row in found[1].linears} - {0.01}
+
+
+LONG = torch.randint(VOCABULARY, (1, 64), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "batches"),
+    [
+        ({"pruner": "magnitude"}, [IDS]),
+        ({"pruner": "wanda"}, [IDS]),
+        ({"pruner": "sparsegpt"}, [IDS]),
+        ({"pruner": "obs", "alpha": 0.0}, [IDS]),
+        ({"alpha": 0.0}, [IDS]),
+        ({}, [LONG]),
+    ],
+)
+def test_where_damp_cannot_be_chosen_it_is_a_number_without_a_word(
+    options: dict[str, Any], batches: list[Tensor]
 ) -> None:
-    expected, whole = pruned([IDS], alpha="auto", damp="auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = pruned(batches, **options)
+    assert {row.damp for row in found[1].linears} == {0.01}
+    assert alike(found, pruned(batches, damp=0.01, **options))
+    with pytest.raises(s3.PrunerError, match=r"damp='auto' compares|there are 1"):
+        pruned(batches, damp="auto", **options)
+
+
+def test_mixed_budgets_do_not_depend_on_the_damp_that_is_chosen() -> None:
+    chosen, given = (
+        {
+            row.name: row.pattern
+            for row in pruned(list(IDS.split(1)), budgets="mixed", **options)[1].linears
+        }
+        for options in ({}, {"damp": 0.01})
+    )
+    assert chosen == given and len(set(chosen.values())) > 1
+
+
+def test_choosing_is_named_as_a_remedy_for_few_tokens_where_it_is_one() -> None:
+    few = IDS[:2, :8]
+    for batches, options, named in [
+        ([few], {"damp": 0.01}, True),
+        ([few], {}, False),  # it is done already
+        ([few[:1]], {}, False),
+        ([few], {"pruner": "sparsegpt"}, False),
+        ([few], {"alpha": 0.0, "damp": 0.01}, False),
+    ]:
+        with pytest.warns(UserWarning, match="calibration tokens for") as caught:
+            pruned(batches, **options)
+        told = [str(w.message) for w in caught if "calibration tokens for" in str(w.message)]
+        assert [("let damp='auto' choose" in text) for text in told] == [named]
+
+
+@pytest.mark.parametrize("damp", [None, 0.01])
+def test_sums_of_moments_are_let_go_before_a_pruner_works(
+    damp: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+    real = s3.prune.PRUNERS["admm"]
+
+    def admm(weight: Any, hessian: Any, pattern: Any, *, target: Any, alpha: float) -> Any:
+        held.append(sum(type(thing) is s3.Hessian for thing in gc.get_objects()))
+        return real(weight, hessian, pattern, target=target, alpha=alpha)
+
+    gc.collect()
+    before = sum(type(thing) is s3.Hessian for thing in gc.get_objects())
+    monkeypatch.setitem(s3.prune.PRUNERS, "admm", admm)
+    pruned([IDS], damp=damp)
+    assert held == [before] * len(held) and held
+
+
+@pytest.mark.parametrize("given", [{"alpha": "auto", "damp": "auto"}, {"alpha": "auto"}])
+def test_a_run_that_chooses_goes_on_to_the_same_weights(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, whole = pruned([IDS], **given)
     save, saved = RunFolder.save, 0
 
     def killed(self: RunFolder, *args: Any) -> None:
@@ -220,14 +306,23 @@ def test_a_run_that_chooses_goes_on_to_the_same_weights(
 
     monkeypatch.setattr(RunFolder, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        pruned([IDS], alpha="auto", damp="auto", work_dir=tmp_path)
+        pruned([IDS], **given, work_dir=tmp_path)
     monkeypatch.undo()
-    with pytest.raises(s3.CheckpointError, match="alpha"):
-        pruned([IDS], alpha=0.5, damp="auto", work_dir=tmp_path)
-    found, report = pruned([IDS], alpha="auto", damp="auto", work_dir=tmp_path)
-    assert [row.alpha for row in report.linears] == [row.alpha for row in whole.linears]
+    with pytest.raises(s3.CheckpointError, match=r"with alpha = 'auto', this one has 0\.5"):
+        pruned([IDS], damp="auto", work_dir=tmp_path)
+    with pytest.raises(s3.CheckpointError, match=r"with damp = 'auto', this one has 0\.01"):
+        pruned([IDS], alpha="auto", damp=0.01, work_dir=tmp_path)
+    found, report = pruned([IDS], **given, work_dir=tmp_path)
     assert report.resumed == 1
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert alike((found, report), (expected, whole))
+
+
+@pytest.mark.parametrize("damp", [None, 0.01])
+def test_another_damp_is_named_before_the_tokens(damp: float | None, tmp_path: Path) -> None:
+    """The tokens are the same, however the batches were cut to choose."""
+    pruned([IDS], damp=damp, blocks=1, work_dir=tmp_path)
+    with pytest.raises(s3.CheckpointError, match="unfinished run with damp = "):
+        pruned([IDS], damp=0.02, blocks=1, work_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

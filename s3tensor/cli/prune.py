@@ -102,9 +102,8 @@ A run that was broken off goes on when the same command is given again."""
 @click.option(
     "--damp",
     type=SHARE,
-    default=0.01,
-    show_default=True,
-    help="share of the mean diagonal added to a Hessian, or auto: chosen like --alpha",
+    help="share of the mean diagonal added to a Hessian, or auto: chosen like --alpha [auto where the pruner "
+    "has a dense target, with an alpha above 0 and 2 sequences or more; else 0.01]",
 )
 @click.option(
     "--recover",
@@ -178,7 +177,7 @@ def prune(
     seq_len: int,
     alpha: Any,  # float, "auto" or None
     beta: float | None,
-    damp: Any,  # float or "auto"
+    damp: Any,  # float, "auto" or None
     recover: int | None,
     recover_seconds: float | None,
     budgets: str | None,

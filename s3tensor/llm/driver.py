@@ -29,13 +29,13 @@ from s3tensor.llm.budgets import (
 )
 from s3tensor.llm.calibrate import BlockRunner, Chunk, catch_chunks, check_batches, has_room
 from s3tensor.llm.group import Run, prune_group, short_names
-from s3tensor.llm.moments import input_moments
+from s3tensor.llm.moments import Moments, input_moments
 from s3tensor.llm.progress import PruneProgress
 from s3tensor.llm.recover import Recovered, Recovery, recover_block, shared_parameters
 from s3tensor.llm.report import BlockRow, LinearRow, PeakMemory, PruneReport
 from s3tensor.llm.residual import writer_moments, writers
 from s3tensor.llm.resume import RunFolder, fingerprint, locked, unfinished
-from s3tensor.llm.shares import DEFAULT_DAMP, check_options, parted, shares_of
+from s3tensor.llm.shares import check_options, parted, shares_of
 from s3tensor.llm.structure import (
     LayerFilter,
     LinearLayer,
@@ -68,7 +68,7 @@ def prune_model(
     *,
     alpha: float | Literal["auto"] | None = None,
     beta: float | None = None,
-    damp: float | Literal["auto"] = DEFAULT_DAMP,
+    damp: float | Literal["auto"] | None = None,
     device: torch.device | str | None = None,
     cache_device: torch.device | str | None = None,
     blocks: int | None = None,
@@ -89,11 +89,11 @@ def prune_model(
     one Hessian and its factorisations. Each Hessian is measured on inputs that have passed through
     everything pruned before. ``lm_head`` and embeddings lie outside the blocks and stay as they are.
 
-    Memory beyond the model: on ``device`` one dense block and one Hessian with its factors (about
-    ``6 * in_features**2`` floats), and on ``cache_device`` the hidden states of all calibration tokens
-    twice and, with a dense target, one block's dense linear inputs. ``"auto"`` takes as many squares
-    again. Recovery takes on ``device`` five floats for each weight of a block and what its backward pass
-    keeps of ``batch`` sequences.
+    Memory beyond the model: on ``device`` one dense block and what the linears of one input take (with
+    ``admm`` about ``11 * in_features**2`` floats, whether or not alpha and damp are chosen), and on
+    ``cache_device`` the hidden states of all calibration tokens twice and, with a dense target, one block's
+    dense linear inputs. Recovery takes on ``device`` five floats for each weight of a block and what its
+    backward pass keeps of ``batch`` sequences.
 
     Args:
         model: a decoder-only language model, called as ``model(input_ids=..., use_cache=False)``, on
@@ -108,8 +108,9 @@ def prune_model(
         beta: share of the residual stream's drift that the linears which write into it take back (see
             :mod:`s3tensor.llm.residual`), for pruners that take one; their tokens then count by the inverse
             square of their hidden states. Default ``alpha``, or 0.5 where that is chosen; 0 turns it off.
-        damp: share of the mean of the Hessian's diagonal added to its diagonal; ``"auto"`` chooses it like
-            alpha, for pruners with a dense target.
+        damp: share of the mean of the Hessian's diagonal added to its diagonal. ``"auto"`` chooses it for the
+            linears of each input like alpha, for pruners with a dense target. Default: chosen so where that
+            can be done, with an alpha above 0 and two calibration sequences or more; else 0.01.
         device: where blocks are pruned, one at a time; default is where they are.
         cache_device: where calibration activations wait; default is ``device`` if half of its free memory
             holds them, else the CPU. The weights are the same.
@@ -165,12 +166,17 @@ def prune_model(
     batches, unseen = list(calibration), list(held_out or ())
     check_batches(model, batches)
     parts = [list(range(len(batches)))]
+    given = batches
+    several = sum(len(batch) for batch in batches) > 1
+    if damp is None and not several:
+        shares = replace(shares, auto=shares.auto - {"damp"})
     if shares.auto:
         batches, parts = parted(batches)
     if unseen:
         check_batches(model, unseen)
     if pruner not in _DIAGONAL:
-        _warn_of_few_tokens(plan, batches)
+        fixed = shares.alpha > 0 and "damp" not in shares.auto
+        _warn_of_few_tokens(plan, batches, may_choose=fixed and several)
     cache = (
         _cache(where, plan, [*batches, *unseen])
         if cache_device is None
@@ -189,7 +195,7 @@ def prune_model(
         if work_dir is not None:
             stack.enter_context(locked(work_dir))
             goes_on = unfinished(work_dir)
-            settings = _resume_settings(run, model, batches, plan, pattern, budgets == "mixed")
+            settings = _resume_settings(run, model, given, plan, pattern, budgets == "mixed")
             folder = RunFolder(Path(work_dir), settings)
         bar = stack.enter_context(PruneProgress(total, len(chosen), progress))
         chunks = catch_chunks(model, chosen, batches, run.cache)
@@ -289,15 +295,18 @@ def _plan(
     return plan
 
 
-def _warn_of_few_tokens(plan: _Plan, batches: list[Tensor]) -> None:
+def _warn_of_few_tokens(plan: _Plan, batches: list[Tensor], may_choose: bool) -> None:
     tokens = sum(batch.numel() for batch in batches)
     layers = [layer for layers, _ in plan for layer in layers]
     widest = max(layers, key=lambda layer: layer.shape[1])
     if tokens < widest.shape[1]:
+        remedy = (
+            "Calibrate on more, or let damp='auto' choose" if may_choose else "Calibrate on more"
+        )
         warnings.warn(
             f"{tokens} calibration tokens for {widest.name}, which has {widest.shape[1]} in_features: with "
-            "fewer tokens than inputs weights are fitted to these tokens alone. Calibrate on more, or let "
-            "damp='auto' choose; held_out= tells the error on other tokens",
+            f"fewer tokens than inputs weights are fitted to these tokens alone. {remedy}; held_out= tells "
+            "the error on other tokens",
             stacklevel=3,
         )
 
@@ -336,7 +345,7 @@ def _cache(device: torch.device, plan: _Plan, batches: list[Tensor]) -> torch.de
 def _resume_settings(
     run: Run,
     model: nn.Module,
-    batches: list[Tensor],
+    batches: list[Tensor],  # as they were given
     plan: _Plan,
     pattern: Pattern,
     mixed: bool,
@@ -406,24 +415,14 @@ def _prune_block(
     for number, group in enumerate(groups):
         bar.doing(runner.index, f"inputs of {short_names(group)}")
         writes = number in writing
-        later = writing[writing.index(number) :] if writes else [number]
-        parts = []
-        for part in run.parts:
-            chunks = [streams.pruned[i] for i in part]
-            inputs = [[dense_inputs[n][i] for i in part] for n in later] if run.dense_target else []
-            if writes:
-                dense = [streams.dense[i] for i in part]
-                writer = [groups[n][0] for n in later]
-                parts.append(writer_moments(runner, chunks, dense, writer, inputs))
-            else:
-                parts.append(input_moments(runner, chunks, group, inputs[0] if inputs else None))
+        later = writing[writing.index(number) :] if writes else []
+        parts = _moments(runner, groups, number, later, streams, dense_inputs, run)
         dense_inputs[number].clear()
-        seen = [part for part in parts if part is not None]
-        if len(seen) == len(run.parts):
+        if parts is not None:
             unseen = None
             if streams.held_out:
                 unseen = input_moments(runner, streams.held_out, group, weigh=writes)
-            rows.extend(prune_group(group, runner.index, seen, unseen, run, bar, memory, masks))
+            rows.extend(prune_group(group, runner.index, parts, unseen, run, bar, memory, masks))
     bar.skip(sum(x.weight.numel() for x in layers) - sum(m.numel() for _, m in masks))
     recovered = Recovered(0, 0.0, None, None)
     if run.recovery is not None and masks:
@@ -458,6 +457,34 @@ def _prune_block(
         loss_after=recovered.loss_after,
     )
     return row, rows
+
+
+def _moments(
+    runner: BlockRunner,
+    groups: Sequence[Sequence[LinearLayer]],
+    number: int,  # of the group
+    later: Sequence[int],  # where it writes into the residual stream: it and the writers after it
+    streams: _Streams,
+    dense_inputs: Sequence[Sequence[Tensor]],  # of each group, for each chunk
+    run: Run,
+) -> list[Moments] | None:
+    """Those of a group over each part of the calibration tokens; None where it does not see them all."""
+    found = []
+    for part in run.parts:
+        chunks = [streams.pruned[i] for i in part]
+        inputs: list[list[Tensor]] = []
+        if run.dense_target:
+            inputs = [[dense_inputs[n][i] for i in part] for n in later or [number]]
+        if later:
+            dense = [streams.dense[i] for i in part]
+            moments = writer_moments(runner, chunks, dense, [groups[n][0] for n in later], inputs)
+        else:
+            targets = inputs[0] if inputs else None
+            moments = input_moments(runner, chunks, groups[number], targets)
+        if moments is None:
+            return None
+        found.append(moments)
+    return found
 
 
 def _seconds_left(recovery: Recovery | None, done: list[BlockRow], blocks: int) -> float | None:

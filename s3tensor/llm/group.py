@@ -49,26 +49,31 @@ class Run:
 def prune_group(
     group: list[LinearLayer],
     index: int,
-    parts: Sequence[Moments],  # of the calibration tokens; with shares to choose, of two parts
+    parts: list[Moments],  # of the calibration tokens; with shares to choose, of two parts
     held_out: Moments | None,  # on held-out tokens
     run: Run,
     bar: PruneProgress,
     memory: PeakMemory,
     masks: list[tuple[LinearLayer, Tensor]],  # appended to
 ) -> list[LinearRow]:
-    """Prune the linears of one input, in place; a row for each."""
+    """Prune the linears of one input, in place; a row for each.
+
+    ``parts`` is emptied: their sums take four squares (K, K) that no pruner should have to do without.
+    """
     shares = run.shares
     if shares.auto:
         bar.doing(index, f"{' and '.join(sorted(shares.auto))} of {short_names(group)}")
-        fit, check = parts
-        shares = chosen([layer.weight for layer in group], fit, check, shares)
+        weights = [layer.weight for layer in group]
+        shares = chosen(weights, parts[0], parts[1], shares)
     hessian, drift = merged(parts)
-    value = hessian.value()
+    parts.clear()
+    value, cross, samples = hessian.value(), hessian.cross(), hessian.samples
+    del hessian
     unseen = None if held_out is None else held_out.hessian.value()
     factors = Factors(value, shares.damp)
     extra: dict[str, Any] = {**run.options}
     if run.dense_target:
-        extra = {"target": hessian.cross(), "alpha": shares.alpha, **extra}
+        extra = {"target": cross, "alpha": shares.alpha, **extra}
     if drift is not None:
         extra["drift"] = shares.beta * drift
     rows = []
@@ -104,7 +109,7 @@ def prune_group(
                 in_features=layer.shape[1],
                 error=error,
                 seconds=seconds * weight.numel() / size,
-                samples=hessian.samples,
+                samples=samples,
                 density=int(mask.count_nonzero()) / weight.numel(),
                 peak_memory_bytes=peak,
                 pattern=str(run.patterns[layer.name]),

@@ -63,16 +63,14 @@ def token_weights(hidden: Tensor) -> Tensor:  # (batch, tokens, hidden) -> (batc
 
 
 def merged(parts: Sequence[Moments]) -> Moments:
-    """The moments over the tokens of all parts."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0].hessian
-    whole = Hessian(first.in_features)
-    for part in parts:
+    """The moments over the tokens of all parts; the first part's Hessian takes up the others."""
+    whole = parts[0].hessian
+    tokens = [part.hessian.weight for part in parts]
+    for part in parts[1:]:
         whole.merge(part.hessian)
     drift = None
-    for part in parts:
+    for part, weight in zip(parts, tokens, strict=True):
         if part.drift is not None:
-            share = part.drift * (part.hessian.weight / whole.weight)
+            share = part.drift * (weight / whole.weight)
             drift = share if drift is None else drift + share
     return Moments(whole, drift)

@@ -4,7 +4,7 @@ Without a mask the fit of the linears of one input is ``W = W0 + alpha D + beta 
 cross term C and the drift E of some calibration tokens, ``D = W0 (C - H) P`` and ``B = E P``, P the inverse
 of the damped H. On other tokens, of moments H', C', E', what it misses of the dense model's outputs is
 ``tr(W H' W') - 2 tr(W (W0 C' + E')')`` and a constant: a parabola in alpha, whose least point is known. Its
-height tells of two damps which one is better.
+height tells of two damps which one is better. Unless damp is given it is chosen so, where that can be done.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from s3tensor.linalg import full_precision
 from s3tensor.llm.moments import Moments
 
 DEFAULT_ALPHA = 0.5  # best of five on development text with SmolLM2-135M (docs/pruners.md)
-DEFAULT_DAMP = 0.01
+DEFAULT_DAMP = 0.01  # where it is not chosen
 DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # that damp="auto" tries
 _ROWS = 256  # of each weight that choose, evenly spaced: what is missed is a sum over rows
 _NOISE = 1e-10  # of the square of the outputs: what is less is rounding
@@ -45,7 +45,7 @@ class Shares:
 def check_options(
     pruner: str,
     alpha: float | Literal["auto"] | None = None,
-    damp: float | Literal["auto"] = DEFAULT_DAMP,
+    damp: float | Literal["auto"] | None = None,
     beta: float | None = None,
 ) -> None:
     """Refuse what :func:`~s3tensor.llm.prune_model` would refuse without a model.
@@ -58,7 +58,7 @@ def check_options(
     for name, share in (("damp", damp), ("alpha", alpha)):
         if isinstance(share, str) and share != "auto":
             raise PrunerError(f"{name}={share!r} must be a number or 'auto'")
-    if not isinstance(damp, str) and not 0.0 <= damp < math.inf:
+    if not isinstance(damp, str) and damp is not None and not 0.0 <= damp < math.inf:
         raise PrunerError(
             f"damp={damp} must be a finite share >= 0 of the mean diagonal, or 'auto'"
         )
@@ -86,10 +86,10 @@ def shares_of(
     pruner: str,
     alpha: float | Literal["auto"] | None,
     beta: float | None,
-    damp: float | Literal["auto"],
+    damp: float | Literal["auto"] | None,
     options: dict[str, Any],
 ) -> Shares:
-    """Defaults filled in; TypeError for an option that the pruner does not have."""
+    """Defaults filled in, a damp of None chosen with a dense target; TypeError for an unknown option."""
     accepts = inspect.signature(prune.get(pruner)).parameters
     unknown = sorted(set(options) - set(accepts))
     if unknown:
@@ -97,12 +97,16 @@ def shares_of(
         raise TypeError(
             f"pruner {pruner!r} has no option {unknown[0]!r}; it has {', '.join(known)}"
         )
-    auto = frozenset(name for name, given in (("alpha", alpha), ("damp", damp)) if given == "auto")
+    auto = {name for name, given in (("alpha", alpha), ("damp", damp)) if given == "auto"}
     if alpha is None or isinstance(alpha, str):
         alpha = DEFAULT_ALPHA if "target" in accepts else 0.0
     if beta is None:
         beta = alpha if "drift" in accepts else 0.0
-    return Shares(alpha, beta, DEFAULT_DAMP if isinstance(damp, str) else damp, auto)
+    if damp is None and alpha > 0:
+        auto.add("damp")
+    if damp is None or isinstance(damp, str):
+        damp = DEFAULT_DAMP
+    return Shares(alpha, beta, damp, frozenset(auto))
 
 
 def parted(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[int]]]:
