@@ -27,6 +27,7 @@ from s3tensor.checkpoint import METADATA_KEY, first_line, flatten_state, read_de
 from s3tensor.compressed import Compressed
 from s3tensor.errors import CheckpointError, ModelError
 from s3tensor.folder import FORMAT, METHOD, quantization, unshared_state
+from s3tensor.holders import parameters_of
 from s3tensor.pattern import Pattern
 from s3tensor.tensor import StructuredSparseTensor
 
@@ -209,10 +210,10 @@ class S3Quantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        for module in model.modules():
-            for leaf, weight in list(module.named_parameters(recurse=False)):
-                if isinstance(weight, Compressed):
-                    setattr(module, leaf, nn.Parameter(weight.to_dense(dtype).contiguous()))
+        for held in parameters_of(model):
+            weight = held.parameter
+            if isinstance(weight, Compressed):
+                held.replace(nn.Parameter(weight.to_dense(dtype).contiguous()))
         return model
 
     @property

@@ -172,6 +172,7 @@ def test_autocast_computes_in_its_dtype() -> None:
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "block:4x4@0.5"])
 def test_a_model_compiles_whole(pattern: str) -> None:
+    torch.compiler.reset()  # other tests compile the same code, and Dynamo counts
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
     s3.sparsify_(model, pattern)
     s3.quantize_(model)

@@ -379,6 +379,15 @@ def test_dequantize_makes_a_plain_dense_model(tmp_path: Path, kind: str) -> None
     torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(model))
 
 
+def test_dequantize_keeps_shared_weights_shared(saved: Path) -> None:
+    found = load(saved)
+    first, second = (found.model.layers[i].mlp for i in range(2))
+    second.up_proj.weight = first.up_proj.weight
+    found.dequantize()
+    assert first.up_proj.weight is second.up_proj.weight
+    assert first.up_proj.weight is not first.gate_proj.weight
+
+
 def test_a_loaded_model_is_exported_dense_and_stays_compressed(saved: Path, tmp_path: Path) -> None:
     found = load(saved)
     s3.save_pretrained(found, tmp_path / "dense", dense=True)
