@@ -222,12 +222,14 @@ def _parabola(
 ) -> tuple[float, float, float]:
     """(q, l, c) of what is missed, ``q alpha^2 - 2 l alpha + c``, but for what no fit can change."""
     quadratic = linear = constant = 0.0
+    rows = [s.pull for s in samples] + [s.drift for s in samples if s.drift is not None]
+    solved = factors.solve(factors.clear_dead(torch.cat(rows)))  # factored once for all
+    ways = iter(solved.split([len(part) for part in rows]))
     with full_precision():
-        for sample in samples:
-            way = factors.solve(factors.clear_dead(sample.pull))
+        for sample, way in [(sample, next(ways)) for sample in samples]:
             start, given = sample.dense, sample.given
             if sample.drift is not None:
-                start = start + beta * factors.solve(factors.clear_dead(sample.drift))
+                start = start + beta * next(ways)
                 given = start @ matrix
             quadratic += _dot(way @ matrix, way)
             linear += _dot(way, sample.wanted - given)
