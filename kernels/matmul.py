@@ -242,29 +242,40 @@ def default(
 def choose_int8(form: Form, n: int, rows: int, columns: int, processors: int) -> Skinny:
     """As :func:`choose`, for int8 values.
 
-    For 2:4 the fastest on an H100 of those that ``bench/int8.py --tune`` tries, at 2560x9728, 9728x2560 and
-    4096x2560 and 1 and 16 rows of x. For other forms by registers and bytes in flight: an H100 wants some
-    40 KB in flight on each processor. A warp's step has 640 bytes a 64-column unit, where 16-bit values have
-    1152, so units are doubled where the registers of all programs that are to run at once allow it.
+    The fastest on an H100, or near it, of those that ``bench/int8.py --tune`` tries, at the shapes of
+    Qwen3-4B's linears and 1 and 16 rows of x; beyond these shapes by bytes in flight, of which an H100 wants
+    some 40 KB on each processor. A warp's step has 640 bytes a 64-column unit, where 16-bit values have 1152,
+    so units are doubled where the registers of all programs that are to run at once allow it.
     """
-    waves, plain = rows / (16 * processors), form == "2:4"
+    waves = rows / (16 * processors)
+    plain = form == "2:4"  # its codes take more registers
     if n > 8:
-        if waves <= 2:
-            cut = Skinny(1, 4, 1, 4, 16, ahead=True) if plain else Skinny(1, 8, 1, 2, 16)
+        if waves <= 1:
+            cut = Skinny(1, 8, 1, 4, 16, ahead=not plain)
+        elif waves <= 2 and plain:
+            cut = Skinny(1, 4, 1, 4, 16, ahead=True, by_float32=True)
+        elif waves <= 1.5:
+            cut = Skinny(1, 8, 1, 4, 16)
+        elif waves <= 2:
+            cut = Skinny(1, 8, 1, 2, 16, ahead=True)
         elif waves <= 4:
             cut = Skinny(1, 4, 1, 4, 16)
         else:
-            ahead = waves > 5
+            ahead = waves > 5 or form in ("coupled2:4", "pair4:8")
             cut = Skinny(1, 4, 1, 2, 16, ahead=ahead, by_float32=plain and not ahead)
-    elif waves <= 2:
-        if plain and columns >= 8192:
+    elif waves <= 1:
+        cut = Skinny(1, 8, 1, 4, 8, by_float32=True) if plain else Skinny(1, 4, 1, 8, 8, ahead=True)
+    elif waves <= 2 and plain:
+        if columns >= 8192:
             cut = Skinny(1, 8, 1, 2, 8, split=2, ahead=True)
-        elif plain:
-            cut = Skinny(1, 8, 1, 2, 8, ahead=True, by_float32=True)
+        elif columns >= 4096:
+            cut = Skinny(1, 4, 1, 8, 8, ahead=True)
         else:
-            cut = Skinny(1, 8, 1, 4, 8)
+            cut = Skinny(1, 8, 1, 2, 8, ahead=True, by_float32=True)
+    elif waves <= 2:  # two steps are all in flight at once where the next one is loaded ahead
+        cut = Skinny(1, 8, 1, 4, 8, ahead=4096 <= columns < 8192)
     elif 4 < waves <= 7:  # small programs, so that all of them run at once
-        cut = Skinny(1, 4, 1, 2, 8, ahead=True, by_float32=plain)
+        cut = Skinny(1, 4, 1, 2, 8, ahead=True, by_float32=True) if plain else Skinny(1, 8, 1, 1, 8)
     else:
         cut = Skinny(1, 4, 1, 4, 8, ahead=True)
     return _fitted(cut, columns)
