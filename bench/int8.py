@@ -146,17 +146,19 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def cuts(batch: int) -> list[Any]:
+def cuts(form: str, batch: int) -> list[Any]:
     from s3tensor.kernels.skinny import Skinny
 
-    size = 8 if batch <= 8 else 16
     found = []
-    for warps, units in itertools.product((2, 4, 8, 16), (1, 2, 4, 8)):
-        if warps * units > 32 or (size == 16 and units == 8):
-            continue
-        for ahead, by_float32 in itertools.product((False, True), repeat=2):
-            found.append(Skinny(1, warps, 1, units, size, 1, ahead, by_float32))
-    found += [Skinny(1, 4, 2, 2, size, 1, True), Skinny(1, 8, 1, 2, size, 2, True)]
+    for size in (8,) if batch <= 8 else (16,) if batch <= 16 else (16, 32):
+        for warps, units in itertools.product((2, 4, 8, 16), (1, 2, 4, 8)):
+            if warps * units > 32 or (size >= 16 and units == 8):
+                continue
+            for ahead, by_float32 in itertools.product((False, True), repeat=2):
+                if form == "2:4" or not by_float32:
+                    found.append(Skinny(1, warps, 1, units, size, 1, ahead, by_float32))
+        found += [Skinny(1, 4, 2, 2, size, 1, True), Skinny(1, 8, 1, 2, size, 2, True)]
+        found += [Skinny(1, 4, 2, 1, size), Skinny(1, 8, 1, 2, size, 2)]
     return found
 
 
@@ -174,7 +176,7 @@ def tune(
         twins = copies(weight, weight.nbytes_compressed, device)
         exact = x.double() @ weight.to_dense(torch.float64).t()
         groups: dict[str, list[Any]] = {}
-        for cut in cuts(batch):
+        for cut in cuts(form, batch):
             if cut.columns > shape[1]:
                 continue
             try:
@@ -262,7 +264,7 @@ def main() -> None:
         every = itertools.product(forms, shapes, batches)
         cases: list[Case] = []
         for form, (rows, columns), batch in every:
-            choices = cuts(batch) if args.tune else [None]
+            choices = cuts(form, batch) if args.tune else [None]
             cases += [(form, rows, columns, batch, cut) for cut in choices]
         if cases:
             compile_all(cases, str(device))

@@ -243,42 +243,64 @@ def choose_int8(form: Form, n: int, rows: int, columns: int, processors: int) ->
     """As :func:`choose`, for int8 values.
 
     The fastest on an H100, or near it, of those that ``bench/int8.py --tune`` tries, at the shapes of
-    Qwen3-4B's linears and 1 and 16 rows of x; beyond these shapes by bytes in flight, of which an H100 wants
-    some 40 KB on each processor. A warp's step has 640 bytes a 64-column unit, where 16-bit values have 1152,
-    so units are doubled where the registers of all programs that are to run at once allow it.
+    Qwen3-4B's linears and 1, 16 and 32 rows of x; beyond these shapes by bytes in flight, of which an H100
+    wants some 40 KB on each processor. A warp's step has 640 bytes a 64-column unit, where 16-bit values have
+    1152, so units are doubled where the registers of all programs that are to run at once allow it.
     """
     waves = rows / (16 * processors)
     plain = form == "2:4"  # its codes take more registers
-    if n > 8:
-        if waves <= 1:
-            cut = Skinny(1, 8, 1, 4, 16, ahead=not plain)
-        elif waves <= 2 and plain:
-            cut = Skinny(1, 4, 1, 4, 16, ahead=True, by_float32=True)
-        elif waves <= 1.5:
-            cut = Skinny(1, 8, 1, 4, 16)
-        elif waves <= 2:
-            cut = Skinny(1, 8, 1, 2, 16, ahead=True)
-        elif waves <= 4:
-            cut = Skinny(1, 4, 1, 4, 16)
-        else:
-            ahead = waves > 5 or form in ("coupled2:4", "pair4:8")
-            cut = Skinny(1, 4, 1, 2, 16, ahead=ahead, by_float32=plain and not ahead)
-    elif waves <= 1:
-        cut = Skinny(1, 8, 1, 4, 8, by_float32=True) if plain else Skinny(1, 4, 1, 8, 8, ahead=True)
-    elif waves <= 2 and plain:
-        if columns >= 8192:
-            cut = Skinny(1, 8, 1, 2, 8, split=2, ahead=True)
-        elif columns >= 4096:
-            cut = Skinny(1, 4, 1, 8, 8, ahead=True)
-        else:
-            cut = Skinny(1, 8, 1, 2, 8, ahead=True, by_float32=True)
-    elif waves <= 2:  # two steps are all in flight at once where the next one is loaded ahead
-        cut = Skinny(1, 8, 1, 4, 8, ahead=4096 <= columns < 8192)
-    elif 4 < waves <= 7:  # small programs, so that all of them run at once
-        cut = Skinny(1, 4, 1, 2, 8, ahead=True, by_float32=True) if plain else Skinny(1, 8, 1, 1, 8)
+    if n > 8 and waves <= 1:
+        cut = Skinny(1, 8, 1, 4, 16, ahead=not plain)
+    elif n > 16:
+        cut = _bytes_thirty_two(plain, waves, columns)
+    elif n > 8:
+        cut = _bytes_sixteen(form, waves)
     else:
-        cut = Skinny(1, 4, 1, 4, 8, ahead=True)
+        cut = _bytes_eight(plain, waves, columns)
     return _fitted(cut, columns)
+
+
+def _bytes_eight(plain: bool, waves: float, columns: int) -> Skinny:
+    if waves <= 1:
+        return (
+            Skinny(1, 8, 1, 4, 8, by_float32=True) if plain else Skinny(1, 4, 1, 8, 8, ahead=True)
+        )
+    if waves <= 2 and plain:
+        if columns >= 8192:
+            return Skinny(1, 8, 1, 2, 8, split=2, ahead=True)
+        if columns >= 4096:
+            return Skinny(1, 4, 1, 8, 8, ahead=True)
+        return Skinny(1, 8, 1, 2, 8, ahead=True, by_float32=True)
+    if waves <= 2:  # two steps are all in flight at once where the next one is loaded ahead
+        return Skinny(1, 8, 1, 4, 8, ahead=4096 <= columns < 8192)
+    if 4 < waves <= 7:  # small programs, so that all of them run at once
+        return (
+            Skinny(1, 4, 1, 2, 8, ahead=True, by_float32=True) if plain else Skinny(1, 8, 1, 1, 8)
+        )
+    return Skinny(1, 4, 1, 4, 8, ahead=True)
+
+
+def _bytes_sixteen(form: Form, waves: float) -> Skinny:
+    if waves <= 2 and form == "2:4":
+        return Skinny(1, 4, 1, 4, 16, ahead=True, by_float32=True)
+    if waves <= 1.5:
+        return Skinny(1, 8, 1, 4, 16)
+    if waves <= 2:
+        return Skinny(1, 8, 1, 2, 16, ahead=True)
+    if waves <= 4:
+        return Skinny(1, 4, 1, 4, 16)
+    ahead = waves > 5 or form in ("coupled2:4", "pair4:8")
+    return Skinny(1, 4, 1, 2, 16, ahead=ahead, by_float32=form == "2:4" and not ahead)
+
+
+def _bytes_thirty_two(plain: bool, waves: float, columns: int) -> Skinny:
+    if waves > 2:
+        return Skinny(1, 4, 1, 1, 32) if plain else Skinny(1, 2, 1, 4, 32)
+    if plain and 4096 <= columns < 8192:
+        return Skinny(1, 4, 1, 4, 16, by_float32=True)
+    if plain:
+        return Skinny(1, 4, 1, 4, 32)
+    return Skinny(1, 4, 1, 4, 16 if waves <= 1.5 else 32, ahead=True)
 
 
 def choose(

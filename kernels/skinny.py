@@ -45,7 +45,7 @@ class Skinny:
     warps_k: int  # warps over columns
     tiles: int  # 16-row tiles a warp
     units: int  # 64-column units a warp and step
-    batch: int  # rows of x a program: 8 or 16
+    batch: int  # rows of x a program: 8, 16 or 32
     split: int = 1  # programs over columns
     ahead: bool = False  # load x a step ahead too
     by_float32: bool = False  # widen int8 values of 2:4 to bfloat16 through float32 (see ``widen``)

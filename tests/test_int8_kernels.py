@@ -134,6 +134,8 @@ def test_the_source_of_the_kernel_gives_the_product(form: str, dtype: torch.dtyp
     run(form, (80, 320), 17, dtype, cut(2, 1, 2, 1, 16, 2), True)
     run(form, (64, 448), 5, dtype, cut(1, 2, 1, 4, 8, 2, True), True)
     run(form, (32, 192), 4, dtype, cut(1, 2, 2, 2, 8, by_float32=True), True)
+    run(form, (48, 192), 29, dtype, cut(1, 2, 1, 2, 32, 1, True), True)
+    run(form, (32, 320), 33, dtype, cut(1, 2, 1, 1, 32, 2), False)
 
 
 class OnNumpy:
@@ -190,6 +192,9 @@ def test_the_launcher_gives_the_kernel_what_it_takes(
         (2, False, 2, 16, "bf16", False),
         (3, True, 4, 8, "bf16", False),
         (3, False, 2, 16, "fp16", False),
+        (0, False, 4, 32, "bf16", False),
+        (1, False, 4, 32, "fp16", False),
+        (3, False, 4, 32, "bf16", False),
     ],
 )
 def test_bytes_compile_to_wide_loads_and_no_spills(
