@@ -7,7 +7,7 @@
 SmolLM2-135M is pruned by the default pruner, as in demo.py. Then its pruned linears and norms train under
 S3Sparse in mode ``fixed``: on the calibration topics of pydoc alone, and with the dense model as a teacher.
 The perplexity of development topics chooses the step whose state is kept, and the peak learning rate where
-several are given. Two rates were left out of the default: 1e-5, which ends at 17.39 there (3e-5: 17.17), and
+several are given. Two rates were left out of the default: 1e-5, which ended at 17.39 there (3e-5: 17.17), and
 1e-4, which learns the text by heart; each more takes two minutes. What is reported is the perplexity of
 held-out topics, of the compressed model saved and reloaded. The JSON file is written after each part.
 """
