@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from s3tensor.checkpoint import write_atomically
-from s3tensor.tensor import StructuredSparseTensor
+from s3tensor.compressed import Compressed
 
 CARD = "README.md"
 _BEGIN, _END = "<!-- s3tensor: begin -->", "<!-- s3tensor: end -->"
@@ -42,8 +42,8 @@ def write_card(folder: Path, known: Mapping[str, Any], state: Mapping[str, Tenso
     Raises:
         CheckpointError: when the file cannot be written, with the system's reason.
     """
-    sparse = [part for part in state.values() if isinstance(part, StructuredSparseTensor)]
-    patterns = Counter(str(part.pattern) for part in sparse)
+    sparse = [part for part in state.values() if isinstance(part, Compressed)]
+    patterns = Counter(_pattern_of(part) for part in sparse)
     facts = {**known}
     if facts.get("pattern") is None and patterns:
         facts["pattern"] = ", ".join(
@@ -77,6 +77,11 @@ def write_card(folder: Path, known: Mapping[str, Any], state: Mapping[str, Tenso
         text = text + ("" if text.endswith("\n\n") or not text else "\n") + section
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
     return path
+
+
+def _pattern_of(weight: Compressed) -> str:
+    values = weight.description().get("values")
+    return f"{weight.pattern} with {values} values" if values else str(weight.pattern)
 
 
 def _cell(value: Any) -> str:

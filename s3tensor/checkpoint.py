@@ -25,8 +25,7 @@ from torch import Tensor
 
 from s3tensor.compressed import Compressed
 from s3tensor.errors import CheckpointError
-from s3tensor.int8 import Int8SparseTensor
-from s3tensor.tensor import StructuredSparseTensor
+from s3tensor.int8 import class_of
 
 FORMAT = 1
 METADATA_KEY = "s3tensor"
@@ -60,7 +59,7 @@ def flatten_state(
     for name, tensor in state.items():
         parts = {name: tensor}
         if isinstance(tensor, Compressed):
-            parts = {f"{name}.{p}": t for p, t in zip(_PARTS, tensor.parts(), strict=False)}
+            parts = {f"{name}.{p}": t for p, t in zip(tensor.PARTS, tensor.parts(), strict=True)}
             sparse[name] = tensor.description()
         for key, part in parts.items():
             if key in tensors:
@@ -102,15 +101,14 @@ def unflatten_state(
     rest = dict(tensors)
     state: dict[str, Tensor] = {}
     for name, fields in document["sparse"].items():
-        int8 = isinstance(fields, dict) and "values" in fields
-        names = [f"{name}.{part}" for part in _PARTS[: 3 if int8 else 2]]
+        kind: Any = class_of(fields)
+        names = [f"{name}.{part}" for part in kind.PARTS]
         parts = [rest.pop(part) for part in names if part in rest]
         if len(parts) < len(names):
             raise CheckpointError(
                 f"{where}: {name}: damaged description of a sparse tensor; a part of it is missing"
             )
-        make: Any = Int8SparseTensor if int8 else StructuredSparseTensor
-        state[name] = make.from_stored(*parts, fields, f"{where}: {name}")
+        state[name] = kind.from_stored(*parts, fields, f"{where}: {name}")
     for name, tensor in rest.items():
         if name in state:
             raise CheckpointError(f"{where}: {name!r} is there twice, dense and sparse")

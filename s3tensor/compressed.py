@@ -83,6 +83,13 @@ class Compressed(Tensor):
         """The same without the dispatcher, for plain tensors that nothing watches."""
         raise NotImplementedError
 
+    @classmethod
+    def part_sizes(
+        cls, bound: BoundPattern, dtype: torch.dtype
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each of ``PARTS``, for a weight of ``dtype``."""
+        raise NotImplementedError
+
     @property
     def floats(self) -> Tensor:
         """The part that could hold NaN or Inf."""

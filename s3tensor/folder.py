@@ -29,9 +29,8 @@ from s3tensor.checkpoint import (
     write_json,
 )
 from s3tensor.compressed import Compressed
-from s3tensor.errors import CheckpointError, ModelError
+from s3tensor.errors import CheckpointError
 from s3tensor.int8 import Int8SparseTensor
-from s3tensor.tensor import StructuredSparseTensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,34 +45,28 @@ _MAX_JSON = 2**28  # bytes of an index or a config; a larger one is no such file
 def quantization(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The ``quantization_config`` of a state dict: what transformers must know to load its sparse weights.
 
-    ``patterns`` names the pattern of every sparse weight, ``definitions`` spells these names out, and
-    ``transposed`` lists the weights that are kept as transposed views. Shapes are the model's own.
-
-    Raises:
-        ModelError: a weight with int8 values, which transformers would not know how to load.
+    ``patterns`` names the pattern of every sparse weight, ``definitions`` spells these names out,
+    ``transposed`` lists the weights that are kept as transposed views, and ``int8``, where there are any,
+    those with int8 values. Shapes are the model's own.
     """
     definitions: dict[str, str] = {}
     patterns: dict[str, str] = {}
     for name, tensor in state.items():
-        if isinstance(tensor, Int8SparseTensor):
-            raise ModelError(
-                f"{name} has int8 values, which the files of a Hugging Face model do not hold; save the "
-                "model before s3tensor.quantize_ and quantize it after loading, or store its state_dict "
-                "with s3tensor.checkpoint.save_state"
-            )
-        if isinstance(tensor, StructuredSparseTensor):
+        if isinstance(tensor, Compressed):
             label, parts = str(tensor.pattern), tensor.pattern.parts
             if definitions.setdefault(label, parts) != parts:  # two patterns of one name
                 label = parts
                 definitions[label] = parts
             patterns[name] = label
-    return {
+    entry = {
         "quant_method": METHOD,
         "format": FORMAT,
         "definitions": definitions,
         "patterns": patterns,
         "transposed": [name for name in patterns if getattr(state[name], "transposed", False)],
     }
+    int8 = [name for name in patterns if isinstance(state[name], Int8SparseTensor)]
+    return {**entry, "int8": int8} if int8 else entry
 
 
 def unshared_state(model: nn.Module) -> dict[str, Tensor]:

@@ -93,7 +93,8 @@ def save_pretrained(
     Face user can load without s3tensor.
 
     Args:
-        model: a Hugging Face model, its sparse weights ``StructuredSparseTensor`` or dense with zeros.
+        model: a Hugging Face model, its sparse weights compressed, with int8 values or without, or dense
+            with zeros.
         directory: made if it is not there.
         tokenizer: written beside the model when given.
         dense: write plain dense safetensors.
@@ -107,8 +108,7 @@ def save_pretrained(
 
     Raises:
         CheckpointError: a model is there already, or the folder cannot be written.
-        ModelError: a model without a config, with parameters on the meta device, or compressed with int8
-            values (with ``dense=True`` these are written as what they stand for).
+        ModelError: a model without a config, or with parameters on the meta device.
     """
     folder = Path(directory)
     refuse_existing(folder, overwrite)
@@ -123,7 +123,7 @@ def save_pretrained(
     absent = [name for name, tensor in state.items() if tensor.is_meta]
     if absent:
         raise ModelError(f"{absent[0]} is on the meta device and has no values to save")
-    entry = None if dense else quantization(state)  # refused before anything is written
+    entry = None if dense else quantization(state)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None:
@@ -208,6 +208,7 @@ def from_pretrained(directory: str | Path, device: torch.device | str = "cpu") -
             f"{folder / 'config.json'} cannot be used ({first_line(error)})"
         ) from error
     model.tie_weights()
+    model.requires_grad_(False)  # int8 values take no gradient
     try:
         found = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
@@ -224,8 +225,7 @@ def from_pretrained(directory: str | Path, device: torch.device | str = "cpu") -
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     return attach(_placed(model, device))
 
 

@@ -18,7 +18,7 @@ from s3tensor.compressed import Compressed, Rules
 from s3tensor.errors import CheckpointError, PatternError, UnsupportedOpError
 from s3tensor.operator_rules import SHARED
 from s3tensor.packing import to_tiles
-from s3tensor.pattern import Pattern
+from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.stored import check_parts, claimed, has_values, reading, set_attributes
 from s3tensor.tensor import StructuredSparseTensor
 
@@ -176,6 +176,17 @@ class Int8SparseTensor(Compressed):
         dense = scaled.dense_of(self.as_parts(), dtype or self.dtype)
         return dense.t() if self.transposed else dense
 
+    @classmethod
+    def part_sizes(
+        cls, bound: BoundPattern, dtype: torch.dtype
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each of ``PARTS``; they are the same for every dtype of products."""
+        return {
+            "packed": (bound.packed_shape, torch.int8),
+            "indices": ((bound.index_bytes,), torch.uint8),
+            "scales": (bound.shape[:1], torch.float32),
+        }
+
     @property
     def floats(self) -> Tensor:
         return self.scales
@@ -297,6 +308,12 @@ class Int8SparseTensor(Compressed):
         dtype = dtype or self.dtype
         order = self.transposed ^ flip, self.tiled
         return type(self)(*parts, self.pattern, self.bound_shape, dtype, *order)
+
+
+def class_of(description: Any) -> type[StructuredSparseTensor] | type[Int8SparseTensor]:
+    """Which tensor a stored description is of."""
+    int8 = isinstance(description, dict) and "values" in description
+    return Int8SparseTensor if int8 else StructuredSparseTensor
 
 
 def rebuild_int8(

@@ -1,9 +1,10 @@
 """Compressed models in transformers: ``from_pretrained`` loads them, ``save_pretrained`` writes them.
 
 To transformers a pruned model is a quantized one, of the method ``"s3"``. While it loads, each sparse weight
-is a small module with the parameters ``packed`` and ``indices``, which have the names, shapes and dtypes of
-what is stored: so placement, casting, sharded files and the account of memory are transformers' own, and no
-dense weight exists at any time. When all is loaded, a ``StructuredSparseTensor`` takes the module's place.
+is a small module with the parameters ``packed``, ``indices`` and, with int8 values, ``scales``, of the names,
+shapes and dtypes of what is stored: so placement, casting, sharded files and the account of memory are
+transformers' own, and no dense weight exists at any time. When all is loaded, the compressed tensor takes the
+module's place.
 
 Importing the module registers the method, and :mod:`s3tensor.registration` imports it when transformers
 is there.
@@ -28,9 +29,11 @@ from s3tensor.compressed import Compressed
 from s3tensor.errors import CheckpointError, ModelError
 from s3tensor.folder import FORMAT, METHOD, quantization, unshared_state
 from s3tensor.holders import parameters_of
+from s3tensor.int8 import VALUES, Int8SparseTensor, class_of
 from s3tensor.pattern import Pattern
-from s3tensor.tensor import StructuredSparseTensor
+from s3tensor.scaled import DTYPES
 
+_INTEGERS = {torch.uint8: "U8", torch.int8: "I8"}  # names of safetensors
 _FLOOR = (5, 0)  # before it, transformers does not save and load compressed weights whole
 
 
@@ -41,6 +44,7 @@ class S3Config(QuantizationConfigMixin):
         patterns: the name of each sparse weight's pattern, by weight.
         definitions: the patterns spelled out, by name.
         transposed: the weights that are kept as transposed views, such as those of GPT-2.
+        int8: the weights with int8 values; left out where there are none.
         format: of this entry.
     """
 
@@ -49,6 +53,7 @@ class S3Config(QuantizationConfigMixin):
         patterns: Mapping[str, str] | None = None,
         definitions: Mapping[str, str] | None = None,
         transposed: list[str] | None = None,
+        int8: list[str] | None = None,
         format: int = FORMAT,
         **_: Any,  # quant_method, and what a later version may add
     ) -> None:
@@ -57,6 +62,8 @@ class S3Config(QuantizationConfigMixin):
         self.definitions = {} if definitions is None else definitions
         self.patterns = {} if patterns is None else patterns
         self.transposed = [] if transposed is None else transposed
+        if int8:
+            self.int8 = int8
 
 
 class S3Quantizer(HfQuantizer):
@@ -85,10 +92,12 @@ class S3Quantizer(HfQuantizer):
                 f"{FORMAT}; update s3tensor"
             )
         tables = config.patterns, config.definitions
-        sound = isinstance(config.transposed, list) and all(isinstance(t, dict) for t in tables)
+        lists = config.transposed, getattr(config, "int8", [])
+        sound = all(isinstance(names, list) for names in lists)
+        sound = sound and all(isinstance(table, dict) for table in tables)
         if not sound or not all(
             isinstance(text, str)
-            for group in (config.transposed, *(item for t in tables for item in t.items()))
+            for group in (*lists, *(item for table in tables for item in table.items()))
             for text in group
         ):
             raise CheckpointError("quantization_config is damaged: its tables must be of strings")
@@ -118,10 +127,12 @@ class S3Quantizer(HfQuantizer):
         weights = dict(model.named_parameters())
         tied = getattr(model, "all_tied_weights_keys", {})  # transformers 5: {copy: original}
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        transposed = set(config.transposed)
+        transposed, int8 = set(config.transposed), set(getattr(config, "int8", ()))
         owners: dict[str, nn.Module] = {}
         described: dict[str, dict[str, Any]] = {}
-        expected: dict[str, tuple[int, ...] | None] = {}  # shapes of what the files hold
+        expected: dict[
+            str, nn.Parameter | None
+        ] = {}  # what the files hold, a float type or a given one
         for stored, label in config.patterns.items():
             # A body may be loaded without its head, which gives its weights shorter names.
             names = stored, stored.removeprefix(prefix), prefix + stored
@@ -139,15 +150,22 @@ class S3Quantizer(HfQuantizer):
                 "shape": list(weights[name].shape)[:: -1 if flip else 1],
                 "transposed": flip,
             }
-            parts = _Parts(weights[name].dtype, fields, name)
+            dtype = weights[name].dtype
+            if stored in int8:
+                if dtype not in DTYPES:
+                    raise ModelError(
+                        f"{name} has int8 values, whose products are in float32, float16 or bfloat16; load "
+                        f"the model with such a dtype, not {dtype}"
+                    )
+                fields |= {"values": VALUES, "dtype": str(dtype).removeprefix("torch.")}
+            parts = _Parts(dtype, fields, name)
             delattr(owner, leaf)
             owner.add_module(leaf, parts)
             # No initial values: their functions expect a weight. What is missing is refused below.
             vars(owner)["_is_hf_initialized"] = vars(parts)["_is_hf_initialized"] = True
             self._loading.append((name, owner, leaf, fields))
             described[stored] = fields
-            expected[f"{stored}.packed"] = tuple(parts.packed.shape)
-            expected[f"{stored}.indices"] = tuple(parts.indices.shape)
+            expected.update(parts.named_parameters(stored))
             owners[stored.rpartition(".")[0]] = owner
         if config.patterns and not self._loading:
             raise CheckpointError(
@@ -163,7 +181,7 @@ class S3Quantizer(HfQuantizer):
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> Any:
         """Refuse a file without a sparse weight's parts (asked by transformers 4, which reads no ahead)."""
         for name, *_ in self._loading:
-            if {f"{name}.packed", f"{name}.indices"} & set(missing_keys):
+            if {f"{name}.{part}" for part in Int8SparseTensor.PARTS} & set(missing_keys):
                 raise CheckpointError(f"{name}: its parts are missing from the files")
         return missing_keys
 
@@ -173,9 +191,9 @@ class S3Quantizer(HfQuantizer):
         """Make the weights of the parts that were loaded; every index is checked."""
         for name, owner, leaf, fields in self._loading:
             parts = getattr(owner, leaf)
-            weight = StructuredSparseTensor.from_stored(
-                parts.packed.detach(), parts.indices.detach(), fields, name
-            )
+            kind: Any = class_of(fields)
+            stored = (part.detach() for part in parts.parameters())
+            weight = kind.from_stored(*stored, fields, name)
             setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
         self._loading.clear()
         model.is_quantized = False  # type: ignore[assignment]  # these weights may be cast: .half() is allowed
@@ -234,21 +252,21 @@ class _Parts(nn.Module):
         super().__init__()
         try:
             bound = Pattern.parse(fields["pattern"]).bind(tuple(fields["shape"]))
-            sizes = bound.packed_shape, (bound.index_bytes,)
+            kind: Any = class_of(fields)
+            sizes = kind.part_sizes(bound, dtype)
         except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(
                 f"quantization_config is damaged: pattern {fields['label']!r:.80} of {name} "
                 f"({first_line(error)})"
             ) from None
-        if max(map(math.prod, sizes)) >= 2**62:
-            raise CheckpointError(f"quantization_config is damaged: {name} packs to {sizes[0]}")
-        packed = torch.empty(sizes[0], dtype=dtype, device="meta")
-        indices = torch.empty(sizes[1], dtype=torch.uint8, device="meta")
-        StructuredSparseTensor.from_stored(
-            packed, indices, fields, name
-        )  # checked before any file is read
-        self.packed = nn.Parameter(packed, requires_grad=False)
-        self.indices = nn.Parameter(indices, requires_grad=False)
+        if max(math.prod(shape) for shape, _ in sizes.values()) >= 2**62:
+            raise CheckpointError(
+                f"quantization_config is damaged: {name} packs to {sizes['packed'][0]}"
+            )
+        for part, (shape, kept) in sizes.items():
+            empty = torch.empty(shape, dtype=kept, device="meta")
+            self.register_parameter(part, nn.Parameter(empty, requires_grad=False))
+        kind.from_stored(*self.parameters(), fields, name)  # checked before any file is read
 
 
 def register() -> None:
@@ -279,7 +297,7 @@ def attach(model: nn.Module) -> nn.Module:
 
 def _check_files(
     files: list[str],
-    expected: dict[str, tuple[int, ...] | None],
+    expected: dict[str, nn.Parameter | None],
     described: dict[str, dict[str, Any]],
 ) -> None:
     """Raise CheckpointError unless the files hold what is expected; their headers alone are read.
@@ -297,15 +315,15 @@ def _check_files(
                     _agree(described, read_description(description, path), path)
                 for name in expected.keys() & set(file.keys()):
                     found.add(name)
-                    part = file.get_slice(name)
-                    shape, kind = expected[name], part.get_dtype()
-                    if shape is None:
+                    part, wanted = file.get_slice(name), expected[name]
+                    if wanted is None:
                         continue
-                    bytes_ = name.endswith(".indices")
-                    if tuple(part.get_shape()) != shape or bytes_ != (kind == "U8"):
+                    kind, needed = part.get_dtype(), _INTEGERS.get(wanted.dtype)
+                    fits = kind == needed if needed else kind not in _INTEGERS.values()
+                    if tuple(part.get_shape()) != tuple(wanted.shape) or not fits:
                         raise CheckpointError(
                             f"{path}: {name} is {kind} of shape {part.get_shape()!s:.80}; its pattern needs "
-                            f"{'U8' if bytes_ else 'a float type'} of shape {list(shape)}"
+                            f"{needed or 'a float type'} of shape {list(wanted.shape)}"
                         )
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
@@ -320,7 +338,8 @@ def _agree(config: dict[str, dict[str, Any]], file: dict[str, Any], path: str) -
     for name, fields in config.items():
         found = file.get(name)
         same = isinstance(found, dict) and all(
-            found.get(key) == fields[key] for key in ("shape", "transposed", "pattern")
+            found.get(key) == fields.get(key)
+            for key in ("shape", "transposed", "pattern", "values")
         )
         if not same:
             raise CheckpointError(

@@ -14,7 +14,7 @@ from s3tensor.compressed import Compressed, Rules
 from s3tensor.errors import CheckpointError, PatternError
 from s3tensor.operator_rules import SHARED
 from s3tensor.packing import to_tiles
-from s3tensor.pattern import Pattern
+from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.stored import check_parts, claimed, names_of, reading, set_attributes
 
 if TYPE_CHECKING:
@@ -238,6 +238,16 @@ class StructuredSparseTensor(Compressed):
         dense = self._unpacked()
         dense = dense if dtype is None else dense.to(dtype)
         return dense.t() if self.transposed else dense
+
+    @classmethod
+    def part_sizes(
+        cls, bound: BoundPattern, dtype: torch.dtype
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each of ``PARTS``, for a weight of ``dtype``."""
+        return {
+            "packed": (bound.packed_shape, dtype),
+            "indices": ((bound.index_bytes,), torch.uint8),
+        }
 
     @property
     def nbytes_compressed(self) -> int:

@@ -71,6 +71,32 @@ def test_convert_there_and_back_changes_no_value(dense: Path, tmp_path: Path) ->
         assert torch.equal(a, b), name
 
 
+def test_convert_rounds_values_to_int8(dense: Path, text: Path, tmp_path: Path) -> None:
+    sparse, small, again = (tmp_path / name for name in ("sparse", "small", "again"))
+    assert run("convert", dense, "--to", "compressed", "--out", sparse).exit_code == 0
+    found = run("convert", sparse, "--to", "compressed", "--int8", "--out", small)
+    assert found.exit_code == 0, found.output
+    assert "14 compressed weights have int8 values" in found.stdout
+    at_once = run("convert", dense, "--to", "compressed", "--int8", "--out", again)
+    assert at_once.exit_code == 0 and "compressed 7 to rowpair16, 7 to 2:4" in at_once.stdout
+    assert (small / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    assert "14 sparse weights satisfy 2:4, rowpair16" in run("verify", small).stdout
+    options = ("--text", text, "--samples", "3", "--seq-len", "16", "--device", "cpu")
+    rows = json.loads(run("compare", sparse, small, *options, "--json").stdout)
+    assert rows[1]["sparse_weights"] == 14 and rows[1]["weight_bytes"] < rows[0]["weight_bytes"]
+    assert 0 < rows[1]["divergence"] < 1e-3
+    rounded = run("eval", small, *options)
+    assert rounded.exit_code == 0, rounded.output
+    back = run("convert", small, "--to", "dense", "--out", tmp_path / "plain")
+    assert back.exit_code == 0, back.output
+    wrong = run("convert", small, "--to", "dense", "--int8", "--out", tmp_path / "x")
+    assert wrong.exit_code == 2 and "--to compressed" in wrong.stderr
+    twice = run("convert", small, "--to", "compressed", "--int8", "--out", tmp_path / "x")
+    assert twice.exit_code == 1 and "no compressed weights to quantize" in twice.stderr
+    pruned = run("prune", small, "--calibration", text, "--out", tmp_path / "x", *options[2:])
+    assert pruned.exit_code == 1 and "compressed already" in pruned.stderr, pruned.output
+
+
 def test_convert_refuses_what_has_no_pattern_and_what_is_there(dense: Path, tmp_path: Path) -> None:
     found = run("convert", dense, "--to", "compressed", "--pattern", "1:4", "--out", tmp_path / "a")
     assert found.exit_code == 1 and "no weight of" in found.stderr and "1:4" in found.stderr

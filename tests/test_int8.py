@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import s3tensor as s3
 from s3tensor import scaled
 from s3tensor.checkpoint import flatten_state, load_state, save_state, unflatten_state
 from s3tensor.folder import unshared_state
+from s3tensor.hf import weight_bytes
 from s3tensor.testing import bound_patterns
 
 PATTERNS = (
@@ -388,36 +390,137 @@ def test_a_state_without_scales_is_refused() -> None:
         unflatten_state(tensors, description)
 
 
-def test_the_files_of_hugging_face_do_not_hold_int8_values(tmp_path: Path) -> None:
+def language_model(dtype: torch.dtype = torch.float32) -> Any:
+    """A tiny Llama under 2:4 with int8 values."""
     transformers = pytest.importorskip("transformers")
-    from s3tensor.hf import weight_bytes
-
     config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, vocab_size=64,
     )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    s3.sparsify_(model, "2:4")
-    s3.save_pretrained(model, tmp_path / "float")
-    again = s3.from_pretrained(tmp_path / "float")
-    report = s3.quantize_(again)
-    s3.quantize_(model)
-    tokens = torch.arange(8)[None]
-    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    s3.sparsify_(model, "2:4", lambda module, name: "_proj" in name and "down" not in name)
+    report = s3.quantize_(model)
+    s3.sparsify_(model, "rowpair16", lambda module, name: "layers.1.mlp.down" in name)
     now, dense = weight_bytes(model)
-    assert now < dense and dense - now == report.dense - report.after
-    assert len(s3.verify(model)) == len(report.rows)
-    for save in (
-        lambda: s3.save_pretrained(model, tmp_path / "x"),
-        lambda: again.save_pretrained(tmp_path / "x"),
-    ):
-        with pytest.raises(s3.ModelError, match="quantize it after loading"):
-            save()
-    assert not list((tmp_path).glob("x/*.safetensors"))
+    assert now < dense and dense - now > report.dense - report.after
+    return model
+
+
+def bits(place: Path) -> dict[str, tuple[torch.dtype, bytes]]:
+    """What each tensor of a folder's files holds."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    found = {}
+    for file in place.glob("*.safetensors"):
+        for name, part in safetensors.load_file(file).items():
+            found[name] = part.dtype, part.flatten().view(torch.uint8).numpy().tobytes()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shards", ["50GB", "20KB"])
+def test_the_files_of_hugging_face_hold_int8_values(
+    tmp_path: Path, dtype: torch.dtype, shards: str
+) -> None:
+    model, tokens = language_model(dtype), torch.arange(8)[None]
+    s3.save_pretrained(model, tmp_path / "a", max_shard_size=shards)
+    assert len(s3.verify(tmp_path / "a")) == len(s3.verify(model)) == 13
+    load = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained
+    for found in (s3.from_pretrained(tmp_path / "a"), load(tmp_path / "a", dtype="auto")):
+        kinds = [type(p).__name__ for p in found.parameters() if type(p) is not nn.Parameter]
+        assert kinds.count("Int8SparseTensor") == 12
+        assert kinds.count("StructuredSparseTensor") == 1
+        up = found.model.layers[0].mlp.up_proj.weight
+        assert up.dtype == dtype and up.scales.dtype == torch.float32
+        assert torch.equal(found(tokens).logits, model(tokens).logits)
+        assert weight_bytes(found) == weight_bytes(model)
+        found.save_pretrained(tmp_path / "b", max_shard_size=shards)
+        assert bits(tmp_path / "b") == bits(tmp_path / "a")
+    other = torch.float16
+    cast = load(tmp_path / "a", dtype=other).model.layers[0].mlp.up_proj.weight
+    assert cast.dtype == other and torch.equal(cast.scales, up.scales)
+    with pytest.raises(s3.ModelError, match="int8 values, whose products are in float32"):
+        load(tmp_path / "a", dtype=torch.float64)
+    plain = load(tmp_path / "a", dtype="auto").dequantize()
+    assert torch.equal(plain.model.layers[0].mlp.up_proj.weight, up.to_dense())
+
+
+def test_a_dense_export_is_what_the_integers_stand_for(tmp_path: Path) -> None:
+    model = language_model()
     s3.save_pretrained(model, tmp_path / "dense", dense=True)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    load = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained
     name = "model.layers.0.mlp.up_proj.weight"
-    assert torch.equal(plain.state_dict()[name], model.state_dict()[name].to_dense())
+    plain = load(tmp_path / "dense").state_dict()[name]
+    assert type(plain) is Tensor and torch.equal(plain, model.state_dict()[name].to_dense())
+
+
+def test_a_card_tells_of_int8_values(tmp_path: Path) -> None:
+    s3.save_pretrained(language_model(), tmp_path / "a", card={"model": "tiny"})
+    text = (tmp_path / "a/README.md").read_text()
+    assert "2:4 with int8 values (12 weights), rowpair16 (1 weights)" in text
+    assert "The weights are compressed" in text
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda entry: entry.pop("int8"), "otherwise than"),
+        (lambda entry: entry["int8"].remove(UP), "otherwise than"),
+        (
+            lambda entry: entry["int8"].append("model.layers.1.mlp.down_proj.weight"),
+            "otherwise than",
+        ),
+        (lambda entry: entry.update(int8=7), "its tables must be of strings"),
+        (lambda entry: entry.update(int8=[7]), "its tables must be of strings"),
+        (lambda entry: entry.update(int8={UP: 1}), "its tables must be of strings"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_files_is_refused(
+    change: Any, match: str, tmp_path: Path
+) -> None:
+    load = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained
+    s3.save_pretrained(language_model(), tmp_path / "a")
+    path = tmp_path / "a/config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+    with pytest.raises(s3.CheckpointError, match=match):
+        load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "match"),
+    [
+        ("scales", None, "is missing"),
+        ("scales", lambda t: t[1:].clone(), "a float type of shape"),
+        ("scales", lambda t: t.to(torch.int8), "a float type of shape"),
+        ("scales", lambda t: -t, "not finite, or negative"),
+        ("scales", lambda t: t * float("inf"), "not finite, or negative"),
+        ("packed", lambda t: t.float(), "needs I8"),
+        ("packed", lambda t: t.view(torch.uint8), "needs I8"),
+        ("packed", lambda t: torch.full_like(t, -128), "not of -127 to 127"),
+        ("indices", lambda t: t.view(torch.int8), "needs U8"),
+        ("indices", torch.zeros_like, "do not describe"),
+    ],
+)
+def test_files_that_no_model_could_have_given_are_refused(
+    part: str, change: Any, match: str, tmp_path: Path
+) -> None:
+    load = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained
+    safetensors = pytest.importorskip("safetensors.torch")
+    s3.save_pretrained(language_model(), tmp_path / "a")
+    file = tmp_path / "a/model.safetensors"
+    tensors = safetensors.load_file(file)
+    if change is None:
+        del tensors[f"{UP}.{part}"]
+    else:
+        tensors[f"{UP}.{part}"] = change(tensors[f"{UP}.{part}"]).contiguous()
+    safetensors.save_file(tensors, file, {"format": "pt"})  # of a stranger: no checksums
+    with pytest.raises(s3.CheckpointError, match=match):
+        load(tmp_path / "a")
 
 
 # Refusals ---------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ _LIKELY = ("1:4", "2:8", "rowpair16", "coupled2:4", "pair4:8", "2:4", "4:8")
 \b
   s3tensor convert sparse --to dense --out plain      # for use without s3tensor
   s3tensor convert plain --to compressed --out sparse # of a model that any tool pruned
-  s3tensor convert plain --to compressed --pattern block:16x16@0.5 --out sparse"""
+  s3tensor convert plain --to compressed --pattern block:16x16@0.5 --out sparse
+  s3tensor convert sparse --to compressed --int8 --out small  # half the bytes again, for small batches"""
 )
 @click.argument("model")
 @click.option("--to", "form", type=click.Choice(["compressed", "dense"]), required=True)
@@ -33,6 +34,7 @@ _LIKELY = ("1:4", "2:8", "rowpair16", "coupled2:4", "pair4:8", "2:4", "4:8")
     type=PATTERN,
     help=f"that weights satisfy [the one of fewest bytes of {', '.join(_LIKELY)}]",
 )
+@click.option("--int8", is_flag=True, help="round compressed values to int8, a scale for each row")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--overwrite", is_flag=True, help="replace a model that is there")
 @click.option("--out", "directory", required=True, type=click.Path(path_type=Path))
@@ -40,24 +42,33 @@ def convert(
     model: str,
     form: str,
     pattern: Pattern | None,
+    int8: bool,
     dtype: str,
     overwrite: bool,
     directory: Path,
 ) -> None:
-    """Write MODEL anew, its pruned weights dense with zeros or compressed; no value changes."""
+    """Write MODEL anew, its pruned weights dense or compressed; no value changes, but by --int8."""
     from s3tensor import hf
+    from s3tensor.compressed import Compressed
+    from s3tensor.quantize import quantize_
 
+    if int8 and form == "dense":
+        raise click.UsageError("--int8 is of compressed values; take --to compressed with it")
     hf.refuse_existing(directory, overwrite)
     loaded, tokenizer = load(model, dtype)
     if form == "compressed":
+        before = any(isinstance(weight, Compressed) for weight in loaded.parameters())
         found = _compress(loaded, pattern)
-        if not found:
+        if not found and not (int8 and before):
             wanted = str(pattern) if pattern else ", ".join(_LIKELY)
             raise ModelError(
                 f"no weight of {model} satisfies {wanted}; prune it with s3tensor prune, or name its pattern"
             )
-        words = ", ".join(f"{count} to {name}" for name, count in found.items())
-        click.echo(f"compressed {words}")
+        if found:
+            words = ", ".join(f"{count} to {name}" for name, count in found.items())
+            click.echo(f"compressed {words}")
+        if int8:
+            click.echo(str(quantize_(loaded)))
     saved = hf.save_pretrained(
         loaded, directory, tokenizer, dense=form == "dense", overwrite=overwrite
     )
@@ -68,16 +79,16 @@ def convert(
 
 def _compress(model: nn.Module, pattern: Pattern | None) -> dict[str, int]:
     """Compress the linears that satisfy a pattern, in place; how many under each."""
+    from s3tensor.compressed import Compressed
     from s3tensor.errors import PatternError
     from s3tensor.mask import satisfies
     from s3tensor.sparsify import is_conv1d, sparsify_
-    from s3tensor.tensor import StructuredSparseTensor
 
     found: dict[str, int] = {}
     for candidate in (pattern,) if pattern else map(Pattern.parse, _LIKELY):
 
         def fits(module: Any, name: str, candidate: Pattern = candidate) -> bool:
-            if isinstance(module.weight, StructuredSparseTensor):
+            if isinstance(module.weight, Compressed):
                 return False  # under a pattern before
             try:
                 weight = module.weight.detach()

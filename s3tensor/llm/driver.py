@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from s3tensor.compressed import Compressed
 from s3tensor.errors import ModelError, NonFiniteError, PatternError
 from s3tensor.llm.budgets import (
     BUDGETS_JSON,
@@ -323,7 +324,7 @@ def _check_placed(model: nn.Module) -> None:
 
 
 def _check_weight(layer: LinearLayer) -> None:
-    if isinstance(layer.module.weight, StructuredSparseTensor):
+    if isinstance(layer.module.weight, Compressed):
         raise ModelError(f"{layer.name} is compressed already; prune the dense model")
     if not bool(torch.isfinite(layer.weight).all()):
         raise NonFiniteError(f"{layer.name} has NaN or Inf in its weight; repair the model first")

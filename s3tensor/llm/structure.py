@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from s3tensor.compressed import Compressed
 from s3tensor.errors import ModelError, PatternError
 from s3tensor.pattern import Pattern
 from s3tensor.sparsify import is_conv1d
-from s3tensor.tensor import StructuredSparseTensor
 
 LayerFilter = Callable[[nn.Module, str], bool]
 
@@ -166,7 +166,7 @@ def dense_again(block: nn.Module, layers: list[LinearLayer]) -> Iterator[None]:
     plain = (
         x
         for x in (*block.parameters(), *block.buffers())
-        if not isinstance(x, StructuredSparseTensor)  # nothing changes one
+        if not isinstance(x, Compressed)  # nothing changes one
     )
     values = [(x, x.detach().to("cpu", copy=True)) for x in plain]
     try:
