@@ -211,3 +211,29 @@ def test_peft_alone_runs_on_compressed_weights_and_its_merge_says_why_not() -> N
     assert torch.equal(model(x), Net()(x))  # B is zero
     with pytest.raises(s3.UnsupportedOpError, match=r"aten\.add_"):
         model.merge_and_unload()
+
+
+def test_adapters_train_over_int8_values_which_stay_as_they_are() -> None:
+    net = Net()
+    s3.quantize_(net)
+    before = net.up.weight.detach().to_dense()  # type: ignore[operator]
+    model = peft.get_peft_model(net, s3.lora_config(r=4, target_modules=["up", "out"]))
+    x, y = torch.randn(64, 32), torch.randn(64, 8)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.05)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.mse_loss(model(x), y)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+    layer = layer_of(model, "up")
+    assert isinstance(layer.base_layer.weight, s3.Int8SparseTensor)
+    assert torch.equal(layer.base_layer.weight.to_dense(), before)
+    weight = before + layer.get_delta_weight("default")
+    expected = nn.functional.linear(x, weight, layer.base_layer.bias)
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(s3.UnsupportedOpError, match="Int8SparseTensor"):
+        model.merge_and_unload()
