@@ -120,6 +120,7 @@ def prune_columns(
         calibration,
         pattern,
         "obs",
+        damp=0.01,
         compress=False,
         filter_fn=lambda _, own: own.endswith(name),
     )

@@ -192,7 +192,7 @@ def solve(shape: Shape, pattern: str, device: torch.device, repeats: int) -> dic
     weight *= 0.02
 
     def call() -> Any:
-        # The damping of prune_model.
+        # The damping of prune_model where it chooses none; a choice costs a factorisation for each.
         return s3.prune.admm(weight, s3.Factors(given, 0.01), pattern)
 
     whole = milliseconds(call, device, repeats)
