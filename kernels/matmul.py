@@ -242,10 +242,10 @@ def default(
 def choose_int8(form: Form, n: int, rows: int, columns: int, processors: int) -> Skinny:
     """As :func:`choose`, for int8 values.
 
-    The fastest on an H100, or near it, of those that ``bench/int8.py --tune`` tries, at the shapes of
-    Qwen3-4B's linears and 1, 16 and 32 rows of x; beyond these shapes by bytes in flight, of which an H100
-    wants some 40 KB on each processor. A warp's step has 640 bytes a 64-column unit, where 16-bit values have
-    1152, so units are doubled where the registers of all programs that are to run at once allow it.
+    The fastest on an H100, or within a tenth of it, of those that ``bench/int8.py --tune`` tries, at the
+    shapes of Qwen3-4B's linears and 1, 16 and 32 rows of x; beyond these shapes by bytes in flight, of which
+    an H100 wants some 40 KB on each processor. A warp's step has 640 bytes a 64-column unit, where 16-bit
+    values have 1152, so units are doubled where the registers of all programs that run at once allow it.
     """
     waves = rows / (16 * processors)
     plain = form == "2:4"  # its codes take more registers

@@ -29,7 +29,6 @@ from s3tensor.int8 import class_of
 
 FORMAT = 1
 METADATA_KEY = "s3tensor"
-_PARTS = ("packed", "indices", "scales")  # the last one of int8 values
 TEMPORARY = ".tmp"  # end of the name of a file that is being written
 
 
@@ -116,6 +115,17 @@ def unflatten_state(
     return state if device is None else {name: part.to(device) for name, part in state.items()}
 
 
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, copied where one shares the storage of another, which safetensors refuses."""
+    stored: set[int] = set()  # addresses
+    made = {}
+    for name, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        made[name] = tensor.clone() if address in stored else tensor
+        stored.add(address)
+    return made
+
+
 def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write a state dict to ``path`` atomically: the file is whole and checked, or it is not there.
 
@@ -127,11 +137,7 @@ def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
             also that of a part of a sparse tensor.
     """
     tensors, description = flatten_state(state, "cpu", checksums=True)
-    stored: set[int] = set()  # addresses: safetensors refuses tensors that share storage
-    for name, tensor in tensors.items():
-        address = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if address in stored else tensor
-        stored.add(address)
+    tensors = apart(tensors)
     # One entry of metadata: safetensors writes several in an order that changes from run to run.
     metadata = {METADATA_KEY: description}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))

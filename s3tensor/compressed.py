@@ -253,6 +253,5 @@ def rules_for(rules: Rules) -> Callable[..., Callable[[Rule], Rule]]:
 @functools.lru_cache(maxsize=1024)
 def _bound(pattern: Pattern, name: str, shape: tuple[int, ...]) -> BoundPattern:
     del name  # a key: equal patterns keep their own spelling
-    return pattern.bind(
-        shape
-    )  # cached there too, behind checks of a shape that is known to be sound
+    # Cached there too, behind checks of a shape that is known to be sound here.
+    return pattern.bind(shape)

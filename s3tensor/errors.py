@@ -40,4 +40,4 @@ class CheckpointError(S3Error, RuntimeError):
 
 
 class UnsupportedOpError(S3Error, NotImplementedError):
-    """An operator that has no rule for ``StructuredSparseTensor``; nothing densifies in silence."""
+    """An operator that has no rule for a compressed tensor; nothing densifies in silence."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from s3tensor.checkpoint import (
     METADATA_KEY,
+    apart,
     first_line,
     flatten_state,
     load_state,
@@ -69,15 +70,25 @@ def quantization(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**entry, "int8": int8} if int8 else entry
 
 
-def unshared_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each storage once: tied weights keep their first name."""
+def tied_names(model: nn.Module) -> set[str]:
+    """The weights that a model of transformers ties to others by itself, whenever it is made."""
+    return set(getattr(model, "all_tied_weights_keys", ()))
+
+
+def unshared_state(model: nn.Module, spare: set[str] | None = None) -> dict[str, Tensor]:
+    """The state dict with each storage once: tied weights keep their first name.
+
+    Args:
+        spare: the names that may be left out; ``None`` is any. What a user's code shares, a model that is
+            made from its configuration does not.
+    """
     seen: set[object] = set()
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         first = tensor.packed if isinstance(tensor, Compressed) else tensor
         address = 0 if first.is_meta else first.data_ptr()  # 0 when empty
         key = (address, tuple(tensor.shape), tensor.stride()) if address else name
-        if key not in seen:
+        if key not in seen or (spare is not None and name not in spare):
             seen.add(key)
             state[name] = tensor.detach()
     return state
@@ -112,11 +123,7 @@ def write_files(
     from huggingface_hub import split_torch_state_dict_into_shards
 
     tensors, description = flatten_state(state, "cpu", checksums=True)
-    stored: set[int] = set()  # addresses: safetensors refuses tensors that share storage
-    for name, tensor in tensors.items():
-        address = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if address in stored else tensor
-        stored.add(address)
+    tensors = apart(tensors)
     try:
         plan = split_torch_state_dict_into_shards(
             tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size

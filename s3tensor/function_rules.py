@@ -148,7 +148,11 @@ def set_data(target: Tensor, source: Tensor) -> None:
 @function(_set_requires_grad)
 def set_requires_grad(target: Tensor, value: bool) -> None:
     """``target.requires_grad = value``, which goes the way of the method: integers refuse."""
-    target.requires_grad_(value)
+    if isinstance(value, bool):
+        target.requires_grad_(value)
+        return
+    with torch._C.DisableTorchFunctionSubclass():  # for torch's own error
+        _set_requires_grad(target, value)
 
 
 @function(Tensor.apply_, Tensor.map_, Tensor.map2_)

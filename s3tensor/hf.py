@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from s3tensor.card import write_card
-from s3tensor.checkpoint import first_line, load_state
+from s3tensor.checkpoint import apart, first_line, load_state
 from s3tensor.compressed import Compressed
 from s3tensor.errors import CheckpointError, ModelError
 from s3tensor.folder import (
@@ -23,6 +23,7 @@ from s3tensor.folder import (
     delete,
     quantization,
     read_files,
+    tied_names,
     write_files,
 )
 from s3tensor.folder import unshared_state as unshared_state
@@ -50,7 +51,7 @@ def load_model(
     path = Path(source)
     if compressed_files(path):
         model = from_pretrained(path, device)
-        return model, _tokenizer(path)
+        return model if dtype == "auto" else model.to(dtype), _tokenizer(path)
     names: dict[str, Any] = {}
     location: str | Path = source
     if path.suffix == ".gguf":
@@ -119,7 +120,7 @@ def save_pretrained(
             "s3tensor.checkpoint.save_state"
         )
     _forget_gguf(model)
-    state = unshared_state(model)
+    state = unshared_state(model, tied_names(model))
     absent = [name for name, tensor in state.items() if tensor.is_meta]
     if absent:
         raise ModelError(f"{absent[0]} is on the meta device and has no values to save")
@@ -131,7 +132,7 @@ def save_pretrained(
         if card is not None:
             write_card(folder, card, state)
         if dense:
-            plain = {name: densified(tensor).contiguous() for name, tensor in state.items()}
+            plain = apart({name: densified(part).contiguous() for name, part in state.items()})
             with _quiet(), _configured(model, None):
                 model.save_pretrained(  # type: ignore[operator]
                     folder, state_dict=plain, max_shard_size=max_shard_size

@@ -13,6 +13,7 @@ from torch import Tensor
 from s3tensor import scaled
 from s3tensor.compressed import refusal, rules_for
 from s3tensor.int8 import Int8SparseTensor
+from s3tensor.operator_rules import copy_parts
 
 aten = torch.ops.aten
 dispatch = rules_for(Int8SparseTensor.RULES)
@@ -35,22 +36,12 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 @dispatch(aten.copy_.default)
-def _copy_(func: Any, args: Any, kwargs: Any) -> Tensor:
-    target, source = args[0], args[1]
-    if not all(isinstance(t, Int8SparseTensor) for t in (target, source)):
+def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
+    if not all(isinstance(t, Int8SparseTensor) for t in args[:2]):
         raise refusal(
             Int8SparseTensor,
             func,
             "only weights of the same form are copied into each other; load the state dict with "
             "assign=True, or make a new weight with Int8SparseTensor.from_sparse",
         )
-    source = source.in_order(target.tiled) if source.tiled != target.tiled else source
-    if not target.same_layout(source):
-        raise refusal(
-            Int8SparseTensor,
-            func,
-            f"from {source!r} to {target!r}; the patterns and shapes must be equal",
-        )
-    for name in Int8SparseTensor.PARTS:
-        func(getattr(target, name), getattr(source, name), *args[2:], **kwargs)
-    return target
+    return copy_parts(func, args, kwargs)

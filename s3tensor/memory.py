@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from s3tensor.compressed import Compressed
 from s3tensor.errors import ModelError
 from s3tensor.holders import parameters_of
 from s3tensor.tensor import StructuredSparseTensor
@@ -86,8 +87,14 @@ def set_memory_(
             held.replace(nn.Parameter(weight, requires_grad=before.requires_grad))
             rows.append(_row(held.path, weight))
     if not rows:
+        int8 = any(isinstance(weight, Compressed) for weight in model.parameters())
         raise ModelError(
-            f"{type(model).__name__} has no compressed weights; prune it, or call s3tensor.sparsify_, first"
+            f"{type(model).__name__} has no compressed weights"
+            + (
+                " but those with int8 values, which have no second forms"
+                if int8
+                else "; prune it, or call s3tensor.sparsify_, first"
+            )
         )
     return MemoryReport(tuple(rows))
 

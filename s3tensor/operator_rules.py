@@ -108,6 +108,21 @@ def _is_pinned(func: Any, args: Args, kwargs: Kwargs) -> bool:
     return bool(func(args[0].packed, *args[1:], **kwargs))
 
 
+def copy_parts(func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """``copy_`` between two weights of one class; returns the target."""
+    target, source = args[0], args[1]
+    source = source.in_order(target.tiled) if source.tiled != target.tiled else source
+    if not target.same_layout(source):
+        raise refusal(
+            target,
+            func,
+            f"from {source!r} to {target!r}; the patterns and shapes must be equal",
+        )
+    for name in target.PARTS:
+        func(getattr(target, name), getattr(source, name), *args[2:], **kwargs)
+    return target
+
+
 @dispatch(aten.equal.default)
 def _equal(func: Any, args: Args, kwargs: Kwargs) -> bool:
     """Equality of the dense values: one matrix can be packed in several ways where it has zeros to spare."""

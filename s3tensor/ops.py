@@ -5,7 +5,7 @@ Every op of the first group takes plain tensors, ints and strings. The pattern t
 to. What an op does is elsewhere: ``mask``, ``packing``, and for ``linear`` the paths of ``paths``.
 
 ``weight_linear`` and ``weight_linear_grad`` are what Python code calls with a compressed weight. They
-take the tensor subclass and hold no arithmetic: ``StructuredSparseTensor`` turns them into ``linear``
+take the tensor subclass and hold no arithmetic: a compressed tensor turns them into ``linear``
 and ``gather`` over its inner tensors, below autograd and autocast. A single op that nothing decomposes
 is needed because ``aten.linear`` and ``aten.matmul`` break up, for 3-D inputs, before they reach
 ``__torch_dispatch__``; and an op over Triton kernels must see plain tensors (pytorch#160333).

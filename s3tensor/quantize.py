@@ -96,10 +96,11 @@ def quantize_(
             made.append((held, nn.Parameter(weight, requires_grad=False)))
             rows.append(_row(held.path, before, weight))
     if not rows:
+        done = any(isinstance(weight, Int8SparseTensor) for weight in model.parameters())
         raise ModelError(
-            f"{type(model).__name__} has no compressed weights to quantize"
+            f"{type(model).__name__} has no {'more ' if done else ''}compressed weights to quantize"
             + ("" if filter_fn is None else " that filter_fn takes")
-            + "; prune it, or call s3tensor.sparsify_, first"
+            + ("; it has int8 values" if done else "; prune it, or call s3tensor.sparsify_, first")
         )
     for held, parameter in made:
         held.replace(parameter)

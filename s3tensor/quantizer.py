@@ -27,13 +27,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from s3tensor.checkpoint import METADATA_KEY, first_line, flatten_state, read_description
 from s3tensor.compressed import Compressed
 from s3tensor.errors import CheckpointError, ModelError
-from s3tensor.folder import FORMAT, METHOD, quantization, unshared_state
+from s3tensor.folder import FORMAT, METHOD, quantization, tied_names, unshared_state
 from s3tensor.holders import parameters_of
-from s3tensor.int8 import VALUES, Int8SparseTensor, class_of
+from s3tensor.int8 import VALUES, class_of
 from s3tensor.pattern import Pattern
 from s3tensor.scaled import DTYPES
 
-_INTEGERS = {torch.uint8: "U8", torch.int8: "I8"}  # names of safetensors
+_INTEGERS, _FLOATS = (
+    {torch.uint8: "U8", torch.int8: "I8"},
+    {"F64", "F32", "F16", "BF16"},
+)  # of safetensors
 _FLOOR = (5, 0)  # before it, transformers does not save and load compressed weights whole
 
 
@@ -75,7 +78,6 @@ class S3Quantizer(HfQuantizer):
     """
 
     requires_calibration = True
-    requires_parameters_quantization = False  # asked for by transformers 4
     quantization_config: S3Config
 
     def __init__(self, quantization_config: S3Config, **kwargs: Any) -> None:
@@ -130,9 +132,8 @@ class S3Quantizer(HfQuantizer):
         transposed, int8 = set(config.transposed), set(getattr(config, "int8", ()))
         owners: dict[str, nn.Module] = {}
         described: dict[str, dict[str, Any]] = {}
-        expected: dict[
-            str, nn.Parameter | None
-        ] = {}  # what the files hold, a float type or a given one
+        # What the files hold: of parts an integer type or any float type, of biases any tensor.
+        expected: dict[str, nn.Parameter | None] = {}
         for stored, label in config.patterns.items():
             # A body may be loaded without its head, which gives its weights shorter names.
             names = stored, stored.removeprefix(prefix), prefix + stored
@@ -141,6 +142,8 @@ class S3Quantizer(HfQuantizer):
                 continue  # transformers reports it as unexpected
             if name in {*tied, *tied.values()}:
                 raise CheckpointError(f"{name} is tied to another weight and cannot be sparse")
+            if name in (known for known, *_ in self._loading):
+                raise CheckpointError(f"quantization_config is damaged: it names {name} twice")
             path, _, leaf = name.rpartition(".")
             owner = model.get_submodule(path)
             flip = stored in transposed
@@ -178,13 +181,6 @@ class S3Quantizer(HfQuantizer):
             _check_files(checkpoint_files, expected, described)
         return model
 
-    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> Any:
-        """Refuse a file without a sparse weight's parts (asked by transformers 4, which reads no ahead)."""
-        for name, *_ in self._loading:
-            if {f"{name}.{part}" for part in Int8SparseTensor.PARTS} & set(missing_keys):
-                raise CheckpointError(f"{name}: its parts are missing from the files")
-        return missing_keys
-
     # after --------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -192,7 +188,7 @@ class S3Quantizer(HfQuantizer):
         for name, owner, leaf, fields in self._loading:
             parts = getattr(owner, leaf)
             kind: Any = class_of(fields)
-            stored = (part.detach() for part in parts.parameters())
+            stored = (getattr(parts, part).detach() for part in kind.PARTS)
             weight = kind.from_stored(*stored, fields, name)
             setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
         self._loading.clear()
@@ -210,7 +206,11 @@ class S3Quantizer(HfQuantizer):
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Plain tensors of a model and the files' metadata; the model's config is brought up to date."""
         ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-        state = {name: part for name, part in unshared_state(model).items() if name not in ignored}
+        state = {
+            name: part
+            for name, part in unshared_state(model, tied_names(model)).items()
+            if name not in ignored
+        }
         tensors, description = flatten_state(state, checksums=True)
         if not _stored_as_named(model, tensors):
             raise ModelError(
@@ -288,7 +288,7 @@ def register() -> None:
 
 def attach(model: nn.Module) -> nn.Module:
     """Make ``model.save_pretrained`` of a model with compressed weights write them; returns the model."""
-    config = S3Config(**quantization(unshared_state(model)))
+    config = S3Config(**quantization(unshared_state(model, tied_names(model))))
     model.hf_quantizer = S3Quantizer(config)
     model.quantization_method = METHOD  # type: ignore[assignment]
     model.config.quantization_config = config  # type: ignore[union-attr]
@@ -319,7 +319,7 @@ def _check_files(
                     if wanted is None:
                         continue
                     kind, needed = part.get_dtype(), _INTEGERS.get(wanted.dtype)
-                    fits = kind == needed if needed else kind not in _INTEGERS.values()
+                    fits = kind == needed if needed else kind in _FLOATS
                     if tuple(part.get_shape()) != tuple(wanted.shape) or not fits:
                         raise CheckpointError(
                             f"{path}: {name} is {kind} of shape {part.get_shape()!s:.80}; its pattern needs "
@@ -349,10 +349,8 @@ def _agree(config: dict[str, dict[str, Any]], file: dict[str, Any], path: str) -
 
 def _stored_as_named(model: nn.Module, tensors: dict[str, Tensor]) -> bool:
     """False when transformers 5 would rename or rearrange tensors that it saves, as it did on loading."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # transformers 4
-        return True
+    from transformers.core_model_loading import revert_weight_conversion
+
     stored = revert_weight_conversion(model, dict(tensors))
     return stored.keys() == tensors.keys() and all(stored[n] is tensors[n] for n in tensors)
 

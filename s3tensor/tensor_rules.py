@@ -12,6 +12,7 @@ from torch import Tensor
 
 from s3tensor.compressed import refusal, rules_for
 from s3tensor.function_rules import is_compressed
+from s3tensor.operator_rules import copy_parts
 from s3tensor.tensor import DTYPES, StructuredSparseTensor
 
 aten = torch.ops.aten
@@ -75,21 +76,14 @@ def _copy_(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
             "with assign=True, or copy weight.to_dense()",
         )
     if not is_sparse(source):
+        what = "one with int8 values" if is_compressed(source) else "a dense tensor"
         raise refusal(
             StructuredSparseTensor,
             func,
-            f"a dense tensor copied into a {target.pattern} weight; make a new weight with "
+            f"{what} copied into a {target.pattern} weight; make a new weight with "
             "StructuredSparseTensor.from_dense",
         )
-    source = source.in_order(target.tiled) if source.tiled != target.tiled else source
-    if not target.same_layout(source):
-        raise refusal(
-            StructuredSparseTensor,
-            func,
-            f"from {source!r} to {target!r}; the patterns and shapes must be equal",
-        )
-    func(target.packed, source.packed, *args[2:], **kwargs)
-    func(target.indices, source.indices, *args[2:], **kwargs)
+    copy_parts(func, args, kwargs)
     return target.refresh_()
 
 
@@ -118,6 +112,9 @@ def _add(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
 def _add_(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
     args[0].packed.copy_(_sum(func, args, kwargs))
     return args[0].refresh_()
+
+
+# products ---------------------------------------------------------------------------------------------
 
 
 @dispatch(torch.ops.s3tensor.weight_linear_grad.default)

@@ -92,7 +92,16 @@ def test_convert_rounds_values_to_int8(dense: Path, text: Path, tmp_path: Path) 
     wrong = run("convert", small, "--to", "dense", "--int8", "--out", tmp_path / "x")
     assert wrong.exit_code == 2 and "--to compressed" in wrong.stderr
     twice = run("convert", small, "--to", "compressed", "--int8", "--out", tmp_path / "x")
-    assert twice.exit_code == 1 and "no compressed weights to quantize" in twice.stderr
+    assert twice.exit_code == 1 and "has int8 values" in twice.stderr
+    again = run("convert", small, "--to", "compressed", "--out", tmp_path / "x")
+    assert again.exit_code == 1 and "compressed already" in again.stderr
+    other = "--to", "compressed", "--int8", "--pattern", "1:4", "--out", tmp_path / "x"
+    missed = run("convert", sparse, *other)
+    assert missed.exit_code == 1 and "satisfies 1:4" in missed.stderr
+    half = run("convert", sparse, *other[:3], "--dtype", "bfloat16", "--out", tmp_path / "half")
+    assert half.exit_code == 0, half.output
+    entry = json.loads((tmp_path / "half/config.json").read_text())
+    assert (entry["dtype"], len(entry["quantization_config"]["int8"])) == ("bfloat16", 14)
     pruned = run("prune", small, "--calibration", text, "--out", tmp_path / "x", *options[2:])
     assert pruned.exit_code == 1 and "compressed already" in pruned.stderr, pruned.output
 

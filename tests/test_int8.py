@@ -236,8 +236,12 @@ def test_quantize_reports_each_weight_and_keeps_what_is_dense() -> None:
     assert "2 compressed weights have int8 values" in str(report)
     assert (model(x) - before).norm() < 0.02 * before.norm()
     assert not any(isinstance(p, s3.StructuredSparseTensor) for p in model.parameters())
-    with pytest.raises(s3.ModelError, match="no compressed weights to quantize"):
+    with pytest.raises(s3.ModelError, match="no more compressed weights to quantize; it has int8"):
         s3.quantize_(model)
+    with pytest.raises(s3.ModelError, match="int8 values, which have no second forms"):
+        s3.set_memory_(model, "fast")
+    with pytest.raises(s3.ModelError, match=r"to quantize; prune it, or call s3tensor\.sparsify_"):
+        s3.quantize_(nn.Linear(4, 4))
 
 
 def test_quantize_takes_what_the_filter_takes_and_keeps_ties() -> None:
@@ -461,6 +465,28 @@ def test_a_card_tells_of_int8_values(tmp_path: Path) -> None:
     assert "The weights are compressed" in text
 
 
+def test_transposed_weights_with_int8_values_are_stored_and_loaded(tmp_path: Path) -> None:
+    tiny_models = pytest.importorskip("tiny_models")
+    model = tiny_models.pruned("gpt2")
+    report = s3.quantize_(model)
+    s3.save_pretrained(model, tmp_path / "a")
+    load = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained
+    found = load(tmp_path / "a", dtype="auto")
+    named = dict(found.named_parameters())
+    assert report.rows and all(named[row.name].transposed for row in report.rows)
+    for row in report.rows:
+        assert torch.equal(named[row.name], model.get_parameter(row.name))
+
+
+def test_a_float_weight_takes_no_int8_values(tmp_path: Path) -> None:
+    weight, small = sparse(), int8()
+    for target, source in ((weight, small), (small, weight)):
+        with pytest.raises(s3.UnsupportedOpError, match=r"int8 values copied|same form"):
+            target.copy_(source)
+    with pytest.raises(RuntimeError, match="requires_grad must be a bool"):
+        weight.requires_grad = 1  # type: ignore[assignment]
+
+
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -501,6 +527,8 @@ def test_a_config_that_does_not_fit_the_files_is_refused(
         ("scales", lambda t: t * float("inf"), "not finite, or negative"),
         ("packed", lambda t: t.float(), "needs I8"),
         ("packed", lambda t: t.view(torch.uint8), "needs I8"),
+        ("packed", lambda t: t.to(torch.int16), "needs I8"),
+        ("scales", lambda t: t.to(torch.int64), "a float type of shape"),
         ("packed", lambda t: torch.full_like(t, -128), "not of -127 to 127"),
         ("indices", lambda t: t.view(torch.int8), "needs U8"),
         ("indices", torch.zeros_like, "do not describe"),

@@ -18,6 +18,7 @@ import s3tensor as s3
 from s3tensor import llm
 from s3tensor.checkpoint import TEMPORARY, save_state
 from s3tensor.llm import calibrate, driver
+from s3tensor.llm.resume import RunFolder
 
 transformers = pytest.importorskip("transformers")
 
@@ -289,3 +290,36 @@ def test_a_damaged_block_of_an_unfinished_run_is_refused(tmp_path: Path) -> None
     path.write_bytes(data)
     with pytest.raises(s3.CheckpointError, match="checksum"):
         llm.prune_model(tiny("llama"), batches(), "2:4", "wanda", work_dir=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_run_beside_compressed_weights_goes_on(
+    int8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(folder: Path) -> tuple[nn.Module, llm.PruneReport]:
+        model = tiny("llama", 3)
+        s3.sparsify_(model, "pair4:8", lambda module, name: "self_attn" in name)
+        if int8:
+            s3.quantize_(model)
+        options = {"work_dir": folder, "progress": False}
+        mlp = lambda module, name: "mlp" in name  # noqa: E731
+        return model, llm.prune_model(model, batches(2), "2:4", filter_fn=mlp, **options)
+
+    expected, _ = run(tmp_path / "whole")
+    save, saved = RunFolder.save, 0
+
+    def killed(self: RunFolder, *args: object) -> None:
+        nonlocal saved
+        if saved:
+            raise _Killed
+        saved += 1
+        save(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RunFolder, "save", killed)
+    with pytest.raises(_Killed):
+        run(tmp_path / "broken")
+    monkeypatch.undo()
+    found, report = run(tmp_path / "broken")
+    assert report.resumed == 1
+    pairs = zip(found.named_parameters(), expected.parameters(), strict=True)
+    assert all(torch.equal(one, other) and type(one) is type(other) for (_, one), other in pairs)

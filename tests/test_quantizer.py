@@ -576,9 +576,33 @@ def test_a_hostile_config_is_refused_before_memory_is_taken(copy: Path, case: st
     assert len(str(refused.value)) < 2000
 
 
+def test_a_weight_that_is_named_twice_is_refused(copy: Path) -> None:
+    short = NAME.removeprefix("model.")
+    entry = json.loads((copy / "config.json").read_text())["quantization_config"]
+    entry_with(copy, patterns={**entry["patterns"], short: entry["patterns"][NAME]})
+    with pytest.raises(s3.CheckpointError, match=f"names {NAME} twice"):
+        load(copy)
+
+
+def test_what_a_user_s_code_shares_is_stored_under_each_name(tmp_path: Path) -> None:
+    model = pruned("llama")
+    first, second = (model.model.layers[i] for i in range(2))
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    second.input_layernorm.weight = first.input_layernorm.weight
+    s3.save_pretrained(model, tmp_path / "a")
+    s3.save_pretrained(model, tmp_path / "dense", dense=True)
+    for found in (
+        load(tmp_path / "a"),
+        s3.from_pretrained(tmp_path / "a"),
+        load(tmp_path / "dense"),
+    ):
+        assert torch.allclose(logits(found), logits(model), atol=1e-5)
+        for name in ("mlp.up_proj.weight", "input_layernorm.weight"):
+            twin = found.model.layers[1].get_parameter(name)
+            assert torch.equal(twin, found.model.layers[0].get_parameter(name))
+
+
 def test_a_sparse_weight_that_is_tied_is_refused(tmp_path: Path) -> None:
-    if not hasattr(tiny("llama"), "all_tied_weights_keys"):
-        pytest.skip("transformers 4 lists tied weights by pattern")
     s3.save_pretrained(pruned("llama, tied"), tmp_path)
     entry_with(tmp_path, patterns={"model.embed_tokens.weight": "2:4"})
     with pytest.raises(s3.CheckpointError, match="tied"):
@@ -599,11 +623,13 @@ LABELS = st.sampled_from(["2:4", "1:4", "pair4:8", "rowpair16", "unstructured@0.
     patterns=VALUES | st.dictionaries(NAMES, LABELS, max_size=3),
     definitions=VALUES | st.dictionaries(LABELS, LABELS | st.text(max_size=30), max_size=3),
     transposed=VALUES | st.lists(NAMES, max_size=3),
+    int8=st.none() | VALUES | st.lists(NAMES, max_size=3),
 )
 def test_any_config_is_refused_in_our_words_or_loads_without_a_sparse_weight(
-    saved: Path, patterns: Any, definitions: Any, transposed: Any
+    saved: Path, patterns: Any, definitions: Any, transposed: Any, int8: Any
 ) -> None:
     fields = {"patterns": patterns, "definitions": definitions, "transposed": transposed}
+    fields["int8"] = int8
     config = transformers.AutoConfig.from_pretrained(saved)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)

@@ -272,9 +272,10 @@ def test_choosing_is_named_as_a_remedy_for_few_tokens_where_it_is_one() -> None:
         assert [("let damp='auto' choose" in text) for text in told] == [named]
 
 
+@pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("damp", [None, 0.01])
 def test_sums_of_moments_are_let_go_before_a_pruner_works(
-    damp: float | None, monkeypatch: pytest.MonkeyPatch
+    damp: float | None, held_out: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = []
     real = s3.prune.PRUNERS["admm"]
@@ -286,7 +287,7 @@ def test_sums_of_moments_are_let_go_before_a_pruner_works(
     gc.collect()
     before = sum(type(thing) is s3.Hessian for thing in gc.get_objects())
     monkeypatch.setitem(s3.prune.PRUNERS, "admm", admm)
-    pruned([IDS], damp=damp)
+    pruned([IDS], damp=damp, held_out=[IDS] if held_out else None)
     assert held == [before] * len(held) and held
 
 

@@ -47,7 +47,7 @@ def convert(
     overwrite: bool,
     directory: Path,
 ) -> None:
-    """Write MODEL anew, its pruned weights dense or compressed; no value changes, but by --int8."""
+    """Write MODEL anew, its pruned weights dense or compressed; values stay, but for --int8 and --dtype."""
     from s3tensor import hf
     from s3tensor.compressed import Compressed
     from s3tensor.quantize import quantize_
@@ -59,7 +59,7 @@ def convert(
     if form == "compressed":
         before = any(isinstance(weight, Compressed) for weight in loaded.parameters())
         found = _compress(loaded, pattern)
-        if not found and not (int8 and before):
+        if not found and (pattern is not None or not before):
             wanted = str(pattern) if pattern else ", ".join(_LIKELY)
             raise ModelError(
                 f"no weight of {model} satisfies {wanted}; prune it with s3tensor prune, or name its pattern"
@@ -67,6 +67,8 @@ def convert(
         if found:
             words = ", ".join(f"{count} to {name}" for name, count in found.items())
             click.echo(f"compressed {words}")
+        elif not int8:
+            raise ModelError(f"{model} is compressed already; --int8 would round its values")
         if int8:
             click.echo(str(quantize_(loaded)))
     saved = hf.save_pretrained(

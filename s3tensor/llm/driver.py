@@ -381,11 +381,12 @@ def _replay(
     with torch.no_grad():
         for name, tensor in runner.block.state_dict().items():
             found = state[name]
-            tensor.copy_(found.to_dense() if isinstance(found, StructuredSparseTensor) else found)
+            unpack = isinstance(found, Compressed) and not isinstance(tensor, Compressed)
+            tensor.copy_(found.to_dense() if unpack else found)
     for chunk in (*streams.pruned, *streams.held_out):
         chunk.hidden = runner.output(chunk).to(runner.cache)
     for name, tensor in state.items():
-        if isinstance(tensor, StructuredSparseTensor):
+        if isinstance(tensor, Compressed):
             owner, _, attribute = name.rpartition(".")
             parameter = nn.Parameter(tensor.to(runner.device), requires_grad=False)
             setattr(runner.block.get_submodule(owner), attribute, parameter)
@@ -422,7 +423,9 @@ def _prune_block(
         if parts is not None:
             unseen = None
             if streams.held_out:
-                unseen = input_moments(runner, streams.held_out, group, weigh=writes)
+                found = input_moments(runner, streams.held_out, group, weigh=writes)
+                unseen = None if found is None else found.hessian.value()
+                del found
             rows.extend(prune_group(group, runner.index, parts, unseen, run, bar, memory, masks))
     bar.skip(sum(x.weight.numel() for x in layers) - sum(m.numel() for _, m in masks))
     recovered = Recovered(0, 0.0, None, None)

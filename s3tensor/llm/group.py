@@ -50,7 +50,7 @@ def prune_group(
     group: list[LinearLayer],
     index: int,
     parts: list[Moments],  # of the calibration tokens; with shares to choose, of two parts
-    held_out: Moments | None,  # on held-out tokens
+    unseen: Tensor | None,  # (K, K), the Hessian of held-out tokens
     run: Run,
     bar: PruneProgress,
     memory: PeakMemory,
@@ -58,7 +58,8 @@ def prune_group(
 ) -> list[LinearRow]:
     """Prune the linears of one input, in place; a row for each.
 
-    ``parts`` is emptied: their sums take four squares (K, K) that no pruner should have to do without.
+    ``parts`` is emptied: its sums take two to four squares (K, K), which a pruner should not have to do
+    without.
     """
     shares = run.shares
     if shares.auto:
@@ -69,7 +70,6 @@ def prune_group(
     parts.clear()
     value, cross, samples = hessian.value(), hessian.cross(), hessian.samples
     del hessian
-    unseen = None if held_out is None else held_out.hessian.value()
     factors = Factors(value, shares.damp)
     extra: dict[str, Any] = {**run.options}
     if run.dense_target:

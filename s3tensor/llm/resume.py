@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from s3tensor.checkpoint import TEMPORARY, load_state, save_state, write_json
+from s3tensor.compressed import Compressed
 from s3tensor.errors import CheckpointError
 from s3tensor.llm.report import BLOCKS_CSV, LINEARS_CSV, BlockRow, LinearRow, write_rows
 
 _RUN = "run.json"
 _LOCK = "run.lock"
-_OF_RUST = (
-    ".tmp" + "[0-9A-Za-z]" * 6
-)  # what safetensors and tokenizers leave when killed while they write
+# What safetensors and tokenizers leave when killed while they write.
+_OF_RUST = ".tmp" + "[0-9A-Za-z]" * 6
 
 
 class RunFolder:
@@ -240,8 +240,10 @@ def fingerprint(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, str]:
     weights = hashlib.sha256()
     for name, parameter in model.named_parameters():
         weights.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
-        weights.update(sample.double().cpu().numpy().tobytes())
+        whole = parameter.detach()
+        for part in whole.parts() if isinstance(whole, Compressed) else (whole,):
+            sample = part.flatten()[:: max(1, part.numel() // 64)]
+            weights.update(sample.double().cpu().numpy().tobytes())
     tokens = hashlib.sha256()
     for batch in batches:
         tokens.update(f"{tuple(batch.shape)}".encode())
