@@ -50,12 +50,15 @@ def run(cells: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def outputs_of(source: str, name: str, namespace: dict[str, Any]) -> list[dict[str, Any]]:
     lines = source.splitlines()
     tree = ast.parse("\n".join("" if line.startswith("%") else line for line in lines))
-    shown = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    last = tree.body[-1] if tree.body else None
+    shown = last.value if isinstance(last, ast.Expr) else None
+    if shown is not None:
+        tree.body.pop()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(tree, name, "exec"), namespace)
         value = None
         if shown is not None:
-            value = eval(compile(ast.Expression(shown.value), name, "eval"), namespace)
+            value = eval(compile(ast.Expression(shown), name, "eval"), namespace)
     outputs: list[dict[str, Any]] = []
     if printed.getvalue():
         outputs.append({"output_type": "stream", "name": "stdout", "text": printed.getvalue()})
