@@ -39,7 +39,8 @@ def pruners(stored: dict[str, Any]) -> str:
     lines = [
         f"SmolLM2-135M, all linears to {stored['pattern']}, {calibration['samples']} x "
         f"{calibration['seq_len']} calibration tokens, {stored['held_out_tokens']:,} held-out tokens of "
-        f"other topics, {_where(stored)} (`bench/pruners.py`):",
+        f"other topics, {_where(stored)} (`bench/pruners.py`; `admm`, the default, chooses damp, and so does "
+        f"`admm + recovery`; the others have {stored['damp']} if they do not say so):",
         "",
         "| pruner | perplexity | seconds, whole run | seconds in the pruner |",
         "|---|---|---|---|",
