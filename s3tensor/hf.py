@@ -40,7 +40,7 @@ def load_model(
     Args:
         source: a folder or hub name of a Hugging Face model, a ``.gguf`` file, or a folder that
             :func:`save_pretrained` wrote.
-        dtype: of the weights; ``auto`` is the checkpoint's own, float32 for GGUF.
+        dtype: of the weights, or its name; ``auto`` is the checkpoint's own, float32 for GGUF.
         device: where the model goes.
 
     Raises:
@@ -50,8 +50,11 @@ def load_model(
 
     path = Path(source)
     if compressed_files(path):
+        wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype != "auto" and not isinstance(wanted, torch.dtype):
+            raise ModelError(f"dtype={dtype!r:.40} is no dtype of torch, nor 'auto'")
         model = from_pretrained(path, device)
-        return model if dtype == "auto" else model.to(dtype), _tokenizer(path)
+        return model if dtype == "auto" else model.to(wanted), _tokenizer(path)
     names: dict[str, Any] = {}
     location: str | Path = source
     if path.suffix == ".gguf":

@@ -289,6 +289,19 @@ def test_verify_refuses_nan_anywhere() -> None:
 # load_model -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_a_compressed_model_is_loaded_in_the_dtype_that_is_asked_for(
+    saved: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf, "_tokenizer", lambda folder: None)
+    asked, _ = hf.load_model(saved, dtype)
+    as_stored, _ = hf.load_model(saved)
+    for (name, one), other in zip(asked.named_parameters(), as_stored.parameters(), strict=True):
+        assert one.dtype == torch.bfloat16 and torch.equal(one, other.to(torch.bfloat16)), name
+    with pytest.raises(s3.ModelError, match="'bfloat' is no dtype of torch"):
+        hf.load_model(saved, "bfloat")
+
+
 def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.bin").write_bytes(b"x")
