@@ -1,4 +1,4 @@
-"""Write the measured tables of the README and of two pages of docs/ from the stored results.
+"""Write the measured tables of the README and of the pages of docs/ from the stored results.
 
 python bench/readme_tables.py            # rewrites what stands between the markers of these pages
 python bench/readme_tables.py --check    # exit code 1 when a page does not show the stored results
@@ -22,6 +22,7 @@ PAGES = {
     ROOT / "README.md": ("pruners", "layer_errors", "inference", "finetune"),
     ROOT / "docs" / "benchmarks.md": (
         "inference",
+        "inference-NVIDIA-H200",
         "pruners",
         "pruners-patterns",
         "layer_errors",
@@ -30,6 +31,8 @@ PAGES = {
         "faults",
     ),
     ROOT / "docs" / "training.md": ("training", "finetune"),
+    ROOT / "docs" / "pruners.md": ("room",),
+    ROOT / "docs" / "interop.md": ("int8", "int8-NVIDIA-H200"),
 }
 
 
@@ -127,8 +130,7 @@ def inference(stored: dict[str, Any]) -> str:
     lines = [
         f"How often faster than the dense product (cuBLAS, {rows[0]['dtype']}), geometric mean over weights "
         f"of {', '.join(shapes[:-1])} and {shapes[-1]}, in CUDA graphs, no weight in a cache; "
-        f"{_where(stored)}; a copy moves {stored['copy_gb_per_s']} GB/s (`s3tensor bench`, "
-        "`bench/results/inference.json`):",
+        f"{_where(stored)}; a copy moves {stored['copy_gb_per_s']} GB/s (`s3tensor bench`):",
         "",
         f"| rows of x | {' | '.join(map(str, batches))} |",
         "|---|" + "---|" * len(batches),
@@ -142,6 +144,44 @@ def inference(stored: dict[str, Any]) -> str:
     lines.append(f"| 2:4, torch's own tensor | {' | '.join(rival)} |")
     worst = min(row["dense_us"] / row["fast_us"] for row in rows)
     lines += ["", f"The worst of the {len(rows)} products under `fast` is {worst:.2f} of dense."]
+    return "\n".join(lines)
+
+
+def int8(stored: dict[str, Any]) -> str:
+    """Products by weights with int8 values, and with those of bfloat16 (bench/int8.py)."""
+    rows = [row for row in stored["rows"] if row["name"] != "dense"]
+    patterns = list(dict.fromkeys(row["name"].split()[0] for row in rows))
+    lines = [f"| {_where(stored)}, rows of x | {' | '.join(patterns)} |"]
+    lines += ["|---|" + "---|" * len(patterns)]
+    for batch in sorted({row["batch"] for row in rows}):
+        for values in ("bfloat16", "int8"):
+            cells = []
+            for pattern in patterns:
+                name = f"{pattern} {values}"
+                times = [r["speedup"] for r in rows if (r["batch"], r["name"]) == (batch, name)]
+                cells.append(f"{statistics.geometric_mean(times):.2f}")
+            lines.append(f"| {batch}, {values} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def room(stored: dict[str, Any]) -> str:
+    """What a search of the masks finds beside each method (bench/room.py)."""
+    named = {"sparsekit/true_obs": "S-OBS (sparsekit)", "sparsegpt": "SparseGPT", "admm": "ADMM"}
+    lines = [
+        f"The first {stored['groups']} rows of a made layer (`rowpair16`: pairs of rows), {stored['layer']}, "
+        f"{stored['samples']:,} samples; errors in %, {stored['steps']:,} swaps of tabu search for each; "
+        f"{_where(stored)} (`bench/room.py --synthetic`):",
+        "",
+        "| pattern | start | as given | refitted | no swap helps | after the search | of S-OBS |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    base = {r["pattern"]: r["as_given"] for r in stored["rows"] if "true_obs" in r["start"]}
+    for row in stored["rows"]:
+        start = named.get(row["start"], "a mask at random")
+        errors = (row["as_given"], row["refitted"], row["descent"], row["search"])
+        cells = " | ".join("" if error is None else f"{100 * error:.3f}" for error in errors)
+        ratio = row["search"] / base[row["pattern"]]
+        lines.append(f"| {row['pattern']} | {start} | {cells} | {ratio:.4f} |")
     return "\n".join(lines)
 
 
@@ -319,12 +359,18 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "layer_errors": layer_errors,
     "synthetic": synthetic,
     "inference": inference,
+    "inference-NVIDIA-H200": inference,
+    "int8": int8,
+    "int8-NVIDIA-H200": int8,
+    "room": room,
     "decoder": decoder,
     "loading": loading,
     "faults": faults,
     "training": training,
     "finetune": finetune,
 }
+# Tables that are made from the result of another one; each other has a file of its name.
+SHARED = {"pruners-patterns": "pruners"}
 
 
 def rendered(text: str, page: Path, promised: tuple[str, ...]) -> str:
@@ -332,7 +378,7 @@ def rendered(text: str, page: Path, promised: tuple[str, ...]) -> str:
     for name, table in TABLES.items():
         if f"<!-- {name} -->" not in text and name not in promised:
             continue
-        file = RESULTS / f"{name.partition('-')[0]}.json"
+        file = RESULTS / f"{SHARED.get(name, name)}.json"
         shown = ""
         if file.exists():
             shown = table(json.loads(file.read_text(encoding="utf-8"))) + "\n"

@@ -30,6 +30,7 @@ from s3tensor import paths, timings
 from s3tensor.errors import ModelError
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.tensor import StructuredSparseTensor
+from s3tensor.version import __version__
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 # What a table is measured at: weights of language models of 0.1 to 70 G parameters.
@@ -148,8 +149,8 @@ def _machine(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {"device": platform.processor() or platform.machine()}
     if device.type == "cuda":
         facts = {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    versions = {}
-    for name in ("torch", "triton", "s3tensor"):
+    versions = {"s3tensor": __version__}
+    for name in ("torch", "triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {**facts, "versions": versions, "date": time.strftime("%Y-%m-%d")}
