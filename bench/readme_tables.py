@@ -31,7 +31,7 @@ PAGES = {
         "faults",
     ),
     ROOT / "docs" / "training.md": ("training", "finetune"),
-    ROOT / "docs" / "pruners.md": ("room",),
+    ROOT / "docs" / "pruners.md": ("room", "room-29.down"),
     ROOT / "docs" / "interop.md": ("int8", "int8-NVIDIA-H200"),
 }
 
@@ -166,11 +166,15 @@ def int8(stored: dict[str, Any]) -> str:
 
 def room(stored: dict[str, Any]) -> str:
     """What a search of the masks finds beside each method (bench/room.py)."""
-    named = {"sparsekit/true_obs": "S-OBS (sparsekit)", "sparsegpt": "SparseGPT", "admm": "ADMM"}
+    named = {
+        "sparsekit/true_obs": "S-OBS (sparsekit)", "true_obs": "S-OBS (ours)",
+        "sparsegpt": "SparseGPT", "admm": "ADMM",
+    }  # fmt: skip
+    device = f"{stored['device']}, " if "NVIDIA" in stored["device"] else "a CPU, "
     lines = [
-        f"The first {stored['groups']} rows of a made layer (`rowpair16`: pairs of rows), {stored['layer']}, "
-        f"{stored['samples']:,} samples; errors in %, {stored['steps']:,} swaps of tabu search for each; "
-        f"{_where(stored)} (`bench/room.py --synthetic`):",
+        f"The first {stored['groups']} rows (`rowpair16`: pairs of rows) of {stored['layer']}, "
+        f"{stored['samples']:,} samples; errors in %, {stored['steps']:,} swaps of tabu search for each "
+        f"({device}torch {stored['versions']['torch']}, `bench/room.py`):",
         "",
         "| pattern | start | as given | refitted | no swap helps | after the search | of S-OBS |",
         "|---|---|---|---|---|---|---|",
@@ -363,6 +367,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "int8": int8,
     "int8-NVIDIA-H200": int8,
     "room": room,
+    "room-29.down": room,
     "decoder": decoder,
     "loading": loading,
     "faults": faults,
