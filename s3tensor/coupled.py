@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from s3tensor.errors import NonFiniteError, PatternError
-from s3tensor.masked import Masked, StraightThrough, flipped
+from s3tensor.masked import Masked, StraightThrough, check_mask, flipped
 from s3tensor.pattern import Pattern
 from s3tensor.schedule import Density
 from s3tensor.specs import BlockSpec, Scopes, ScopeSpec, View
@@ -168,12 +168,16 @@ class Coupling:
         Raises:
             PatternError: a schedule that has not ended.
         """
+        self.check_ended()
+        self.frozen = True
+
+    def check_ended(self) -> None:
+        """Raise what :meth:`freeze` would."""
         if self.keep_now() != self.budget.keep:
             raise PatternError(
                 f"{self.name} is at density {self.density:g} after {self.steps} steps, above its "
                 f"{self.budget.density:g}; freeze once the schedule has ended"
             )
-        self.frozen = True
 
     def facts(self) -> dict[str, Any]:
         """What a state dict holds of it; ``coupling`` is a hash of the geometry."""
@@ -303,7 +307,30 @@ class CoupledSparse(Masked):
                     "order; couple the weights as they were when it was saved"
                 )
                 return
+            mask = state_dict.get(f"{prefix}mask")
+            if isinstance(mask, Tensor) and not self._fits(mask, facts["steps"]):
+                rest[-1].append(
+                    f"{where}: the mask is none of {self.owner.budget}; load what was saved under the same "
+                    "coupling and schedule"
+                )
+                return
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _fits(self, mask: Tensor, steps: int) -> bool:
+        """Whether a mask is one that the owner may have decided, as far as one weight can tell."""
+        if (
+            mask.is_meta
+            or self.pattern is None
+            or self.owner.keep_now(steps) != self.owner.budget.keep
+        ):
+            return True
+        if mask.dtype != torch.bool or self.mask is None or mask.shape != self.mask.shape:
+            return mask.dtype == torch.bool  # torch has a message of its own for a shape
+        try:
+            check_mask(mask, self.pattern.bind(tuple(mask.shape)))
+        except PatternError:
+            return False
+        return True
 
     def extra_repr(self) -> str:
         parts = [f"{self.owner.budget}", f"weight {self.place}", f"mode={self.mode!r}"]

@@ -88,6 +88,13 @@ def combine(bias: Tensor, product: Tensor, beta: Any, alpha: Any) -> Tensor:
     product = product if alpha == 1 else alpha * product
     if beta == 0:
         return product
+    bias = bias.expand(product.shape)  # as in torch, only the bias is stretched
+    if bias.dtype != product.dtype:
+        if not torch.is_autocast_enabled(product.device.type):
+            raise RuntimeError(
+                f"the matrix to add has dtype {bias.dtype}, the product {product.dtype}; convert one"
+            )
+        bias = bias.to(product.dtype)
     return product + (bias if beta == 1 else beta * bias)
 
 
@@ -153,6 +160,12 @@ def set_requires_grad(target: Tensor, value: bool) -> None:
         return
     with torch._C.DisableTorchFunctionSubclass():  # for torch's own error
         _set_requires_grad(target, value)
+
+
+@function(Tensor.__dlpack__, Tensor.__dlpack_device__)
+def refuse_exchange(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """There is no memory of these values to hand over: whoever read it would read another's, or crash."""
+    raise _refused("__dlpack__", (tensor,), "hand over to_dense(), or the parts")
 
 
 @function(Tensor.apply_, Tensor.map_, Tensor.map2_)

@@ -28,6 +28,7 @@ from s3tensor.folder import (
 )
 from s3tensor.folder import unshared_state as unshared_state
 from s3tensor.mask import satisfies
+from s3tensor.parametrize import parametrized
 
 
 def load_model(
@@ -112,7 +113,8 @@ def save_pretrained(
 
     Raises:
         CheckpointError: a model is there already, or the folder cannot be written.
-        ModelError: a model without a config, or with parameters on the meta device.
+        ModelError: a model without a config, with parameters on the meta device, or still in training
+            under S3Sparse.
     """
     folder = Path(directory)
     refuse_existing(folder, overwrite)
@@ -121,6 +123,12 @@ def save_pretrained(
         raise ModelError(
             f"{type(model).__name__} has no Hugging Face config; save its state_dict with "
             "s3tensor.checkpoint.save_state"
+        )
+    under = next((site.path for site in parametrized(model)), None)
+    if under is not None:
+        raise ModelError(
+            f"{under} is still under S3Sparse, and no reader of Hugging Face files knows its dense original; "
+            "call s3tensor.finalize(model) first, or torch.save(model.state_dict()) to train on later"
         )
     _forget_gguf(model)
     state = unshared_state(model, tied_names(model))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from s3tensor import ops
+from s3tensor.errors import ModelError
+from s3tensor.masked import Masked
 from s3tensor.tensor import StructuredSparseTensor
 
 _PLAIN_STARTS = (True, False, "gaussian")  # other values of init_lora_weights read the dense weight
@@ -59,6 +61,12 @@ def _dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) 
     """peft asks for each target: our layer for a compressed weight, None for peft's own."""
     unwrap: Any = getattr(target, "get_base_layer", lambda: target)
     base = unwrap()
+    chain = getattr(base, "parametrizations", {})
+    if "weight" in chain and isinstance(chain["weight"][-1], Masked):
+        raise ModelError(
+            f"a {type(base).__name__} to adapt is still under S3Sparse({chain['weight'][-1].pattern}): peft "
+            "would lose the adapter when it merges; call s3tensor.finalize(model) first"
+        )
     if not isinstance(getattr(base, "weight", None), StructuredSparseTensor):
         return None
     return layer_class()(target, adapter_name, config=config, **kwargs)

@@ -14,6 +14,13 @@ from s3tensor.mask import blocks_in, count, expand_blocks, tile, tile_norms, unt
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.schedule import Density
 
+# Modules that do not multiply by a matrix as F.linear does: a compressed weight is of no use to them.
+_NO_PRODUCT = (
+    nn.modules.conv._ConvNd,
+    *(nn.Embedding, nn.EmbeddingBag, nn.Bilinear, nn.RNNBase, nn.RNNCellBase),
+    nn.MultiheadAttention,  # of its own parameters; out_proj is a linear layer
+)
+
 # Up to this many competing weights the compiler unrolls a sum, so that a mask is taken where it is used.
 _UNROLLED = 8
 
@@ -42,7 +49,7 @@ class Masked(nn.Module):
 
     def pattern_in(self, owner: nn.Module) -> Pattern | None:
         """What the weight is packed under when it is compressed in a module; None if it must stay dense."""
-        return self.pattern
+        return None if isinstance(owner, _NO_PRODUCT) else self.pattern
 
     @property
     def needs_steps(self) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from s3tensor.compressed import Compressed
-from s3tensor.errors import ModelError, PatternError
+from s3tensor.errors import ModelError, NonFiniteError, PatternError
 from s3tensor.mask import project
 from s3tensor.masked import (
     Fused,
@@ -35,6 +35,7 @@ from s3tensor.transposing import check as check_transposable
 from s3tensor.transposing import transposable, transposable_mask
 
 MODES = ("fixed", "ste", "srste", "soft")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Score = Callable[[Tensor, "S3Sparse"], Tensor]
 
@@ -166,7 +167,7 @@ class S3Sparse(Masked):
         else:
             mask = self.upright(magnitude_mask(dense, self._text, self._run, self._budget))
         if self.frozen:  # by freeze() without the weight
-            self.mask = mask.contiguous()
+            self.mask = mask = _ordinary(mask.contiguous())
         return mask
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -201,8 +202,14 @@ class S3Sparse(Masked):
         """The dense original of a weight that is registered, or assigned later: the weight itself."""
         if isinstance(weight, Compressed):
             raise PatternError("the weight is compressed already; parametrize weight.to_dense()")
-        if not weight.is_floating_point():
-            raise PatternError(f"S3Sparse needs a floating-point weight, got {weight.dtype}")
+        if weight.dtype not in _DTYPES:
+            raise PatternError(
+                f"S3Sparse needs a floating-point weight of 16, 32 or 64 bits, got {weight.dtype}"
+            )
+        if hasattr(weight, "full_tensor"):
+            raise PatternError(
+                "the weight is sharded already (a DTensor); register S3Sparse first, then shard"
+            )
         bound = self.pattern.bind(self.upright(weight).shape)
         if self.transposable:
             check_transposable(self.pattern, bound.shape)
@@ -228,7 +235,7 @@ class S3Sparse(Masked):
             self.mask = self._select(weight)
         if self.mode == "soft" and self.beta is None:
             mask = self.mask if self.mask is not None else self._select(weight)
-            self.beta = self._scale(weight.detach(), mask)
+            self.beta = _ordinary(self._scale(weight.detach(), mask))
         return weight
 
     def upright(self, x: Tensor) -> Tensor:
@@ -238,6 +245,8 @@ class S3Sparse(Masked):
     def _scale(self, weight: Tensor, mask: Tensor) -> Tensor:
         """The factor of the shrunk weight that is nearest to the weight: 0-dim."""
         wide = torch.promote_types(weight.dtype, torch.float32)
+        if weight.is_meta:
+            return torch.empty((), dtype=wide, device="meta")
         short = shrunk(weight, mask, self._text, self._run, self.transposed).to(wide)
         square = short.square().sum()
         scale = (weight.to(wide) * short).sum() / square
@@ -259,7 +268,7 @@ class S3Sparse(Masked):
     def _select(self, weight: Tensor) -> Tensor:
         """A new mask, by the score and the schedule."""
         scores = None
-        if self.score != "magnitude":
+        if self.score != "magnitude" and not weight.is_meta:
             assert callable(self.score)
             with torch.no_grad():
                 scores = self.score(weight, self)
@@ -271,9 +280,11 @@ class S3Sparse(Masked):
                 )
             scores = self.upright(scores.detach())
         pattern = dataclasses.replace(self.pattern, keep=self._keep(self.steps))
+        if weight.is_meta:  # a place for the mask that a state dict has
+            return torch.empty(weight.shape, dtype=torch.bool, device="meta")
         choose = transposable if self.transposable else project
         mask = choose(self.upright(weight.detach()), pattern, scores)
-        return self.upright(mask).contiguous()
+        return _ordinary(self.upright(mask).contiguous())
 
     def advance(self, weight: Tensor) -> None:
         """Count one optimizer step, and refresh a held mask when it is due; ``s3tensor.step`` calls it.
@@ -309,15 +320,20 @@ class S3Sparse(Masked):
         Raises:
             PatternError: a schedule that has not ended, so that the mask would never satisfy the pattern.
         """
+        mask = self.mask_to_freeze(weight)
+        if self.mask is None:
+            self.mask = mask
+        self.frozen = True
+        self._last = None
+
+    def mask_to_freeze(self, weight: Tensor | None) -> Tensor | None:
+        """The mask that :meth:`freeze` would keep, if it can be known; raises what that raises."""
         if self._shape is not None and not self.has_ended:
             raise PatternError(
                 f"the schedule is at density {self.density:g} after {self.steps} steps, above the "
                 f"{self._bound().density:g} of {self._bound()}; freeze once it has ended"
             )
-        if self.mask is None and weight is not None:
-            self.mask = self._select(weight)
-        self.frozen = True
-        self._last = None
+        return self._select(weight) if self.mask is None and weight is not None else self.mask
 
     @property
     def density(self) -> float:
@@ -328,8 +344,27 @@ class S3Sparse(Masked):
 
     @property
     def has_ended(self) -> bool:
-        """Whether the density has come to the pattern's budget."""
-        return self._keep(self.steps) == self._bound().keep
+        """Whether the density has come to the pattern's budget, by the count or by the mask.
+
+        A copy that follows the weights and buffers of a model, as an EMA does, has its mask but not its
+        count.
+        """
+        if self._keep(self.steps) == self._bound().keep:
+            return True
+        return self.mask is not None and not self._broken(self.mask, self._bound().keep)
+
+    def _broken(self, mask: Tensor, keep: int) -> str:
+        """Why a mask, as the weight is stored, keeps more than so many blocks of a scope, or empty."""
+        if mask.is_meta:
+            return ""
+        if mask.dtype != torch.bool:
+            return f"the mask has dtype {mask.dtype}, not bool"
+        bound = dataclasses.replace(self.pattern, keep=keep).bind(self.upright(mask).shape)
+        try:
+            check_mask(self.upright(mask), bound)
+        except PatternError as error:
+            return str(error)
+        return ""
 
     # the state dict -----------------------------------------------------------------------------------
 
@@ -366,12 +401,21 @@ class S3Sparse(Masked):
             elif self.mask is None and f"{prefix}mask" in state_dict:
                 self.mask = torch.empty_like(state_dict[f"{prefix}mask"])
             self._last = self._flips = None
+        mask = state_dict.get(f"{prefix}mask")
+        if self.holds_mask and isinstance(mask, Tensor) and mask.shape == self._shape:
+            steps = _facts(saved)["steps"] if isinstance(saved, Tensor) else self.steps
+            problem = self._broken(mask, self._keep(steps))
+            if problem:
+                rest[-1].append(
+                    f"{_weight_of(prefix)}: {problem}; this S3Sparse would train under it after {steps} "
+                    "steps: load what was saved under the same pattern, mode and schedule"
+                )
+                return
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _mismatch(self, saved: Tensor, prefix: str) -> str:
         """Why a saved state is not of this pattern and weight, or an empty string."""
-        owner, _, rest = prefix.rpartition("parametrizations.")
-        where = f"{owner}{rest.split('.')[0]}"
+        where = _weight_of(prefix)
         try:
             facts = _facts(saved)
         except (TypeError, ValueError):
@@ -403,6 +447,20 @@ class S3Sparse(Masked):
         return ", ".join(parts + [flag for flag in flags if getattr(self, flag)])
 
 
+def _ordinary(x: Tensor) -> Tensor:
+    """``x``, to be kept: made under ``torch.inference_mode``, autograd would refuse it for ever after."""
+    if torch.compiler.is_compiling() or not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        return x.clone()
+
+
+def _weight_of(prefix: str) -> str:
+    """The weight's name from the prefix of its parametrization in a state dict."""
+    owner, _, rest = prefix.rpartition("parametrizations.")
+    return f"{owner}{rest.split('.')[0]}"
+
+
 def _facts(state: Tensor) -> dict[str, Any]:
     facts = json.loads(bytes(state.tolist()))
     names = {"pattern", "transposed", "shape", "steps", "frozen"}
@@ -424,14 +482,13 @@ def finalize(module: nn.Module, compress: bool = True) -> nn.Module:
 
     Each parametrization is removed, and what the last forward used is left, value for value, as a
     ``StructuredSparseTensor`` parameter without gradient. Weights that shared a dense original share the
-    compressed one. Of a coupling, what has no compressed form of its own (biases, embeddings, weights whose
-    share of a scope's budget is not fixed) is left dense, with zeros in it. Optimizers still hold the dense
-    originals: drop them.
+    compressed one. What has no compressed product is left dense, with zeros in it: convolutions, embeddings,
+    recurrent layers, the joint projection of ``nn.MultiheadAttention``, and of a coupling biases and weights
+    whose share of a scope's budget is not fixed. Optimizers still hold the dense originals: drop them.
 
     Args:
         module: a module; those below it count too.
-        compress: False leaves plain dense parameters with zeros in them, which still train, for modules
-            that have no compressed product, such as ``nn.Conv2d``.
+        compress: False leaves plain dense parameters with zeros in them everywhere, which still train.
 
     Returns:
         ``module``.
@@ -442,6 +499,7 @@ def finalize(module: nn.Module, compress: bool = True) -> nn.Module:
             ended, or sharded weights. Nothing is changed then.
         PatternError: an ``S3Sparse`` under another parametrization, so that the weight that the module
             uses need not satisfy the pattern. Nothing is changed then.
+        NonFiniteError: NaN or Inf in a weight, by name. Nothing is changed then.
     """
     found = list(parametrized(module))
     if not found:
@@ -453,27 +511,51 @@ def finalize(module: nn.Module, compress: bool = True) -> nn.Module:
         )
     for site in found:
         _check_done(site)
+    check_alone(found)
     made: dict[int, list[nn.Parameter]] = {}  # by the identity of the dense original
-    with torch.no_grad():
-        for site in found:
-            original, sparse = site.chain.original, site.sparse
-            weight = site.weight()
-            value = sparse(weight).detach()
-            pattern = sparse.pattern_in(site.owner) if compress else None
-            if pattern is not None:
-                value, mask = (sparse.upright(x) for x in (value, sparse.current_mask(weight)))
-                value = StructuredSparseTensor.from_dense(value, pattern, mask)
-                value = sparse.upright(value)
-            shared = made.setdefault(id(original), [])
-            same = [p for p in shared if _equal(value, p)]
-            if not same:
-                gradient = pattern is None and original.requires_grad
-                same = [nn.Parameter(value, requires_grad=gradient)]
-                shared.extend(same)
+    with torch.inference_mode(False), torch.no_grad():
+        ready = [(site, _final(site, compress, made)) for site in found]
+        for site, parameter in ready:
             _own_class(site.owner)
-            parametrize.remove_parametrizations(site.owner, site.name, leave_parametrized=False)
-            setattr(site.owner, site.name, same[0])
+            joined = len(site.originals) > 1  # torch takes these apart in one way only
+            parametrize.remove_parametrizations(site.owner, site.name, leave_parametrized=joined)
+            setattr(site.owner, site.name, parameter)
     return module
+
+
+def _final(site: Site, compress: bool, made: dict[int, list[nn.Parameter]]) -> nn.Parameter:
+    """What is left of a weight, from ``made`` if it has been made for another module."""
+    sparse, originals = site.sparse, site.originals
+    pattern = sparse.pattern_in(site.owner) if compress else None
+    try:
+        weight = site.weight()
+        value = sparse(weight).detach()
+        if pattern is not None:
+            value, mask = (sparse.upright(x) for x in (value, sparse.current_mask(weight)))
+            value = StructuredSparseTensor.from_dense(value, pattern, mask)
+            value = sparse.upright(value)
+    except (NonFiniteError, PatternError) as error:
+        raise type(error)(f"{site.path}: {error}; nothing was finalized") from None
+    shared = made.setdefault(id(originals[0]), [])
+    same = [p for p in shared if _equal(value, p)]
+    if not same:
+        gradient = pattern is None and any(original.requires_grad for original in originals)
+        same = [nn.Parameter(value, requires_grad=gradient)]
+        shared.extend(same)
+    return same[0]
+
+
+def check_alone(sites: Sequence[Site]) -> None:
+    """Refuse one S3Sparse on two weights where it holds something of one of them."""
+    first: dict[int, Site] = {}
+    for site in sites:
+        other = first.setdefault(id(site.sparse), site)
+        held = site.sparse.mask is not None or getattr(site.sparse, "beta", None) is not None
+        if held and other.originals[0] is not site.originals[0]:
+            raise ModelError(
+                f"{other.path} and {site.path} have one S3Sparse, which holds the mask of one of them; make "
+                "an S3Sparse for each weight"
+            )
 
 
 def _equal(value: Tensor, other: nn.Parameter) -> bool:
@@ -509,20 +591,30 @@ class Site:
         return last
 
     @property
+    def originals(self) -> tuple[Tensor, ...]:
+        """What the chain starts from: one tensor as a rule, two under ``weight_norm``."""
+        if self.chain.is_tensor:
+            return (self.chain.original,)
+        return tuple(getattr(self.chain, f"original{i}") for i in range(self.chain.ntensors))
+
+    @property
     def is_sharded(self) -> bool:
         """Whether the original is a DTensor, as FSDP2 keeps it between forwards."""
-        return hasattr(self.chain.original, "full_tensor")
+        return hasattr(self.originals[0], "full_tensor")
 
     def weight(self) -> Tensor:
         """The dense weight that S3Sparse is given: the original, or what comes of it before.
 
-        Of a sharded original all ranks gather the whole.
+        Of a sharded original all ranks gather the whole, and its gradient for a function as score.
         """
-        weight: Tensor = self.chain.original
+        weight, *others = self.originals
         if self.is_sharded:
+            gradient = weight.grad
             weight = weight.full_tensor()  # type: ignore[attr-defined]
-        for step in list(self.chain)[:-1]:
-            weight = step(weight)
+            if gradient is not None and callable(getattr(self.sparse, "score", None)):
+                weight.grad = gradient.full_tensor()  # type: ignore[attr-defined]
+        for number, step in enumerate(list(self.chain)[:-1]):
+            weight = step(weight, *others) if number == 0 else step(weight)
         return weight
 
 
@@ -561,7 +653,11 @@ def parametrized(module: nn.Module) -> Iterator[Site]:
             at = [isinstance(step, Masked) for step in chain]
             if not any(at):
                 continue
-            if sum(at) != 1 or not at[-1]:
+            if sum(at) > 1:
+                raise PatternError(
+                    f"{type(owner).__name__}.{name} is under {sum(at)} S3Sparse; one weight has one pattern"
+                )
+            if not at[-1]:
                 raise PatternError(
                     f"{type(owner).__name__}.{name} has parametrizations after S3Sparse; register "
                     "S3Sparse last, so that the weight in use satisfies its pattern"

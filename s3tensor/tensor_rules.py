@@ -110,7 +110,15 @@ def _add(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
 
 @dispatch(aten.add_.Tensor)
 def _add_(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
-    args[0].packed.copy_(_sum(func, args, kwargs))
+    total = _sum(func, args, kwargs)  # refuses first: args[0] may be dense
+    args[0].packed.copy_(total)
+    return args[0].refresh_()
+
+
+@dispatch(aten.zero_.default)
+def _zero_(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    """The kept values become zero, the positions stay: ``zero_grad(set_to_none=False)``."""
+    args[0].packed.zero_()
     return args[0].refresh_()
 
 

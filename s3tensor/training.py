@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from s3tensor.coupled import CoupledSparse, Coupling
-from s3tensor.errors import ModelError, NonFiniteError
+from s3tensor.errors import ModelError, NonFiniteError, PatternError
 from s3tensor.holders import parameters_of
-from s3tensor.parametrize import S3Sparse, Site, parametrized
+from s3tensor.parametrize import S3Sparse, Site, check_alone, parametrized
 from s3tensor.pattern import Pattern
 from s3tensor.sparsify import linear_layers, owners_of, reason_to_skip
 from s3tensor.specs import Scopes
+from s3tensor.transposing import check as check_transposable
 
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -94,7 +95,8 @@ def sparsify_training_(
         PatternError: a pattern that does not parse, or a schedule that ends at another density.
         ModelError: a model without such layers; a coupled parameter that is not in the model, or that is
             parametrized already.
-        NonFiniteError: NaN or Inf in a weight that is to be trained.
+        NonFiniteError: NaN or Inf in a weight that is to be trained. Nothing is changed then, nor if a
+            score function fails.
         ValueError: an unknown mode, or an option that is out of range.
         TypeError: ``mask`` or ``transposed``, which are of one weight.
     """
@@ -130,10 +132,18 @@ def sparsify_training_(
             reason = "parametrized already"
         if reason:
             reasons[layer.name] = reason
-        elif not bool(torch.isfinite(layer.parameter).all()):
+        elif not (layer.parameter.is_meta or bool(torch.isfinite(layer.parameter).all())):
             raise NonFiniteError(f"{layer.name}: the weight holds NaN or Inf; nothing was changed")
-        elif options.get("schedule") is not None:
-            options["schedule"].check(pattern.bind(layer.upright.shape))
+        else:
+            if options.get("schedule") is not None:
+                options["schedule"].check(pattern.bind(layer.upright.shape))
+            if options.get("transposable"):
+                if layer.upright.shape[0] % 4:
+                    reasons[layer.name] = (
+                        "its rows do not divide by 4, as tiles that transpose need"
+                    )
+                else:
+                    check_transposable(pattern, tuple(layer.upright.shape))
     rows = []
     made: dict[tuple[int, bool], S3Sparse] = {}
     for layer in layers:
@@ -148,9 +158,22 @@ def sparsify_training_(
         key = (id(layer.parameter), layer.transposed)
         if key not in made:
             made[key] = S3Sparse(pattern, mode, transposed=layer.transposed, **options)
-        parametrize.register_parametrization(layer.module, "weight", made[key])
+        try:
+            parametrize.register_parametrization(layer.module, "weight", made[key])
+        except BaseException as error:  # of a score function, say
+            _leave(model, set(map(id, made.values())))
+            if isinstance(error, (PatternError, NonFiniteError)):
+                raise type(error)(f"{layer.name}: {error}; nothing was changed") from None
+            raise
         rows.append(TrainingRow(layer.name, str(pattern), mode, "parametrized", density, weights))
     return TrainingReport(tuple(rows))
+
+
+def _leave(model: nn.Module, made: set[int]) -> None:
+    """Take back the registration of these S3Sparse objects."""
+    for site in list(parametrized(model)):
+        if id(site.sparse) in made:
+            parametrize.remove_parametrizations(site.owner, site.name, leave_parametrized=False)
 
 
 def _couple_(
@@ -216,8 +239,8 @@ def step(model: nn.Module) -> None:
             try:
                 with torch.no_grad():
                     site.sparse.advance(site.weight())
-            except NonFiniteError as error:
-                raise NonFiniteError(f"{site.path}: {error}") from None
+            except (NonFiniteError, PatternError) as error:
+                raise type(error)(f"{site.path}: {error}") from None
     for owner, members in _couplings(sites):
         if len(members) != len(owner.members):
             raise ModelError(
@@ -243,15 +266,26 @@ def freeze(model: nn.Module) -> None:
 
     Raises:
         ModelError: a model without S3Sparse.
-        PatternError: a density schedule that has not ended.
+        PatternError: a density schedule that has not ended. Nothing is frozen then.
+        NonFiniteError: NaN or Inf in a weight, by name. Nothing is frozen then.
     """
     sites = _sites(model)
+    masks: list[tuple[S3Sparse, Tensor | None]] = []
     for site in sites:
         if isinstance(site.sparse, S3Sparse):
-            with torch.no_grad():
-                site.sparse.freeze(site.weight())
-    for owner, _ in _couplings(sites):
+            try:
+                with torch.no_grad():
+                    masks.append((site.sparse, site.sparse.mask_to_freeze(site.weight())))
+            except (NonFiniteError, PatternError) as error:
+                raise type(error)(f"{site.path}: {error}; nothing was frozen") from None
+    owners = [owner for owner, _ in _couplings(sites)]
+    for owner in owners:
+        owner.check_ended()
+    for owner in owners:
         owner.freeze()
+    for sparse, mask in masks:
+        sparse.mask = mask
+        sparse.freeze()
 
 
 def metrics(model: nn.Module) -> dict[str, dict[str, float]]:
@@ -271,11 +305,14 @@ def metrics(model: nn.Module) -> dict[str, dict[str, float]]:
 
 def _sites(model: nn.Module) -> list[Site]:
     """The weights under S3Sparse, each S3Sparse once."""
-    sites = {id(site.sparse): site for site in reversed(list(parametrized(model)))}
-    if not sites:
+    found = list(parametrized(model))
+    if not found:
         raise ModelError(
-            f"{type(model).__name__} has no S3Sparse parametrization; call s3tensor.sparsify_training_ first"
+            f"{type(model).__name__} has no S3Sparse parametrization; call s3tensor.sparsify_training_ first "
+            "(its report says which layers it skipped, and why)"
         )
+    check_alone(found)
+    sites = {id(site.sparse): site for site in reversed(found)}
     return list(reversed(sites.values()))
 
 

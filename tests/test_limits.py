@@ -117,7 +117,7 @@ def load_dense_into_compressed() -> None:
 CASES: dict[str, list[Callable[..., Any]]] = {
     "elementwise operators, `torch.relu(weight)`, `weight * 2`": [
         lambda: torch.relu(weight()), lambda: weight() * 2, lambda: weight() + torch.ones(16, 32),
-        lambda: weight() == weight(), lambda: weight().zero_(),
+        lambda: weight() == weight(), lambda: weight().mul_(2),
     ],
     "reductions and norms, `weight.sum()`, `weight.norm()`": [
         lambda: weight().sum(), lambda: weight().norm(), lambda: weight().isnan(),

@@ -17,9 +17,14 @@ FSDP = """
     from torch.distributed.fsdp import fully_shard
     import s3tensor as s3
 
+    def movement(weight, module):  # all but the first mask come from gradients
+        assert weight.grad is not None or module.steps == 0
+        return weight.abs() if weight.grad is None else -weight * weight.grad
+
     MODES = {
         "fixed": {}, "ste": {}, "srste": {"refresh": 2, "decay": 0.01},
         "soft": {"schedule": s3.Density(steps=3)}, "coupled": {"keep": 0.5},
+        "movement": {"score": movement},
     }
 
     def train(model, rows):
@@ -28,8 +33,8 @@ FSDP = """
             x = torch.randn(8, 32, generator=torch.Generator().manual_seed(step))[rows]
             (model(x) - x.roll(1, -1)).square().mean().backward()
             optimizer.step()
-            optimizer.zero_grad()
             s3.step(model)
+            optimizer.zero_grad()
 
     def build(mode):
         torch.manual_seed(0)
@@ -39,7 +44,7 @@ FSDP = """
             blocks = s3.BlockCoupling([up, s3.BlockSpec(model[2].weight, (-1, 1))], [(0, 1), (1, 0)])
             s3.sparsify_training_(model, s3.ScopeSpec(blocks, (-1, 1)), **MODES[mode])
         else:
-            s3.sparsify_training_(model, "2:4", mode, **MODES[mode])
+            s3.sparsify_training_(model, "2:4", "ste" if mode == "movement" else mode, **MODES[mode])
         return model
 
     def worker(rank, file):

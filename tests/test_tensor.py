@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -268,6 +269,30 @@ def test_mm_mv_and_addmm_are_the_dense_ones(
     assert_product(ignored, x, dense)
 
 
+def test_addmm_stretches_the_bias_alone_and_mixes_no_dtypes() -> None:
+    weight, x = make(), torch.randn(3, 64)
+    product = x @ weight.t()
+    with pytest.raises(RuntimeError, match="expand"):
+        torch.addmm(torch.randn(2, 3, 32), x, weight.t())
+    with pytest.raises(RuntimeError, match=r"float64, the product torch.float32"):
+        torch.addmm(torch.randn(3, 32).double(), x, weight.t())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.addmm(torch.randn(3, 32), x, weight.t())
+    assert found.dtype == torch.bfloat16 and product.dtype == torch.float32
+
+
+def test_gradients_can_be_zeroed_where_they_are() -> None:
+    linear = nn.Linear(64, 32, bias=False)
+    linear.weight = nn.Parameter(make())
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
+    for _ in range(2):
+        linear(torch.randn(3, 64)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        assert linear.weight.grad is not None and not linear.weight.grad.packed.any()
+    assert s3.satisfies(linear.weight.to_dense(), "2:4")
+
+
 @given(dense_and_sparse(dtypes=(torch.float64,)), st.booleans())
 def test_gradients_are_those_of_the_dense_layer_on_the_pattern(
     pair: tuple[Tensor, StructuredSparseTensor], transposed: bool
@@ -512,7 +537,6 @@ REFUSED: dict[str, Callable[[StructuredSparseTensor], Any]] = {
     "_to_copy int8": lambda w: w.to(torch.int8),
     "_to_copy float8": lambda w: w.to(torch.float8_e4m3fn),
     "_to_sparse": lambda w: w.to_sparse(),
-    "zero_": lambda w: w.zero_(),
     "uniform_": nn.init.xavier_uniform_,
     "set_": lambda w: w.set_(w),
     "resize_": lambda w: w.resize_(3),
@@ -524,6 +548,10 @@ REFUSED: dict[str, Callable[[StructuredSparseTensor], Any]] = {
     "copy_ other orientation": lambda w: make(shape=(32, 32)).copy_(make(shape=(32, 32)).t()),
     "data": lambda w: setattr(w, "data", torch.randn(32, 64)),
     "apply_": lambda w: w.apply_(lambda v: v),  # torch's own crashes the interpreter
+    "__dlpack__": lambda w: w.__dlpack__(),
+    "from_dlpack": torch.from_dlpack,  # torch's own reads memory that is not there
+    "from_dlpack of numpy": np.from_dlpack,
+    "add_ to dense": lambda w: torch.zeros(32, 64).add_(w),
     "map_": lambda w: w.map_(w, lambda a, b: a),
 }
 
