@@ -160,6 +160,8 @@ def _synchronize(tensor: Tensor) -> None:
 def run(path: Path, store: Path) -> None:
     """Print the table of every method on every layer and pattern, and store it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not path.is_file():
+        raise SystemExit(f"error: no file {path}; make it with --prepare {path}")
     record = torch.load(path, weights_only=True)
     methods = {**ours(), **rivals()}
     first = next(iter(record["layers"].values()))

@@ -405,6 +405,14 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(given)
     for method in args.method:
         method_of(method, Settings())
+    for option in ("batch", "samples", "eval_samples", "seq_len", "blocks"):
+        count = getattr(args, option)
+        if count is not None and count < 1:
+            parser.error(f"--{option} {count} must be 1 or more")
+    if args.alpha is not None and not 0 <= args.alpha <= 1:
+        parser.error(f"--alpha {args.alpha} must lie from 0 to 1")
+    if args.damp is not None and not args.damp >= 0:
+        parser.error(f"--damp {args.damp} must be 0 or more")
     if args.eval_every < 0:
         parser.error(f"--eval_every {args.eval_every} must be >= 0 blocks")
     if args.text is not None and args.text == args.calibration and not llm.has_parts(args.text):

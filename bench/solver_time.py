@@ -73,6 +73,8 @@ def main() -> None:
     args = parser.parse_args()
     large = [] if args.quick else [_shape(text) for text in args.large]
     small = 6 if args.quick else 1
+    if min(args.widths) < 16 * small:
+        parser.error(f"--widths {min(args.widths)} must be {16 * small} or more")
     widths = [width // small // 16 * 16 for width in args.widths]
     device = torch.device(args.device)
     document: dict[str, Any] = {

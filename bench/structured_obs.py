@@ -384,7 +384,9 @@ def line(row: Row) -> str:
         return f"{start}failed: {row.failed}"
     assert row.error is not None and row.first_rows_error is not None and row.seconds is not None
     errors = f"{_percent(row.error if row.rows == row.of_rows else None)}"
-    errors += f"{_percent(row.first_rows_error)}{_percent(row.held_out_error)}"
+    # The held-out error of other rows would not compare.
+    held_out = row.held_out_error if row.rows == row.of_rows else None
+    errors += f"{_percent(row.first_rows_error)}{_percent(held_out)}"
     scaled = f"  (from {row.rows} of {row.of_rows} rows)" if row.rows < row.of_rows else ""
     broken = "" if row.satisfies else "  PATTERN BROKEN"
     return f"{start}{errors}{row.seconds_all_rows:10.2f}{scaled}{broken}"
@@ -470,6 +472,14 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--slow-rows {args.slow_rows} must be a multiple of 16: block16 couples 16 rows"
         )
+    if args.synthetic is not None and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", args.synthetic):
+        parser.error(f"--synthetic {args.synthetic} must be ROWSxCOLUMNS, for example 2560x9728")
+    if args.memory is not None and not args.memory > 0:
+        parser.error(f"--memory {args.memory} must be above 0, in GiB")
+    if min(args.samples, args.tokens, args.ng, args.splits) < 1:
+        parser.error("--samples, --tokens, --ng and --splits must be 1 or more")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: there is no CUDA device here")
     return args
 
 

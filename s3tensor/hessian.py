@@ -139,15 +139,26 @@ class Hessian:
         """
         if self._sum is None:
             raise HessianError("no inputs were seen yet; call update(x) before value()")
+        self._check_weight()
+        value = (self._sum + self._sum.T).div_(2 * self.weight)
+        if not bool(torch.isfinite(value).all()):
+            raise NonFiniteHessianError(
+                "squares of the inputs are beyond float32: scale the inputs, or give H in float64"
+            )
+        return value
+
+    def cross(self) -> Tensor | None:
+        """``X_dense'X / N`` (K, K), float32; None when no dense inputs were given."""
+        if self._cross is None:
+            return None
+        self._check_weight()
+        return self._cross / self.weight
+
+    def _check_weight(self) -> None:
         if not self.weight:
             raise HessianError(
                 "all tokens have weight 0; give some more than 0 in update(weights=)"
             )
-        return (self._sum + self._sum.T).div_(2 * self.weight)
-
-    def cross(self) -> Tensor | None:
-        """``X_dense'X / N`` (K, K), float32; None when no dense inputs were given."""
-        return None if self._cross is None else self._cross / self.weight
 
     def _check(self, x: Tensor, name: str) -> None:
         if x.ndim < 1 or x.shape[-1] != self.in_features:
@@ -185,12 +196,21 @@ def output_error(
     _check_square(hessian, weight.shape[1])
     h = hessian if hessian.dtype == torch.float64 else hessian.float()
     with full_precision():
-        dense = weight.detach().to(h.device, h.dtype)
-        lost = _energy(pruned.detach().to(h.device, h.dtype) - dense, h)
+        # Rows at a scale, a power of two, at which no product leaves the range of the dtype.
+        unit = 2.0 ** -min(max(_exponent(weight) + _exponent(h.diagonal()) // 2, -126), 126)
+        wide = torch.promote_types(weight.dtype, h.dtype)
+        dense = weight.detach().to(h.device, wide).mul(unit).to(h.dtype)
+        lost = _energy(pruned.detach().to(h.device, wide).mul(unit).to(h.dtype) - dense, h)
         total = _energy(dense, h)
     if total <= 0:
         return 0.0 if lost <= 0 else math.inf
     return math.sqrt(max(lost, 0.0) / total)
+
+
+def _exponent(x: Tensor) -> int:
+    """Of the largest magnitude: it lies below 2 to this power; 0 where it is zero or not finite."""
+    largest = float(x.detach().abs().amax()) if x.numel() else 0.0
+    return math.frexp(largest)[1] if math.isfinite(largest) else 0
 
 
 def _energy(rows: Tensor, hessian: Tensor) -> float:
@@ -217,8 +237,8 @@ class Factors:
 
     def __init__(self, hessian: Tensor, damp: float = 0.01) -> None:
         _check_square(hessian, None)
-        if not 0.0 <= damp < math.inf:
-            raise HessianError(f"damp={damp} must be a finite share >= 0 of the mean diagonal")
+        if isinstance(damp, str) or not 0.0 <= damp < math.inf:
+            raise HessianError(f"damp={damp!r} must be a finite share >= 0 of the mean diagonal")
         h = hessian.detach()
         h = h if h.dtype == torch.float64 else h.float()
         _check_values(h)
@@ -227,6 +247,9 @@ class Factors:
         self.has_dead = bool(self.dead.any())
         live = (~self.dead).sum().clamp_min(1)
         self.ridge = damp * h.diagonal().sum() / live  # 0-dim: what damping adds to the diagonal
+        self.diagonal = (
+            h.diagonal().clone()
+        )  # (K,) undamped: mean squared inputs; zero for dead ones
         self.matrix = (h + h.T).mul_(0.5)  # (K, K), damped
         self.matrix.diagonal().add_(self.ridge)
         if self.has_dead:
@@ -243,11 +266,6 @@ class Factors:
         return self.matrix.shape[0]
 
     @property
-    def diagonal(self) -> Tensor:
-        """Undamped diag(H) (K,): mean squared inputs; zero for dead ones."""
-        return (self.matrix.diagonal() - self.ridge).clamp_min(0.0).masked_fill(self.dead, 0.0)
-
-    @property
     def scale(self) -> Tensor:
         """``sqrt(diag)`` of the damped matrix (K,): Jacobi scaling."""
         return self.matrix.diagonal().sqrt()
@@ -261,7 +279,9 @@ class Factors:
             moved.damp, moved.has_dead = self.damp, self.has_dead
             moved.dead = self.dead.to(device)
             moved.ridge = self.ridge.to(device, dtype)
+            moved.diagonal = self.diagonal.to(device, dtype)
             moved.matrix = self.matrix.to(device, dtype)
+            _check_values(moved.matrix)
             moved._inverse = moved._cholesky = None
             moved._moved = {}
             self._moved[dtype, device] = moved

@@ -16,6 +16,7 @@ from torch import Tensor
 
 # Relative size of the preconditioned residual at which a row's refit has converged.
 _CONVERGED = {torch.float32: 1e-5, torch.float64: 1e-12}
+_NEARER = 0.03  # and of that of the start
 
 
 @contextlib.contextmanager
@@ -86,7 +87,8 @@ def masked_least_squares(
         start: first guess; entries outside the mask are ignored.
         iterations: upper bound.
         tolerance: a row has converged when its residual, in the norm of the preconditioner, is below
-            this share of that of ``linear``; default 1e-5 in float32 and 1e-12 in float64.
+            this share of that of ``linear``, default 1e-5 in float32 and 1e-12 in float64, and below 0.03
+            of that of ``start`` if the dtype can tell.
 
     Returns:
         (M, K), zero outside the mask.
@@ -95,12 +97,16 @@ def masked_least_squares(
         tolerance = _CONVERGED[linear.dtype]
     kept = mask.to(linear.dtype)
     inverse = hessian.diagonal().reciprocal()
-    bound = ((linear * kept).square() * inverse).sum(1, keepdim=True) * tolerance**2
+    unit = inverse.sqrt()  # squares are taken of what has been scaled: they stay in range
+    largest = (linear * kept * unit).square().sum(1, keepdim=True)
     result = start * kept
     weight = result.clone()
     residual = (linear - weight @ hessian).mul_(kept)
     step = residual * inverse
-    size = (residual * step).sum(1, keepdim=True)
+    size = (residual * unit).square().sum(1, keepdim=True)
+    # A start near the end, as where few weights are pruned, has a residual far below that of linear.
+    bound = torch.minimum(largest * tolerance**2, size * _NEARER**2)
+    bound = torch.maximum(bound, largest * (8 * torch.finfo(linear.dtype).eps) ** 2)
     active = torch.arange(len(mask), device=mask.device)  # rows that have not converged
     for _ in range(iterations):
         open_ = (size > bound).squeeze(1).nonzero().squeeze(1)
@@ -117,7 +123,7 @@ def masked_least_squares(
         weight.addcmul_(step, rate)
         residual.addcmul_(curved, rate, value=-1)
         scaled = residual * inverse
-        previous, size = size, (residual * scaled).sum(1, keepdim=True)
+        previous, size = size, (residual * unit).square().sum(1, keepdim=True)
         step.mul_(size / previous).add_(scaled)
     result[active] = weight
     return result

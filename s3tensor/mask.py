@@ -146,7 +146,12 @@ def project(weight: Tensor, pattern: Pattern | str, scores: Tensor | None = None
         scores = scores.double()
     elif scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
-    return select(scores, bound)
+    summed = block_scores(scores, bound)
+    if summed.isnan().any():
+        raise NonFiniteError(
+            "scores of one block hold Inf and -Inf, whose sum is no number; give finite ones"
+        )
+    return expand_blocks(top_blocks(summed, bound.keep), bound)
 
 
 def _bind(pattern: Pattern | str, weight: Tensor) -> BoundPattern:

@@ -200,6 +200,25 @@ def test_a_folder_of_a_run_over_other_linears_is_refused(tmp_path: Path) -> None
         run("self_attn")
 
 
+def test_a_folder_of_a_run_with_other_held_out_tokens_is_refused(tmp_path: Path) -> None:
+    """Its finished blocks have errors on those tokens, or none."""
+
+    def run(held_out: list[torch.Tensor] | None) -> None:
+        llm.prune_model(
+            tiny("llama"),
+            batches(1),
+            "2:4",
+            "wanda",
+            held_out=held_out,
+            work_dir=tmp_path,
+            progress=False,
+        )
+
+    run(None)
+    with pytest.raises(s3.CheckpointError, match="held_out"):
+        run(batches(1))
+
+
 def test_a_folder_that_vanished_is_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

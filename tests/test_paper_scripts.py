@@ -189,6 +189,22 @@ def test_wrong_files_and_methods_are_refused_in_one_line(obs: ModuleType, tmp_pa
         obs.chosen(["magic"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--synthetic", "64y128"], "must be ROWSxCOLUMNS"),
+        (["--memory", "0"], "must be above 0"),
+        (["--samples", "0"], "must be 1 or more"),
+    ],
+)
+def test_settings_of_a_layer_that_make_no_sense_are_refused(
+    obs: ModuleType, arguments: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        obs.arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
 # whole models -------------------------------------------------------------------------------------
 
 
@@ -337,6 +353,10 @@ def test_a_saved_model_is_the_pruned_one(gpt: ModuleType, tmp_path: Path) -> Non
         (["--method", "admm_24", "--eval_every", "-1"], "must be >= 0"),
         (["--method", "admm_24", "--original_h", "--alpha", "0.5"], "exclude each other"),
         (["--method", "admm_24", "--text", "a.txt", "--calibration", "a.txt"], "would flatter"),
+        (["--method", "admm_24", "--batch", "0"], "--batch 0 must be 1 or more"),
+        (["--method", "admm_24", "--samples", "0"], "--samples 0 must be 1 or more"),
+        (["--method", "admm_24", "--alpha", "3"], "--alpha 3.0 must lie from 0 to 1"),
+        (["--method", "admm_24", "--damp", "-1"], "--damp -1.0 must be 0 or more"),
     ],
 )
 def test_arguments_that_contradict_are_refused(

@@ -133,7 +133,7 @@ def catch_chunks(
         NonFiniteError: NaN or Inf in the embedding of a batch.
     """
     batches = list(calibration)
-    check_batches(model, batches)
+    batches = check_batches(model, batches)
     device = next(model.parameters()).device
     tuples = _probe(model, blocks, batches[0][:1, :_PROBE_TOKENS].to(device))
     chunks: list[Chunk] = []
@@ -146,8 +146,8 @@ def catch_chunks(
     return chunks
 
 
-def check_batches(model: nn.Module, batches: Sequence[Tensor]) -> None:
-    """Refuse calibration batches that the model cannot be run on.
+def check_batches(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+    """The batches in a dtype that embeddings take; refuses those that the model cannot be run on.
 
     Raises:
         CalibrationError: none, not (batch, tokens) of integers, ids beyond the vocabulary, or more
@@ -157,8 +157,10 @@ def check_batches(model: nn.Module, batches: Sequence[Tensor]) -> None:
         raise CalibrationError(
             "calibration is empty; give an iterable of (batch, tokens) token tensors"
         )
+    ready = []
     for batch in batches:
-        if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.is_floating_point():
+        whole = isinstance(batch, Tensor) and batch.dtype not in (torch.bool, torch.complex64)
+        if not whole or batch.ndim != 2 or batch.is_floating_point():
             found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
             raise CalibrationError(
                 f"calibration must hold (batch, tokens) tensors of token ids, got {found}; stack "
@@ -168,7 +170,9 @@ def check_batches(model: nn.Module, batches: Sequence[Tensor]) -> None:
             raise CalibrationError(
                 f"a calibration batch of shape {tuple(batch.shape)} holds no tokens"
             )
-        check_tokens(model, batch, batch.shape[1])
+        ready.append(batch if batch.dtype in (torch.int64, torch.int32) else batch.long())
+        check_tokens(model, ready[-1], batch.shape[1])
+    return ready
 
 
 def _caught(

@@ -35,7 +35,7 @@ from s3tensor.llm.progress import PruneProgress
 from s3tensor.llm.recover import Recovered, Recovery, recover_block, shared_parameters
 from s3tensor.llm.report import BlockRow, LinearRow, PeakMemory, PruneReport
 from s3tensor.llm.residual import writer_moments, writers
-from s3tensor.llm.resume import RunFolder, fingerprint, locked, unfinished
+from s3tensor.llm.resume import RunFolder, fingerprint, locked, tokens_digest, unfinished
 from s3tensor.llm.shares import check_options, parted, shares_of
 from s3tensor.llm.structure import (
     LayerFilter,
@@ -165,7 +165,7 @@ def prune_model(
     wanted = partial(pattern_of, named=named, pattern=pattern)
     plan = _plan(model, chosen, prefix, wanted, filter_fn, on_misfit)
     batches, unseen = list(calibration), list(held_out or ())
-    check_batches(model, batches)
+    batches = check_batches(model, batches)
     parts = [list(range(len(batches)))]
     given = batches
     several = sum(len(batch) for batch in batches) > 1
@@ -174,7 +174,7 @@ def prune_model(
     if shares.auto:
         batches, parts = parted(batches)
     if unseen:
-        check_batches(model, unseen)
+        unseen = check_batches(model, unseen)
     if pruner not in _DIAGONAL:
         fixed = shares.alpha > 0 and "damp" not in shares.auto
         _warn_of_few_tokens(plan, batches, may_choose=fixed and several)
@@ -196,7 +196,9 @@ def prune_model(
         if work_dir is not None:
             stack.enter_context(locked(work_dir))
             goes_on = unfinished(work_dir)
-            settings = _resume_settings(run, model, given, plan, pattern, budgets == "mixed")
+            settings = _resume_settings(
+                run, model, given, unseen, plan, pattern, budgets == "mixed"
+            )
             folder = RunFolder(Path(work_dir), settings)
         bar = stack.enter_context(PruneProgress(total, len(chosen), progress))
         chunks = catch_chunks(model, chosen, batches, run.cache)
@@ -347,6 +349,7 @@ def _resume_settings(
     run: Run,
     model: nn.Module,
     batches: list[Tensor],  # as they were given
+    unseen: list[Tensor],
     plan: _Plan,
     pattern: Pattern,
     mixed: bool,
@@ -365,6 +368,7 @@ def _resume_settings(
         "recover": None if run.recovery is None else asdict(run.recovery),
         "blocks": len(plan),
         "linears": hashlib.sha256(names.encode()).hexdigest(),
+        "held_out": tokens_digest(unseen) if unseen else None,
         **fingerprint(model, batches),
     }
 

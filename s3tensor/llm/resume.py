@@ -233,10 +233,7 @@ def _same_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def fingerprint(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, str]:
-    """Digests of what a run starts from: the model's shapes and a sample of its values, and the tokens.
-
-    A batch of another integer dtype is the same batch.
-    """
+    """Digests of what a run starts from: the model's shapes and a sample of its values, and the tokens."""
     weights = hashlib.sha256()
     for name, parameter in model.named_parameters():
         weights.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
@@ -244,8 +241,13 @@ def fingerprint(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, str]:
         for part in whole.parts() if isinstance(whole, Compressed) else (whole,):
             sample = part.flatten()[:: max(1, part.numel() // 64)]
             weights.update(sample.double().cpu().numpy().tobytes())
+    return {"model": weights.hexdigest(), "calibration": tokens_digest(batches)}
+
+
+def tokens_digest(batches: Sequence[Tensor]) -> str:
+    """A digest of token ids; a batch of another integer dtype is the same batch."""
     tokens = hashlib.sha256()
     for batch in batches:
         tokens.update(f"{tuple(batch.shape)}".encode())
         tokens.update(batch.to("cpu", torch.int64).contiguous().numpy().tobytes())
-    return {"model": weights.hexdigest(), "calibration": tokens.hexdigest()}
+    return tokens.hexdigest()

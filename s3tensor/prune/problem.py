@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s3tensor.errors import HessianError, NonFiniteError, PatternError
+from s3tensor.errors import HessianError, NonFiniteError, NonFiniteHessianError, PatternError
 from s3tensor.hessian import Factors, as_factors
 from s3tensor.pattern import BoundPattern, Pattern
 
@@ -59,9 +59,25 @@ class Problem:
             yield slice(start, stop), self.pattern.bind((stop - start, columns))
 
     def finish(self, weight: Tensor, mask: Tensor) -> Pruned:
-        """Back to the units, dtype and device of the given weight; zero outside the mask."""
-        scaled = (weight * self.unit).masked_fill_(~mask, 0.0)
-        return Pruned(scaled.to(self.original.dtype), mask)
+        """Back to the units, dtype and device of the given weight; zero outside the mask.
+
+        Raises:
+            NonFiniteError: a weight that has become too large for the dtype.
+            NonFiniteHessianError: the computation has broken down.
+        """
+        wide = (weight * self.unit).masked_fill_(~mask, 0.0)
+        scaled = wide.to(self.original.dtype)
+        if not bool(torch.isfinite(scaled).all()):
+            if bool(torch.isfinite(wide).all()):
+                raise NonFiniteError(
+                    f"a pruned weight is beyond {scaled.dtype}, whose largest number is "
+                    f"{torch.finfo(scaled.dtype).max:g}; prune in a wider dtype, or scale the weight"
+                )
+            raise NonFiniteHessianError(
+                "the pruned weight is not finite: the Hessian is too ill-conditioned for the dtype; raise "
+                "damp, or give the Hessian in float64"
+            )
+        return Pruned(scaled, mask)
 
 
 def pose(weight: Tensor, pattern: Pattern | str) -> Problem:

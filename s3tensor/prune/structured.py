@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from s3tensor.errors import HessianError, NonFiniteHessianError, PatternError
+from s3tensor.errors import HessianError, PatternError, PrunerError
 from s3tensor.hessian import Factors
 from s3tensor.linalg import full_precision, masked_least_squares
 from s3tensor.prune.oneshot import one_shot
@@ -137,6 +137,8 @@ class StructuredOBS:
         problem = self._pose(nnz)
         if chunk_size < 1:
             raise PatternError(f"chunk_size={chunk_size} rows at a time; it must be >= 1")
+        if c_dtype is not None and not c_dtype.is_floating_point:
+            raise PrunerError(f"c_dtype={c_dtype} must be a floating-point dtype")
 
         def tell(done: int, total: int) -> None:
             if progress_fn is not None:
@@ -168,11 +170,6 @@ class StructuredOBS:
 
     def _write(self, problem: Problem, result: Tensor, mask: Tensor) -> None:
         pruned = problem.finish(self.factors.clear_dead(result), mask).weight
-        if not bool(torch.isfinite(pruned).all()):
-            raise NonFiniteHessianError(
-                "the pruned weight is not finite; the weight is left as it was: raise damp "
-                f"({self.factors.damp})"
-            )
         with torch.no_grad():
             memory(self._param).copy_(pruned)
 
