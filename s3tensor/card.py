@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,21 +30,24 @@ _ROWS = {
 }
 
 
-def write_card(folder: Path, known: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
+def write_card(
+    folder: Path, known: Mapping[str, Any], state: Mapping[str, Tensor], dense: bool = False
+) -> Path:
     """Write the section into the ``README.md`` of a model's folder; what else the file says stays.
 
     Args:
         folder: that holds the model.
         known: any of ``model, pattern, pruner, density, calibration, evaluation, dense_perplexity,
             pruned_perplexity, command``, such as the figures of ``s3tensor prune --report``; other keys are
-            left out, and so are values that are None.
+            left out, and so are values that are None. ``command`` may be a list of several.
         state: of the model; it tells the patterns where ``known`` does not.
+        dense: the folder holds plain weights, also where those of ``state`` are compressed.
 
     Raises:
         CheckpointError: when the file cannot be written, with the system's reason.
     """
     sparse = [part for part in state.values() if isinstance(part, Compressed)]
-    patterns = Counter(_pattern_of(part) for part in sparse)
+    patterns = Counter(_pattern_of(part, dense) for part in sparse)
     facts = {**known}
     if facts.get("pattern") is None and patterns:
         facts["pattern"] = ", ".join(
@@ -54,10 +58,14 @@ def write_card(folder: Path, known: Mapping[str, Any], state: Mapping[str, Tenso
         for key, title in _ROWS.items()
         if facts.get(key) is not None
     ]
-    lines = [_BEGIN, "## Structured sparsity", "", "| | |", "|---|---|", *rows, ""]
+    lines = [_BEGIN, "## Structured sparsity", ""]
+    if rows:
+        lines += ["| | |", "|---|---|", *rows, ""]
     if facts.get("command") is not None:
-        lines += ["Made with:", "", f"    {' '.join(str(facts['command']).split())}", ""]
-    if sparse:
+        given = facts["command"]
+        commands = [given] if isinstance(given, str) else given
+        lines += ["Made with:", "", *(f"    {' '.join(x.split())}" for x in commands), ""]
+    if sparse and not dense:
         lines += [
             "The weights are compressed; `pip install s3tensor`, then:",
             "",
@@ -70,7 +78,7 @@ def write_card(folder: Path, known: Mapping[str, Any], state: Mapping[str, Tenso
     section = "\n".join([*lines, _END]) + "\n"
     path = folder / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else _FRONT
-    start, end = text.find(_BEGIN), text.find(_END)
+    start, end = _span(text)
     if 0 <= start < end:
         text = text[:start] + section + text[end + len(_END) :].removeprefix("\n")
     else:
@@ -79,9 +87,46 @@ def write_card(folder: Path, known: Mapping[str, Any], state: Mapping[str, Tenso
     return path
 
 
-def _pattern_of(weight: Compressed) -> str:
+def read_card(folder: Path) -> dict[str, Any] | None:
+    """What the section of a folder's ``README.md`` says, as words by the keys of :func:`write_card`.
+
+    ``command`` is a list. None where there is no such section.
+    """
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    start, end = _span(text)
+    if not 0 <= start < end:
+        return None
+    keys = {title: key for key, title in _ROWS.items()}
+    known: dict[str, Any] = {}
+    commands: list[str] = []
+    made = False  # within the commands
+    for line in text[start:end].splitlines():
+        row = re.fullmatch(r"\| ([^|]+) \| (.*) \|", line)
+        if row and row[1] in keys:
+            known[keys[row[1]]] = row[2].replace("\\|", "|")
+        elif line and not line.startswith("    "):
+            made = line == "Made with:"
+        elif made and line:
+            commands.append(line.strip())
+    if commands:
+        known["command"] = commands
+    return known
+
+
+def _span(text: str) -> tuple[int, int]:
+    """Where the section begins and where its last line does; -1 for what is not there."""
+    return text.find(_BEGIN), text.find(_END)
+
+
+def _pattern_of(weight: Compressed, dense: bool) -> str:
     values = weight.description().get("values")
-    return f"{weight.pattern} with {values} values" if values else str(weight.pattern)
+    if not values:
+        return str(weight.pattern)
+    words = f"values rounded to {values}" if dense else f"{values} values"
+    return f"{weight.pattern} with {words}"
 
 
 def _cell(value: Any) -> str:

@@ -268,8 +268,39 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         CheckpointError: when it cannot be written, with the system's reason.
     """
-    text = json.dumps(value, indent=2) + "\n"
+    text = json_text(value)
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def json_text(value: Any) -> str:
+    """JSON as it stands in a file: indented, its keys in the order given."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write text to a path that a user chose, as a shell's ``>`` would, but atomically where there is a file.
+
+    A symbolic link stays, and what it names is written. A device or a pipe, such as ``/dev/stdout``, is
+    written to and never replaced. The files of a model's folder are not written so: there a link, as into
+    the cache of Hugging Face, is replaced and what it names is left alone.
+
+    Raises:
+        CheckpointError: when it cannot be written, with the system's reason.
+    """
+    if not is_special(path):
+        target = Path(os.path.realpath(path))
+        write_atomically(target, lambda temporary: Path(temporary).write_text(text, "utf-8"))
+        return
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path} ({first_line(error)})") from error
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path is there and is neither a file nor a folder: a device, a pipe, or a link to one."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _umask() -> int:

@@ -8,9 +8,13 @@ model, so that the files are one state, however a writer has spread it.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +44,8 @@ METHOD = "s3"  # the name of s3tensor among the quantization methods of transfor
 FORMAT = 1  # of the entry in config.json
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_STAGE = ".saving-"  # a folder of files that have not yet taken their places
+_SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # as transformers reads them
 _MAX_JSON = 2**28  # bytes of an index or a config; a larger one is no such file
 
 
@@ -108,43 +114,103 @@ def compressed_files(folder: Path) -> list[Path]:
     return [folder / OLD_WEIGHTS] if (folder / OLD_WEIGHTS).is_file() else []
 
 
+def shard_bytes(size: int | str | None) -> int:
+    """The most bytes of a file of weights, of a number or a size such as ``"5GB"``; None is no bound.
+
+    Raises:
+        CheckpointError: a size that is none, or not above 0.
+    """
+    if size is None:
+        return 2**63 - 1
+    try:
+        unit = _SIZES[size.strip()[-2:].upper()] if isinstance(size, str) else 1
+        number = int(float(size.strip()[:-2]) * unit) if isinstance(size, str) else int(size)
+    except (KeyError, ValueError, TypeError, OverflowError):
+        number = 0
+    if number <= 0:
+        raise CheckpointError(
+            f'max_shard_size={size!r:.40} is no size; give bytes above 0, a size such as "5GB" (units '
+            f"{', '.join(_SIZES)}), or None for one file"
+        )
+    return number
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A folder for the files of a model, which take their places in ``folder`` when all are written.
+
+    Where that fails or is interrupted, the model that was there is still whole, and of a new one there is
+    nothing. What a process that was killed left goes with the next save.
+
+    Raises:
+        CheckpointError: when a file cannot be put in its place, with the system's reason.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_STAGE}*"):
+        with _held(left) as free:
+            if free:
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_STAGE, dir=folder) as stage, _held(Path(stage)):
+        yield Path(stage)
+        found = sorted(path for path in Path(stage).rglob("*") if path.is_file())
+        # The weights last, and of several their index: a folder with this file is complete.
+        found.sort(key=lambda path: (path.suffix == ".safetensors") + 2 * (path.name == INDEX))
+        for path in found:  # first, as it takes long: then all is moved at once
+            with open(path, "r+b") as file:
+                os.fsync(file.fileno())
+        for path in found:
+            write_atomically(folder / path.relative_to(stage), partial(os.replace, path))
+        names = {path.name for path in found}
+        for path in _other_files(folder, names) if names & {WEIGHTS, INDEX} else ():
+            delete(path)
+
+
+@contextlib.contextmanager
+def _held(stage: Path) -> Iterator[bool]:
+    """Lock a folder until the end, or that of the process; False where another holds it, or none can."""
+    handle, held = None, False
+    with contextlib.suppress(ImportError, OSError):  # Windows, and some file systems
+        import fcntl
+
+        handle = os.open(stage, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    try:
+        yield held
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 def write_files(
     folder: Path,
     state: Mapping[str, Tensor],
-    max_shard_size: int | str,  # bytes, or such as "5GB"
-) -> Path:
-    """Write a state dict, each file atomically, the index of several last; returns the file to start from.
+    max_shard_size: int | str | None,  # bytes, or such as "5GB"
+) -> str:
+    """Write a state dict into a folder of :func:`replacing`; returns the name of the file to start from.
 
     The same state gives the same bytes.
 
     Raises:
-        CheckpointError: when a file cannot be written, with the system's reason.
+        OSError, SafetensorError: when a file cannot be written.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     tensors, description = flatten_state(state, "cpu", checksums=True)
     tensors = apart(tensors)
-    try:
-        plan = split_torch_state_dict_into_shards(
-            tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-        )
-    except ValueError as error:
-        raise CheckpointError(
-            f'max_shard_size={max_shard_size!r:.40}; give bytes, or a size such as "5GB" '
-            f"({first_line(error)})"
-        ) from None
+    plan = split_torch_state_dict_into_shards(
+        tensors,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes(max_shard_size),
+    )
     for file, names in plan.filename_to_tensors.items():
-        write_file = partial(_write, {name: tensors[name] for name in names}, description)
-        write_atomically(folder / file, write_file)
-    last = folder / WEIGHTS
-    if plan.is_sharded:
-        last = folder / INDEX
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        places = dict(sorted(plan.tensor_to_filename.items()))
-        write_json(last, {"metadata": {"total_size": total}, "weight_map": places})
-    for path in _other_files(folder, {last.name, *plan.filename_to_tensors}):
-        delete(path)
-    return last
+        _write({name: tensors[name] for name in names}, description, folder / file)
+    if not plan.is_sharded:
+        return WEIGHTS
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    places = dict(sorted(plan.tensor_to_filename.items()))
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    return INDEX
 
 
 def read_files(files: list[Path]) -> dict[str, Tensor]:
@@ -201,7 +267,7 @@ def _other_files(folder: Path, kept: set[str]) -> list[Path]:
 
 def _indexed(index: Path) -> list[Path]:
     """The files that an index names, which must lie beside it."""
-    places = _json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index} has no weight_map; get it anew")
     odd = [
@@ -214,7 +280,7 @@ def _indexed(index: Path) -> list[Path]:
 
 def _says_compressed(config: Path) -> bool:
     try:
-        entry = _json(config).get("quantization_config")
+        entry = read_json(config).get("quantization_config")
     except CheckpointError:
         return False  # the weights will tell
     return isinstance(entry, dict) and entry.get("quant_method") == METHOD
@@ -228,7 +294,12 @@ def _described(file: Path) -> bool:
         return False
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file of a model holds.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, too large or of something else.
+    """
     try:
         if path.stat().st_size > _MAX_JSON:
             raise CheckpointError(f"{path} is too large for what it should be")
@@ -240,9 +311,9 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _write(tensors: dict[str, Tensor], description: str, path: str) -> None:
+def _write(tensors: dict[str, Tensor], description: str, path: Path) -> None:
     save_file(tensors, path, {"format": "pt", METADATA_KEY: description})
-    _order_metadata(Path(path))
+    _order_metadata(path)
 
 
 def _order_metadata(path: Path) -> None:

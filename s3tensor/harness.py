@@ -63,7 +63,7 @@ class TaskReport:
 def evaluate_tasks(
     model: nn.Module,
     tokenizer: Any,
-    tasks: Sequence[str],
+    tasks: str | Sequence[str],
     *,
     num_fewshot: int | None = None,
     limit: float | None = None,
@@ -76,8 +76,9 @@ def evaluate_tasks(
     Args:
         model: a causal language model of transformers, where it is to run.
         tokenizer: of the model.
-        tasks: names of tasks, groups or tags, with ``*`` for several; or paths of YAML files. Ours need no
-            network: ``s3_pydoc`` (perplexity by words and bytes) and ``s3_pydoc_choice`` (accuracy).
+        tasks: names of tasks, groups or tags, with ``*`` for several, or paths of YAML files; in a sequence,
+            or in one string with commas between them. Ours need no network: ``s3_pydoc`` (perplexity by
+            words and bytes) and ``s3_pydoc_choice`` (accuracy).
         num_fewshot: examples before a question; default the task's own.
         limit: only the first so many documents of each task; below 1 a share of them.
         batch_size: documents in one pass, or ``auto``.
@@ -143,7 +144,7 @@ def evaluate_tasks(
 
 
 def check_tasks(
-    tasks: Sequence[str],
+    tasks: str | Sequence[str],
     *,
     num_fewshot: int | None = None,
     limit: float | None = None,
@@ -153,7 +154,8 @@ def check_tasks(
 ) -> list[str]:
     """The names that tasks stand for, without loading a model or data; arguments and errors of
     :func:`evaluate_tasks`."""
-    names = [name.strip() for entry in tasks for name in entry.split(",") if name.strip()]
+    entries = [tasks] if isinstance(tasks, str) else tasks
+    names = [name.strip() for entry in entries for name in entry.split(",") if name.strip()]
     _check_settings(names, limit, num_fewshot, batch_size, seq_len)
     _imported()
     known = _manager(include_path, names).all_tasks

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import os
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,19 +20,23 @@ from s3tensor.checkpoint import apart, first_line, load_state
 from s3tensor.compressed import Compressed
 from s3tensor.errors import CheckpointError, ModelError
 from s3tensor.folder import (
-    INDEX,
     OLD_WEIGHTS,
-    WEIGHTS,
     compressed_files,
-    delete,
     quantization,
     read_files,
+    read_json,
+    replacing,
+    shard_bytes,
     tied_names,
     write_files,
 )
+from s3tensor.folder import WEIGHTS as WEIGHTS
 from s3tensor.folder import unshared_state as unshared_state
 from s3tensor.mask import satisfies
 from s3tensor.parametrize import parametrized
+
+_LAYERS = 1000  # a config of so many is tried, however few tensors there are: layers may share them
+_BUFFERS = 2**30  # bytes, beyond those of the files, that a model may compute when it is made
 
 
 def load_model(
@@ -49,7 +57,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = Path(source)
+    path = _place(source)
     if compressed_files(path):
         wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if dtype != "auto" and not isinstance(wanted, torch.dtype):
@@ -65,8 +73,11 @@ def load_model(
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} is no folder of a Hugging Face model: it has no config.json")
+        location = path
     elif path.exists():
         raise ModelError(f"{path} is a file; give a model's folder, a hub name or a .gguf file")
+    elif str(source).startswith((".", "/", "~")) or str(source).endswith("/"):
+        raise ModelError(f"no model at {source}")
     elif path.is_absolute() or len(path.parts) > 2:  # a hub name is NAME or OWNER/NAME
         raise ModelError(f"no model at {path}")
     with _quiet():
@@ -87,7 +98,7 @@ def save_pretrained(
     *,
     dense: bool = False,
     overwrite: bool = False,
-    max_shard_size: int | str = "50GB",
+    max_shard_size: int | str | None = "50GB",
     card: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a pruned model.
@@ -103,8 +114,9 @@ def save_pretrained(
         directory: made if it is not there.
         tokenizer: written beside the model when given.
         dense: write plain dense safetensors.
-        overwrite: replace a model that is there.
-        max_shard_size: bytes, or a string such as ``"5GB"``, above which the weights are split.
+        overwrite: replace a model that is there; one that cannot be replaced as a whole is left whole.
+        max_shard_size: bytes, or a string such as ``"5GB"``, above which the weights are split; None for
+            one file.
         card: what is known of the model, for a section of ``README.md``
             (:func:`s3tensor.card.write_card`); without, no such file is written.
 
@@ -112,12 +124,14 @@ def save_pretrained(
         The file of the weights, the index of several, or for ``dense=True`` the folder.
 
     Raises:
-        CheckpointError: a model is there already, or the folder cannot be written.
+        CheckpointError: a model is there already, the folder cannot be written, or ``max_shard_size`` is no
+            size.
         ModelError: a model without a config, with parameters on the meta device, or still in training
             under S3Sparse.
     """
-    folder = Path(directory)
+    folder = _place(directory)
     refuse_existing(folder, overwrite)
+    largest = shard_bytes(max_shard_size)
     config = getattr(model, "config", None)
     if config is None:
         raise ModelError(
@@ -137,33 +151,30 @@ def save_pretrained(
         raise ModelError(f"{absent[0]} is on the meta device and has no values to save")
     entry = None if dense else quantization(state)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        if card is not None:
-            write_card(folder, card, state)
-        if dense:
-            plain = apart({name: densified(part).contiguous() for name, part in state.items()})
-            with _quiet(), _configured(model, None):
-                model.save_pretrained(  # type: ignore[operator]
-                    folder, state_dict=plain, max_shard_size=max_shard_size
-                )
-            if (folder / OLD_WEIGHTS).is_file():  # of a model that is replaced
-                delete(folder / OLD_WEIGHTS)
-            if (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
-                delete(folder / INDEX)
-            return folder
-        # The weights last: a folder with this file is complete.
-        with _configured(model, entry):
-            config.save_pretrained(folder)
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(folder)
+        with replacing(folder) as stage:
+            if card is not None:
+                if (folder / "README.md").is_file():  # the rest of which stays
+                    shutil.copyfile(folder / "README.md", stage / "README.md")
+                write_card(stage, card, state, dense)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(stage)
+            if dense:
+                plain = apart({name: densified(part).contiguous() for name, part in state.items()})
+                with _quiet(), _configured(model, None):
+                    model.save_pretrained(  # type: ignore[operator]
+                        stage, state_dict=plain, max_shard_size=largest
+                    )
+                return folder
+            with _configured(model, entry):
+                config.save_pretrained(stage)
+            generation = getattr(model, "generation_config", None)
+            if generation is not None:
+                generation.save_pretrained(stage)
+            return folder / write_files(stage, state, largest)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot write to {folder} ({first_line(error)}); choose another folder"
+            f"cannot write to {folder} ({first_line(error)}); free space or choose another folder"
         ) from error
-    return write_files(folder, state, max_shard_size)
 
 
 @contextlib.contextmanager
@@ -191,15 +202,18 @@ def _configured(model: nn.Module, entry: dict[str, Any] | None) -> Iterator[None
 def from_pretrained(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     """The model that :func:`save_pretrained` wrote compressed, with compressed parameters.
 
+    Its class is the one that ``config.json`` names, where transformers has it, else that of a causal
+    language model. No code of the folder is run.
+
     Raises:
         CheckpointError: files that are missing, truncated, altered, or of another model.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from s3tensor.quantizer import attach
 
-    folder = Path(directory)
+    folder = _place(directory)
     files = compressed_files(folder)
     if not files:
         raise CheckpointError(
@@ -207,38 +221,83 @@ def from_pretrained(directory: str | Path, device: torch.device | str = "cpu") -
             "load a dense model with transformers"
         )
     state = read_files(files)
-    try:
+    path = folder / "config.json"
+    with _usable(path):
+        _check_layers(read_json(path), max(len(state), _LAYERS))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         vars(config).pop("quantization_config", None)  # the files say the same, and are checked
-        # Parameters start on the meta device, so that no dense copy of them is ever made.
-        with init_empty_weights(include_buffers=False), _quiet():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # the library raises many kinds; all mean that the config is unusable
+        # Once without any memory: a config is believed when it fits the files.
+        with torch.device("meta"), _quiet():
+            outline = _built(copy.deepcopy(config))
+    _fill(outline, state, folder)
+    idle = sum(buffer.nbytes for buffer in outline.buffers() if buffer.is_meta)
+    if idle > _BUFFERS + sum(file.stat().st_size for file in files):
         raise CheckpointError(
-            f"{folder / 'config.json'} cannot be used ({first_line(error)})"
-        ) from error
-    model.tie_weights()
+            f"{path} cannot be used (it asks for {idle} bytes that the files do not hold)"
+        )
+    # Parameters start on the meta device, so that no dense copy of them is ever made.
+    with _usable(path), init_empty_weights(include_buffers=False), _quiet():
+        model = _built(config)
+    _fill(model, state, folder)
+    if (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return attach(_placed(model, device))
+
+
+@contextlib.contextmanager
+def _usable(config: Path) -> Iterator[None]:
+    """Raise CheckpointError where a config is read: the library raises many kinds, all of one meaning."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{config} cannot be used ({first_line(error)})") from error
+
+
+def _check_layers(config: dict[str, Any], most: int) -> None:
+    """Raise ValueError for a number of layers, here or in a part of the config, that no file could fill."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_layers(value, most)
+        elif re.search(r"layers?$", key) and isinstance(value, (int, float)) and value > most:
+            raise ValueError(f"{key} is {value!r:.40}, more than the tensors of the files")
+
+
+def _built(config: Any) -> Any:
+    """A new model of the class that a config names, if transformers has it, else a causal one."""
+    import transformers
+
+    names = getattr(config, "architectures", None)
+    name = names[0] if isinstance(names, list) and names else None
+    kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    if known and isinstance(config, kind.config_class or ()):
+        return kind._from_config(config)
+    return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Give a model without memory of its own the parameters of a state dict.
+
+    Raises:
+        CheckpointError: a state of another model.
+    """
+    model.tie_weights()  # type: ignore[operator]
     model.requires_grad_(False)  # int8 values take no gradient
     try:
         found = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
         odd = str(error).strip().splitlines()[-1].strip()  # the first line names the class alone
         raise CheckpointError(f"{folder} does not fit its own config ({odd})") from error
-    model.tie_weights()
+    model.tie_weights()  # type: ignore[operator]
     missing = [name for name, value in model.named_parameters() if value.is_meta]
     if missing or found.unexpected_keys:
         odd = (missing or found.unexpected_keys)[0]
         raise CheckpointError(
             f"{folder}: {odd!r} is {'missing from the file' if missing else 'unknown to the model'}"
         )
-    if (folder / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.requires_grad_(False)
-    return attach(_placed(model, device))
 
 
 def verify(source: nn.Module | str | Path) -> list[tuple[str, str, float]]:
@@ -255,7 +314,7 @@ def verify(source: nn.Module | str | Path) -> list[tuple[str, str, float]]:
     if isinstance(source, nn.Module):
         state = dict(source.state_dict())
     else:
-        path = Path(source)
+        path = _place(source)
         files = compressed_files(path) if path.is_dir() else []
         if path.is_dir() and not files:
             what = "a dense model" if _models_in(path) else "no model"
@@ -292,7 +351,9 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
     return now, dense
 
 
-def refuse_existing(folder: Path, overwrite: bool = False) -> None:
+def refuse_existing(
+    folder: Path, overwrite: bool = False, remedy: str = "pass overwrite=True"
+) -> None:
     """Raise CheckpointError when ``folder`` holds a model already and must not be overwritten."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give a folder")
@@ -300,8 +361,13 @@ def refuse_existing(folder: Path, overwrite: bool = False) -> None:
     if present and not overwrite:
         raise CheckpointError(
             f"{folder} holds a model already ({present[0].name}); nothing was overwritten: choose another "
-            "folder, or pass overwrite=True"
+            f"folder, or {remedy}"
         )
+
+
+def _place(path: str | Path) -> Path:
+    """A path that a user gave; ``~`` is the home folder."""
+    return Path(os.path.expanduser(path))
 
 
 def _models_in(folder: Path) -> list[Path]:

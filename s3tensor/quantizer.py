@@ -104,6 +104,9 @@ class S3Quantizer(HfQuantizer):
         ):
             raise CheckpointError("quantization_config is damaged: its tables must be of strings")
         self._loading: list[tuple[str, nn.Module, str, dict[str, Any]]] = []
+        self._orders: dict[
+            nn.Module, list[str]
+        ] = {}  # of the parameters of a sparse weight's owner
 
     # before weights are read --------------------------------------------------------------------------
 
@@ -162,6 +165,7 @@ class S3Quantizer(HfQuantizer):
                     )
                 fields |= {"values": VALUES, "dtype": str(dtype).removeprefix("torch.")}
             parts = _Parts(dtype, fields, name)
+            self._orders.setdefault(owner, list(owner._parameters))
             delattr(owner, leaf)
             owner.add_module(leaf, parts)
             # No initial values: their functions expect a weight. What is missing is refused below.
@@ -178,7 +182,7 @@ class S3Quantizer(HfQuantizer):
         for path, owner in owners.items():  # their biases
             expected.update({name: None for name, _ in owner.named_parameters(path, recurse=False)})
         if checkpoint_files is not None:
-            _check_files(checkpoint_files, expected, described)
+            _check_files(checkpoint_files, expected, described, set(config.patterns))
         return model
 
     # after --------------------------------------------------------------------------------------------
@@ -191,7 +195,13 @@ class S3Quantizer(HfQuantizer):
             stored = (getattr(parts, part).detach() for part in kind.PARTS)
             weight = kind.from_stored(*stored, fields, name)
             setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
+            # Back in its place, before its bias: the order of a state dict is that of its files.
+            order = self._orders[owner]
+            for later in order[order.index(leaf) + 1 :]:
+                if later in owner._parameters:
+                    owner._parameters[later] = owner._parameters.pop(later)
         self._loading.clear()
+        self._orders.clear()
         model.is_quantized = False  # type: ignore[assignment]  # these weights may be cast: .half() is allowed
         return model
 
@@ -299,10 +309,12 @@ def _check_files(
     files: list[str],
     expected: dict[str, nn.Parameter | None],
     described: dict[str, dict[str, Any]],
+    named: set[str],
 ) -> None:
     """Raise CheckpointError unless the files hold what is expected; their headers alone are read.
 
-    Where they describe the sparse weights themselves, under a checksum, they must say the same.
+    Where they describe the sparse weights themselves, under a checksum, they must say the same, of those
+    that are loaded (``described``) and of no others than the config has (``named``).
     """
     found: set[str] = set()
     for path in files:
@@ -312,7 +324,7 @@ def _check_files(
             with safe_open(path, framework="pt") as file:
                 description = (file.metadata() or {}).get(METADATA_KEY)
                 if description is not None:
-                    _agree(described, read_description(description, path), path)
+                    _agree(described, named, read_description(description, path), path)
                 for name in expected.keys() & set(file.keys()):
                     found.add(name)
                     part, wanted = file.get_slice(name), expected[name]
@@ -334,7 +346,15 @@ def _check_files(
         raise CheckpointError(f"{min(missing)!r} is missing from the model's files; get them anew")
 
 
-def _agree(config: dict[str, dict[str, Any]], file: dict[str, Any], path: str) -> None:
+def _agree(
+    config: dict[str, dict[str, Any]], named: set[str], file: dict[str, Any], path: str
+) -> None:
+    unnamed = file.keys() - named
+    if unnamed:  # transformers would give it random values
+        raise CheckpointError(
+            f"config.json has no pattern for {min(unnamed)!r:.80}, which {path} holds compressed; get "
+            "config.json anew, or save the model again"
+        )
     for name, fields in config.items():
         found = file.get(name)
         same = isinstance(found, dict) and all(

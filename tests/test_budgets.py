@@ -239,7 +239,11 @@ def test_a_damaged_allocation_is_refused(tmp_path: Path) -> None:
     [
         ("rowpair16", "mixed", "no room"),
         ("2:4", "best", "'mixed', or map"),
-        ("2:4", {"*.nothing": "1:4"}, r"'\*\.nothing'.*no linear of the model, which has lm_head"),
+        (
+            "2:4",
+            {"*.nothing": "1:4"},
+            r"'\*\.nothing'.*no linear of the model, which has model\.layers\.1\.mlp",
+        ),
         ("2:4", {"*.q_proj": "1-4"}, "unknown pattern"),
     ],
 )

@@ -11,6 +11,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from s3tensor.checkpoint import (
     unflatten_state,
     write_atomically,
     write_json,
+    write_output,
 )
 from s3tensor.pattern import BoundPattern
 from s3tensor.testing import bound_patterns, weights
@@ -653,3 +655,48 @@ def test_files_get_the_permissions_of_the_umask(tmp_path: Path) -> None:
 def test_missing_folders_are_made(tmp_path: Path) -> None:
     write_json(tmp_path / "a" / "b" / "x.json", {"z": 1, "a": [math.pi]})
     assert json.loads((tmp_path / "a" / "b" / "x.json").read_text()) == {"z": 1, "a": [math.pi]}
+
+
+def test_a_link_stays_and_what_it_names_is_written(tmp_path: Path) -> None:
+    file, link, later = tmp_path / "a" / "file", tmp_path / "link", tmp_path / "later"
+    file.parent.mkdir()
+    file.write_text("old")
+    link.symlink_to(file)
+    later.symlink_to(tmp_path / "b" / "new")
+    for path in (link, later):
+        write_output(path, "new")
+        assert path.is_symlink() and path.read_text() == "new"
+    assert file.read_text() == "new" and (tmp_path / "b" / "new").read_text() == "new"
+    assert not leftovers(tmp_path) and not leftovers(file.parent)
+
+
+def test_a_link_in_a_folder_of_a_model_is_replaced_and_what_it_names_left_alone(
+    tmp_path: Path,
+) -> None:
+    """Such folders are views of the cache of Hugging Face, whose files other models share."""
+    (tmp_path / "blob").write_text("shared")
+    for name, write in (
+        ("x.json", lambda path: write_json(path, {"a": 1})),
+        ("x.safetensors", lambda path: save_state(path, {"w": torch.ones(2)})),
+    ):
+        (tmp_path / name).symlink_to(tmp_path / "blob")
+        write(tmp_path / name)
+        assert not (tmp_path / name).is_symlink()
+    assert (tmp_path / "blob").read_text() == "shared"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are a thing of POSIX")
+def test_a_pipe_and_a_device_are_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe, nothing = tmp_path / "pipe", tmp_path / "null"
+    os.mkfifo(pipe)
+    nothing.symlink_to(os.devnull)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    write_output(pipe, "words")
+    reader.join(60)
+    assert read == ["words"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    write_output(nothing, "words")
+    assert nothing.is_symlink() and stat.S_ISCHR(nothing.stat().st_mode)
+    assert not leftovers(tmp_path)

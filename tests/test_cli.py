@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -170,6 +171,9 @@ def test_a_dense_export_is_for_transformers_alone(model: Path, tmp_path: Path) -
     assert s3.satisfies(found.model.layers[1].mlp.up_proj.weight.detach(), "2:4")
     assert run("eval", folder, "--samples", 2, "--seq-len", 32).exit_code == 0
     refused(run("verify", folder), 1, "dense model, without patterns")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| Pattern | 2:4 |" in card
+    assert "compressed" not in card and "pip install" not in card
 
 
 def test_text_of_ones_own_gives_disjoint_windows(model: Path, tmp_path: Path) -> None:
@@ -204,6 +208,7 @@ def test_no_evaluation_no_perplexity(model: Path, tmp_path: Path) -> None:
     assert figures["dense_perplexity"] is None
     assert figures["layers"] == 7
     assert "perplexity" not in done.output
+    assert "Evaluation" not in (tmp_path / "sparse" / "README.md").read_text(encoding="utf-8")
 
 
 # broken off -----------------------------------------------------------------------------------------
@@ -289,6 +294,27 @@ def test_a_second_run_into_a_folder_that_is_in_use_is_refused(
         other.communicate("")
 
 
+def test_a_run_that_waited_for_another_leaves_its_finished_model_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, command = tmp_path / "shared", ("prune", model, "--out", tmp_path / "shared", *SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "_prune_block", dying(KeyboardInterrupt))
+        assert run(*command).exit_code == 130  # begun: the second run may start, to go on
+    real, finished = cli.prune.load, []
+
+    def load_while_the_first_ends(*arguments: Any) -> Any:
+        monkeypatch.setattr(cli.prune, "load", real)
+        assert run(*command).exit_code == 0
+        finished.append((folder / hf.WEIGHTS).read_bytes())
+        return real(*arguments)
+
+    monkeypatch.setattr(cli.prune, "load", load_while_the_first_ends)
+    refused(run(*command, "--pattern", "4:8"), 1, "nothing was overwritten")
+    assert finished == [(folder / hf.WEIGHTS).read_bytes()]
+    assert not (folder / "run.lock").exists()
+
+
 # refusals -------------------------------------------------------------------------------------------
 
 
@@ -321,6 +347,7 @@ def never_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--pruner", "wanda", "--alpha", "0.5"), ("dense target",)),
         (("--dtype", "int8"), ("--dtype", "float16")),
         (("--device", "toaster"), ("--device", "'toaster'")),
+        (("--device", "meta"), ("--device", "'meta'", "holds no values")),
         (("--device", "cuda:99"), ("--device", "'cuda:99'")),
         (("--misfit", "ignore"), ("--misfit",)),
         (("--format", "gguf"), ("--format",)),
@@ -364,6 +391,59 @@ def test_a_report_that_could_not_be_written_is_refused_at_the_start(tmp_path: Pa
     (tmp_path / "file").write_text("x")
     place = tmp_path / "file" / "report.json"
     refused(run("prune", "model", "--out", tmp_path / "x", "--report", place), 1, "cannot write")
+
+
+def test_figures_go_through_links_and_into_devices_which_stay(model: Path, tmp_path: Path) -> None:
+    nothing, link, file = tmp_path / "null", tmp_path / "link", tmp_path / "file"
+    nothing.symlink_to(os.devnull)
+    link.symlink_to(file)
+    for path in (nothing, link):
+        done = run("eval", model, "--samples", 2, "--seq-len", 32, "--out", path)
+        assert done.exit_code == 0, done.output
+        done = run(
+            *(
+                "prune",
+                model,
+                "--out",
+                tmp_path / f"of-{path.name}",
+                "--report",
+                path,
+                "--blocks",
+                1,
+            ),
+            *("--samples", 2, "--seq-len", 16, "--pruner", "magnitude", "--eval-samples", 0),
+        )
+        assert done.exit_code == 0, done.output
+        assert path.is_symlink()
+    assert nothing.resolve() == Path(os.devnull) and nothing.is_char_device()
+    assert json.loads(file.read_text())["layers"] == 7
+
+
+def test_a_bench_that_could_not_be_written_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from s3tensor import benchmark
+
+    small = ("bench", "--shape", "16x64", "--batch", "1", "--device", "cpu")
+    (tmp_path / "file").write_text("x")
+
+    def measures(*_: Any) -> Any:
+        raise AssertionError("something was measured")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "run", measures)
+        refused(run(*small, "--out", tmp_path / "file" / "x.json"), 1, "cannot write")
+    # What cannot be foreseen comes after the table: a file that is a folder's name by then.
+    real = benchmark.run
+
+    def run_and_spoil(*arguments: Any) -> Any:
+        (tmp_path / "x.json").mkdir()
+        return real(*arguments)
+
+    monkeypatch.setattr(benchmark, "run", run_and_spoil)
+    done = run(*small, "--out", tmp_path / "x.json")
+    assert done.exit_code == 1 and "cannot write" in done.stderr
+    assert "16x64" in done.stdout
 
 
 def test_commands_without_their_arguments_are_one_line() -> None:

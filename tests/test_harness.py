@@ -265,6 +265,7 @@ def test_an_unknown_task_names_those_near_it_before_a_model_is_loaded(
     known = lm_eval.tasks.TaskManager(include_path=[one, harness.TASKS], include_defaults=False)
     monkeypatch.setattr(harness, "_all_tasks", lambda: known)
     assert harness.check_tasks(["hellaswag,s3_pydoc"]) == ["hellaswag", "s3_pydoc"]
+    assert harness.check_tasks("hellaswag, s3_pydoc") == ["hellaswag", "s3_pydoc"]
     with pytest.raises(CalibrationError, match=r"no task 's3_pydocs'; near it are s3_pydoc, "):
         harness.check_tasks(["s3_pydoc", "s3_pydocs"])
     nothing = tmp_path / "no-model"

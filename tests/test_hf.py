@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import s3tensor as s3
-from s3tensor import hf, llm, ops
+from s3tensor import folder, hf, llm, ops
 
 transformers = pytest.importorskip("transformers")
 
+from test_quantizer import little_memory  # noqa: E402 - needs transformers
 from tiny_models import FAMILIES, VOCABULARY, logits, pruned, tiny, token_ids  # noqa: E402 - needs transformers
 
 
@@ -137,8 +138,8 @@ def test_generation_goes_on_after_reloading(tmp_path: Path) -> None:
 # refusals -------------------------------------------------------------------------------------------
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def contents(place: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in place.iterdir()}
 
 
 @pytest.mark.parametrize("dense", [True, False])
@@ -169,6 +170,118 @@ def test_a_model_is_replaced_as_a_whole_when_asked_for(
     torch.testing.assert_close(logits(load(tmp_path).eval()), logits(model), rtol=1e-5, atol=1e-5)
 
 
+def breaking(monkeypatch: pytest.MonkeyPatch, dense: bool, fault: BaseException, last: int) -> None:
+    """Let the writing of weights fail at its file of the number ``last``, which is then half there."""
+    module = transformers.modeling_utils if dense else folder
+    name = "safe_save_file" if dense else "save_file"
+    real, written = getattr(module, name), 0
+
+    def breaks(tensors: Any, path: Any, *rest: Any, **named: Any) -> None:
+        nonlocal written
+        written += 1
+        if written == last:
+            Path(path).write_text("half")
+            raise fault
+        real(tensors, path, *rest, **named)
+
+    monkeypatch.setattr(module, name, breaks)
+
+
+FAULTS = [OSError(28, "No space left on device"), KeyboardInterrupt()]
+FULL_OR_STOPPED = pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+
+
+@FULL_OR_STOPPED
+@pytest.mark.parametrize("size", [None, 20_000], ids=["one file", "shards"])
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "compressed"])
+@pytest.mark.parametrize("before", [True, False], ids=["over dense", "over compressed"])
+def test_a_model_that_cannot_be_replaced_is_left_whole(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: bool,
+    dense: bool,
+    size: int | None,
+    fault: BaseException,
+) -> None:
+    old = pruned("llama")
+    s3.save_pretrained(old, tmp_path, dense=before, max_shard_size=size)
+    files = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        breaking(patch, dense, fault, last=2 if size else 1)
+        with pytest.raises((s3.CheckpointError, KeyboardInterrupt)) as failed:
+            s3.save_pretrained(
+                pruned("gpt2"), tmp_path, dense=dense, overwrite=True, max_shard_size=size
+            )
+    if isinstance(fault, OSError):
+        assert "No space left" in str(failed.value) and "free space" in str(failed.value)
+    assert contents(tmp_path) == files
+    load = transformers.AutoModelForCausalLM.from_pretrained if before else s3.from_pretrained
+    torch.testing.assert_close(logits(load(tmp_path).eval()), logits(old), rtol=1e-5, atol=1e-5)
+
+
+@FULL_OR_STOPPED
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "compressed"])
+def test_a_first_save_that_fails_leaves_nothing_in_the_way_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense: bool, fault: BaseException
+) -> None:
+    model = pruned("llama")
+    with monkeypatch.context() as patch:
+        breaking(patch, dense, fault, last=2)
+        with pytest.raises((s3.CheckpointError, KeyboardInterrupt)):
+            s3.save_pretrained(model, tmp_path / "model", dense=dense, max_shard_size=20_000)
+    assert not list((tmp_path / "model").iterdir())
+    s3.save_pretrained(model, tmp_path / "model", dense=dense, max_shard_size=20_000)
+    assert (tmp_path / "model" / folder.INDEX).is_file()
+
+
+def test_what_a_killed_save_left_goes_with_the_next_and_what_another_writes_stays(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("fcntl")
+    for name in ("left", "held"):
+        (tmp_path / f".saving-{name}").mkdir()
+        (tmp_path / f".saving-{name}" / hf.WEIGHTS).write_text("half")
+    with folder._held(tmp_path / ".saving-held") as held:
+        assert held
+        s3.save_pretrained(tiny("llama"), tmp_path)
+        assert [path.name for path in tmp_path.glob(".*")] == [".saving-held"]
+    s3.save_pretrained(tiny("llama"), tmp_path, overwrite=True)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "compressed"])
+@pytest.mark.parametrize("size", ["abc", "", "5XB", "0GB", "-1GB", "nanGB", "infGB", 0, -1, [1]])
+def test_a_size_of_shards_that_is_none_is_refused_before_anything_is_written(
+    tmp_path: Path, size: Any, dense: bool
+) -> None:
+    with pytest.raises(s3.CheckpointError, match=r"max_shard_size=.* is no size; give bytes above"):
+        s3.save_pretrained(tiny("llama"), tmp_path / "new", dense=dense, max_shard_size=size)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "compressed"])
+@pytest.mark.parametrize("size", [None, "1 mb", 1_000_000, "0.5GB"])
+def test_a_model_below_the_size_of_shards_is_one_file(
+    tmp_path: Path, size: Any, dense: bool
+) -> None:
+    s3.save_pretrained(tiny("llama"), tmp_path, dense=dense, max_shard_size=size)
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == [hf.WEIGHTS]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setattr(hf, "_tokenizer", lambda place: None)
+    monkeypatch.chdir(tmp_path)
+    start = s3.save_pretrained(pruned("llama"), "~/model")
+    assert start == tmp_path / "model" / hf.WEIGHTS
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert sparse_names(s3.from_pretrained("~/model")) == sparse_names(hf.load_model("~/model")[0])
+    assert len(s3.verify("~/model")) == len(s3.verify(Path("~/model"))) == 14
+    with pytest.raises(s3.ModelError, match="no model at ~/nothing"):
+        hf.load_model("~/nothing")
+
+
 @pytest.mark.parametrize("dense", [True, False])
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, dense: bool) -> None:
     (tmp_path / "file").write_text("no folder")
@@ -188,9 +301,9 @@ def test_a_model_without_a_config_or_without_values_is_refused(tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    s3.save_pretrained(pruned("llama"), folder)
-    return folder
+    place = tmp_path_factory.mktemp("saved") / "model"
+    s3.save_pretrained(pruned("llama"), place)
+    return place
 
 
 @pytest.fixture
@@ -216,8 +329,8 @@ def test_an_altered_model_is_refused(copy: Path) -> None:
             read(copy)
 
 
-def config_with(folder: Path, **change: Any) -> None:
-    path = folder / "config.json"
+def config_with(place: Path, **change: Any) -> None:
+    path = place / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
 
 
@@ -240,6 +353,94 @@ def test_a_config_of_another_model_is_refused(
     with pytest.raises(s3.CheckpointError, match=message) as refused:
         s3.from_pretrained(copy)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("llama", {"head_dim": 2**40}, "does not fit its own config"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, more than"),
+        ("qwen2", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, more than"),
+        ("gpt2", {"n_layer": 10**9}, "n_layer is 1000000000, more than"),
+        ("gpt2", {"text_config": {"num_layers": 1e99}}, "num_layers is 1e[+]99, more than"),
+        ("gpt2", {"n_positions": 2**40}, "does not fit its own config"),
+        ("llama", {"vocab_size": 2**40}, "does not fit its own config"),
+    ],
+    ids=["head", "layers", "layer types", "n_layer", "nested", "positions", "vocabulary"],
+)
+def test_sizes_of_a_config_are_compared_with_the_files_before_memory_is_taken(
+    tmp_path: Path, kind: str, change: dict[str, Any], message: str
+) -> None:
+    s3.save_pretrained(pruned(kind), tmp_path)
+    config_with(tmp_path, **change)
+    with little_memory(), pytest.raises(s3.CheckpointError, match=message) as refused:
+        s3.from_pretrained(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_buffers_that_no_file_bounds_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    config = transformers.GPTJConfig(
+        n_embd=32, n_layer=1, n_head=4, rotary_dim=8, vocab_size=VOCABULARY, n_positions=64
+    )
+    s3.save_pretrained(transformers.GPTJForCausalLM(config), tmp_path)
+    assert s3.from_pretrained(tmp_path).config.n_positions == 64
+    config_with(tmp_path, n_positions=2**40)
+    with little_memory(), pytest.raises(s3.CheckpointError, match="35184372088832 bytes that the"):
+        s3.from_pretrained(tmp_path)
+
+
+def other_model(kind: str) -> nn.Module:
+    """A small pruned model that is no causal language model."""
+    torch.manual_seed(0)
+    wide = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    model = {
+        "BertForSequenceClassification": lambda kind: kind(
+            transformers.BertConfig(**wide, num_hidden_layers=2, vocab_size=VOCABULARY)
+        ),
+        "T5ForConditionalGeneration": lambda kind: kind(
+            transformers.T5Config(
+                d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4, vocab_size=VOCABULARY
+            )
+        ),
+        "LlamaModel": lambda kind: kind(
+            transformers.LlamaConfig(**wide, num_hidden_layers=2, vocab_size=VOCABULARY)
+        ),
+    }[kind](getattr(transformers, kind)).eval()
+    s3.sparsify_(model, "2:4")
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind", ["BertForSequenceClassification", "T5ForConditionalGeneration", "LlamaModel"]
+)
+def test_a_model_of_any_class_of_transformers_reloads_as_that_class(
+    tmp_path: Path, kind: str
+) -> None:
+    model = other_model(kind)
+    s3.save_pretrained(model, tmp_path / "a")
+    found = s3.from_pretrained(tmp_path / "a")
+    assert type(found) is type(model)
+    assert sparse_names(found) == sparse_names(model) != set()
+    inputs = {"input_ids": token_ids()}
+    if kind.startswith("T5"):
+        inputs["decoder_input_ids"] = token_ids(5)
+    with torch.no_grad():
+        assert torch.equal(found(**inputs)[0], model(**inputs)[0])
+    s3.save_pretrained(found, tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(None, [], 5, [5], "LlamaModel", {"a": 1}),
+        *(["NoSuchModel"], ["PreTrainedModel"], ["logging"], ["LlamaConfig"], ["BertModel"]),
+    ],
+    ids=str,
+)
+def test_without_a_class_of_its_config_a_model_is_a_causal_one(copy: Path, names: Any) -> None:
+    config_with(copy, architectures=names)
+    assert type(s3.from_pretrained(copy)) is transformers.LlamaForCausalLM
 
 
 def test_missing_files_are_named(copy: Path, tmp_path: Path) -> None:
@@ -293,7 +494,7 @@ def test_verify_refuses_nan_anywhere() -> None:
 def test_a_compressed_model_is_loaded_in_the_dtype_that_is_asked_for(
     saved: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf, "_tokenizer", lambda folder: None)
+    monkeypatch.setattr(hf, "_tokenizer", lambda place: None)
     asked, _ = hf.load_model(saved, dtype)
     as_stored, _ = hf.load_model(saved)
     for (name, one), other in zip(asked.named_parameters(), as_stored.parameters(), strict=True):
@@ -312,6 +513,11 @@ def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path: Path) -> Non
         (tmp_path / "weights.bin", "is a file"),
         (Path("no/such/folder"), "no model at"),
         (Path("no-such-owner/no-such-model"), "cannot load a model"),
+        ("./nowhere", r"no model at \./nowhere$"),
+        ("../nowhere", r"no model at \.\./nowhere$"),
+        ("nowhere/", "no model at nowhere/$"),
+        ("~/no-such-folder-of-mine", "no model at ~/no-such-folder-of-mine$"),
+        ("./nowhere.gguf", "no GGUF file at nowhere.gguf$"),
     ):
         with pytest.raises(s3.ModelError, match=message) as refused:
             hf.load_model(place)

@@ -259,7 +259,9 @@ def test_what_cannot_be_registered_is_refused(
 def test_an_integer_weight_and_a_compressed_weight_are_refused() -> None:
     layer = nn.Linear(32, 16)
     layer.weight = nn.Parameter(torch.ones(16, 32, dtype=torch.int32), requires_grad=False)
-    with pytest.raises(s3.PatternError, match=r"floating-point weight of 16, 32 or 64 bits, got torch\.int32"):
+    with pytest.raises(
+        s3.PatternError, match=r"floating-point weight of 16, 32 or 64 bits, got torch\.int32"
+    ):
         parametrize.register_parametrization(layer, "weight", S3Sparse("2:4"))
     done = finalize(sparse_layer())
     with pytest.raises(s3.PatternError, match="compressed already"):

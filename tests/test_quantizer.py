@@ -431,6 +431,62 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     assert contents[0] == contents[1] == contents[2]
 
 
+def with_biases(kind: str) -> nn.Module:
+    """A small pruned model whose sparse weights have biases beside them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 97, "num_attention_heads": 4}
+    config = {
+        "llama": lambda: transformers.LlamaConfig(
+            **sizes, intermediate_size=64, attention_bias=True, mlp_bias=True
+        ),
+        "gpt2": lambda: transformers.GPT2Config(**sizes),
+        "opt": lambda: transformers.OPTConfig(**sizes, ffn_dim=64, word_embed_proj_dim=32),
+    }[kind]()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    s3.sparsify_(model, "2:4")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_a_model_that_transformers_loaded_gives_the_same_bytes_again(
+    tmp_path: Path, kind: str
+) -> None:
+    model = with_biases(kind)
+    s3.save_pretrained(model, tmp_path / "a", max_shard_size=10_000)
+    found = load(tmp_path / "a", dtype="auto")
+    assert list(found.state_dict()) == list(model.state_dict())
+    assert any(name.endswith(".bias") for name in found.state_dict())
+    s3.save_pretrained(found, tmp_path / "b", max_shard_size=10_000)
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "ab"]
+    assert files[0] == files[1]
+
+
+def test_several_sparse_weights_of_one_module_keep_their_places(tmp_path: Path) -> None:
+    class Three(transformers.PreTrainedModel):  # type: ignore[misc,name-defined]
+        config_class = transformers.GPT2Config
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.a = nn.Parameter(torch.ones(4, 8))
+            self.b = nn.Parameter(torch.ones(4, 8))
+            self.c = nn.Parameter(torch.ones(4, 8))
+            self.post_init()
+
+        def _init_weights(self, module: nn.Module) -> None: ...
+
+    model = Three(transformers.GPT2Config(n_layer=1))
+    weight = s3.StructuredSparseTensor.from_dense(torch.ones(4, 8), "2:4")
+    entry = {"definitions": {"2:4": "2:4"}, "patterns": {"b": "2:4", "a": "2:4"}}
+    loader = quantizer.S3Quantizer(quantizer.S3Config(**entry))
+    loader._process_model_before_weight_loading(model)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name in "ab":
+            getattr(model, name).indices.copy_(weight.indices)
+    loader._process_model_after_weight_loading(model)
+    assert list(model.state_dict()) == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("writer", ["s3tensor", "transformers"])
 @pytest.mark.parametrize("size", ["3KB", "20KB", "1MB", 10_000])
 def test_a_model_in_shards_loads_both_ways(
@@ -584,6 +640,20 @@ def test_a_weight_that_is_named_twice_is_refused(copy: Path) -> None:
         load(copy)
 
 
+@pytest.mark.parametrize("kept", [13, 1, 0], ids=lambda kept: f"{kept} of 14")
+@pytest.mark.parametrize("kind", ["AutoModelForCausalLM", "AutoModel"])
+def test_a_sparse_weight_that_the_config_leaves_out_is_refused_by_name(
+    copy: Path, kept: int, kind: str
+) -> None:
+    patterns = json.loads((copy / "config.json").read_text())["quantization_config"]["patterns"]
+    lost = set(sorted(patterns)[kept:])
+    entry_with(copy, patterns={n: label for n, label in patterns.items() if n not in lost})
+    with pytest.raises(s3.CheckpointError, match="no pattern for") as refused:
+        getattr(transformers, kind).from_pretrained(copy)
+    assert min(lost) in str(refused.value) and "get config.json anew" in str(refused.value)
+    assert len(s3.verify(copy)) == 14
+
+
 def test_what_a_user_s_code_shares_is_stored_under_each_name(tmp_path: Path) -> None:
     model = pruned("llama")
     first, second = (model.model.layers[i] for i in range(2))
@@ -624,10 +694,15 @@ LABELS = st.sampled_from(["2:4", "1:4", "pair4:8", "rowpair16", "unstructured@0.
     definitions=VALUES | st.dictionaries(LABELS, LABELS | st.text(max_size=30), max_size=3),
     transposed=VALUES | st.lists(NAMES, max_size=3),
     int8=st.none() | VALUES | st.lists(NAMES, max_size=3),
+    whole=st.booleans(),
 )
-def test_any_config_is_refused_in_our_words_or_loads_without_a_sparse_weight(
-    saved: Path, patterns: Any, definitions: Any, transposed: Any, int8: Any
+def test_any_config_is_refused_in_our_words_or_loads_what_the_files_hold(
+    saved: Path, patterns: Any, definitions: Any, transposed: Any, int8: Any, whole: bool
 ) -> None:
+    right = json.loads((saved / "config.json").read_text())["quantization_config"]
+    if whole and isinstance(patterns, dict) and isinstance(definitions, dict):
+        patterns = {**right["patterns"], **patterns}
+        definitions = {**right["definitions"], **definitions}
     fields = {"patterns": patterns, "definitions": definitions, "transposed": transposed}
     fields["int8"] = int8
     config = transformers.AutoConfig.from_pretrained(saved)
@@ -640,10 +715,8 @@ def test_any_config_is_refused_in_our_words_or_loads_without_a_sparse_weight(
         event("refused")
     else:
         event("loaded")
-        # Of what is named, all lies in the file as named.
-        labels = patterns or {}
-        assert set(labels) <= {NAME} or not labels
-        assert all(definitions[label] for label in labels.values())
+        assert {name for name, *_ in loader._loading} == set(right["patterns"])
+        assert all(definitions[label] for label in patterns.values())
 
 
 def rewrite(place: Path, change: Any) -> None:

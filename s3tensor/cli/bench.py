@@ -15,6 +15,7 @@ from s3tensor.cli.group import (
     SHAPE,
     Refused,
     as_usage,
+    check_writable,
     default_device,
     err,
     main,
@@ -63,6 +64,7 @@ def bench(
     lean is the compressed weight alone, fast may keep a second form of it (set_memory_).
     """
     from s3tensor import benchmark
+    from s3tensor.checkpoint import write_output
 
     place = device or default_device()
     if any(len(shape) != 2 for shape in shapes):
@@ -81,13 +83,15 @@ def bench(
     say = err.print if err.is_terminal or not as_json else (lambda line: None)
     with as_usage():
         plan.check()
+    if path is not None:
+        check_writable(path)
     if calibrate:
         saved = benchmark.calibrate(plan, say)
         click.echo(f"times of {place} in {saved}; they are used from now on")
         if path is not None:
-            path.write_text(saved.read_text(encoding="utf-8"), encoding="utf-8")
+            write_output(path, saved.read_text(encoding="utf-8"))
         return
     record = benchmark.run(plan, say)
-    if path is not None:
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     click.echo(json.dumps(record) if as_json else benchmark.table(record))
+    if path is not None:
+        write_output(path, json.dumps(record, indent=1) + "\n")

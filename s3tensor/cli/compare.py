@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
@@ -21,6 +22,9 @@ from s3tensor.cli.group import (
     megabytes,
     out,
 )
+
+if TYPE_CHECKING:
+    from s3tensor.compare import Side
 
 
 @main.command(
@@ -73,12 +77,19 @@ def compare(
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(side) for side in sides]))
         return
-    table = Table("model", "weights", "share")
-    table.add_column("sparse", overflow="fold")
-    for heading in ("density", "ppl", "KL", "top-1"):
-        table.add_column(heading, justify="right")
-    for side in sides:
-        table.add_row(
+    out.print(_table(sides, out.width))
+    out.print(
+        f"{windows.numel():,} held-out tokens of {text}. share: of the first model's bytes; KL: divergence "
+        "of the next token from the first model's, in nats; top-1: how often the likeliest token is the same"
+    )
+
+
+def _table(sides: list[Side], width: int) -> Table:
+    """A row for each model: names fold where the terminal is narrow, figures stay whole."""
+    space = int(width >= 80)
+    table = Table(padding=(0, space))
+    rows = [
+        (
             side.name,
             megabytes(side.weight_bytes),
             f"{side.weight_bytes / sides[0].weight_bytes:.3f}",
@@ -88,8 +99,19 @@ def compare(
             f"{side.divergence:.4f}",
             f"{100 * side.agreement:.1f}%",
         )
-    out.print(table)
-    out.print(
-        f"{windows.numel():,} held-out tokens of {text}. share: of the first model's bytes; KL: divergence "
-        "of the next token from the first model's, in nats; top-1: how often the likeliest token is the same"
-    )
+        for side in sides
+    ]
+    headings = ("model", "weights", "share", "sparse", "density", "ppl", "KL", "top-1")
+    for heading, cells in zip(headings, zip(*rows, strict=True), strict=True):
+        if heading in ("model", "sparse"):
+            table.add_column(heading, overflow="fold", min_width=len(heading))
+        else:
+            widest = max(map(len, (heading, *cells)))
+            table.add_column(heading, justify="right", no_wrap=True, min_width=widest)
+    table.columns[1].justify = table.columns[2].justify = "left"
+    least = sum((column.min_width or 0) + 2 * space + 1 for column in table.columns) + 1
+    if least > width:  # its lines wrap; in less room rich would drop columns
+        table.width = least
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +56,10 @@ def convert(
 
     if int8 and form == "dense":
         raise click.UsageError("--int8 is of compressed values; take --to compressed with it")
-    hf.refuse_existing(directory, overwrite)
+    hf.refuse_existing(directory, overwrite, "give --overwrite")
     loaded, tokenizer = load(model, dtype)
+    card = _card(Path(model).expanduser(), directory.expanduser())
+    rounded = int8 or dtype != "auto"
     if form == "compressed":
         before = any(isinstance(weight, Compressed) for weight in loaded.parameters())
         found = _compress(loaded, pattern)
@@ -67,16 +71,41 @@ def convert(
         if found:
             words = ", ".join(f"{count} to {name}" for name, count in found.items())
             click.echo(f"compressed {words}")
-        elif not int8:
-            raise ModelError(f"{model} is compressed already; --int8 would round its values")
+            card = card and {**card, "pattern": None}  # the weights tell
+        elif not rounded:
+            raise ModelError(
+                f"{model} is compressed already; --int8 or --dtype would make something else of it"
+            )
         if int8:
             click.echo(str(quantize_(loaded)))
+            card = card and {**card, "pattern": None}
+    if card and rounded and "pruned_perplexity" in card:
+        options = (" --int8" if int8 else "") + (f" --dtype {dtype}" if dtype != "auto" else "")
+        card["pruned_perplexity"] += f", before convert{options}"
     saved = hf.save_pretrained(
-        loaded, directory, tokenizer, dense=form == "dense", overwrite=overwrite
+        loaded, directory, tokenizer, dense=form == "dense", overwrite=overwrite, card=card
     )
     now, dense = hf.weight_bytes(loaded)
     size = dense if form == "dense" else now
     click.echo(f"saved {saved}: weights of {megabytes(size)}, dense {megabytes(dense)}")
+
+
+def _card(source: Path, target: Path) -> dict[str, Any] | None:
+    """What the source's card says, and this command; None where neither folder has a card's section.
+
+    Without one in the source, that of the model which is replaced is replaced too.
+    """
+    from s3tensor.card import read_card
+
+    known = read_card(source)
+    if known is None:
+        if read_card(target) is None:
+            return None
+        known = {}
+    return {
+        **known,
+        "command": [*known.get("command", ()), shlex.join(["s3tensor", *sys.argv[1:]])],
+    }
 
 
 def _compress(model: nn.Module, pattern: Pattern | None) -> dict[str, int]:

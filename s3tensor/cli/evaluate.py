@@ -17,13 +17,13 @@ from s3tensor.cli.group import (
     DTYPES,
     Refused,
     as_usage,
+    check_writable,
     default_device,
     err,
     load,
     main,
     perplexity_on,
 )
-from s3tensor.cli.prune import check_writable
 
 if TYPE_CHECKING:
     from s3tensor.harness import TaskReport
@@ -145,7 +145,7 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Perplexity of MODEL, pruned or not, on held-out text, or its scores in --tasks of lm_eval."""
-    from s3tensor.checkpoint import write_json
+    from s3tensor.checkpoint import json_text, write_output
 
     if text is None and not tasks:
         text = "pydoc"
@@ -169,7 +169,7 @@ def evaluate(
         dense = wanted.of(against)
         figures["against"] = _figures(against, wanted, *dense)
     if file is not None:
-        write_json(file, figures)
+        write_output(file, json_text(figures))
     if as_json:
         click.echo(json.dumps(figures))
         return

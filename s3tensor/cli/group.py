@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from s3tensor.errors import S3Error
+from s3tensor.errors import CheckpointError, S3Error
 from s3tensor.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class _ShapeType(ParamType):
         if isinstance(value, tuple):
             return value
         try:
-            sizes = tuple(int(n) for n in value.lower().split("x"))
+            sizes = tuple(int(n) for n in str(value).lower().split("x"))
         except ValueError:
             sizes = ()
         if not sizes or min(sizes) < 1:
@@ -107,9 +107,13 @@ class _DeviceType(ParamType):
         import torch
 
         try:
-            torch.empty(1, device=value)
+            found = torch.empty(1, device=value)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             self.fail(f"{value!r} cannot be used ({str(error).splitlines()[0]})", param, ctx)
+        if found.is_meta:
+            self.fail(
+                f"{value!r} cannot be used (it holds no values); give cpu or cuda", param, ctx
+            )
         return str(value)
 
 
@@ -138,12 +142,10 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     """Defaults of commands from a YAML file: a mapping for each command, options by their long names."""
     if path is None:
         return
-    import yaml
-
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        document = read_yaml(path) or {}
+    except ValueError as error:
+        raise Refused(str(error)) from None
     if not isinstance(document, dict):
         raise Refused(f"{path} must map commands to their options, as in prune: {{samples: 64}}")
     commands = main.commands
@@ -154,7 +156,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
                 f"{path}: no command {command!r}; there are {', '.join(sorted(commands))}"
             )
         known = {
-            name.lstrip("-").replace("_", "-"): str(param.name)
+            name.lstrip("-").replace("_", "-"): param
             for param in commands[command].params
             for name in (*param.opts, *param.secondary_opts)
             if isinstance(param, click.Option)
@@ -163,13 +165,35 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
             raise Refused(f"{path}: {command} must map options to values")
         defaults[command] = {}
         for option, value in options.items():
-            name = known.get(str(option).replace("_", "-"))
-            if name is None:
+            param = known.get(str(option).replace("_", "-"))
+            if param is None:
                 raise Refused(
                     f"{path}: {command} has no option {option!r}; it has {', '.join(sorted(known))}"
                 )
-            defaults[command][name] = value
+            single = param.multiple and value is not None and not isinstance(value, list)
+            defaults[command][str(param.name)] = [value] if single else value
     ctx.default_map = defaults
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds; 2:4 is a string, not 124, the number of base 60 that YAML 1.1 makes of it.
+
+    Raises:
+        ValueError: a file that is no YAML, in one line.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+            tag = super().resolve(kind, value, implicit)
+            plain = kind is yaml.ScalarNode and ":" in value
+            number = tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+            return self.DEFAULT_SCALAR_TAG if plain and number else tag
+
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
 
 
 @click.group(
@@ -251,6 +275,19 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
     with bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse at the start a file that could not be written at the end."""
+    from s3tensor.checkpoint import is_special
+
+    if is_special(path):
+        if not os.access(path, os.W_OK):
+            raise CheckpointError(f"cannot write {path}: it may not be written to")
+        return
+    folder = next(p for p in Path(os.path.realpath(path)).parents if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise CheckpointError(f"cannot write {path}: {folder} is no folder that can be written")
 
 
 def default_device() -> str:

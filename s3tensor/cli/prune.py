@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import sys
 import time
@@ -22,6 +21,7 @@ from s3tensor.cli.group import (
     SEED,
     SHARE,
     as_usage,
+    check_writable,
     default_device,
     err,
     load,
@@ -29,8 +29,9 @@ from s3tensor.cli.group import (
     megabytes,
     out,
     perplexity_on,
+    read_yaml,
 )
-from s3tensor.errors import CheckpointError, PatternError
+from s3tensor.errors import PatternError
 from s3tensor.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def prune(
 ) -> None:
     """Prune the linears of MODEL (a folder, a hub name or a .gguf file) and save it."""
     from s3tensor import hf, llm
-    from s3tensor.checkpoint import write_json
+    from s3tensor.checkpoint import json_text, write_output
 
     start = time.perf_counter()
     # What is cheap to refuse is refused before anything is loaded.
@@ -211,6 +212,7 @@ def prune(
         tokenizer, calibration, samples, seq_len, seed, eval_text, eval_samples, text_column
     )
     with llm.locked(directory), _says_how_to_go_on():
+        llm.check_out(directory)  # again: another run may have ended here since the first look
         dense_ppl = perplexity_on(loaded, held_out, seq_len, where, "dense perplexity")
         result = llm.prune_model(
             loaded,
@@ -252,13 +254,15 @@ def prune(
         }
         # What is in the folder is of this run, also a model that it was saving when it was killed.
         card = {**figures, "pattern": result.patterns_text}
-        card = {**card, "command": shlex.join(["s3tensor", *sys.argv[1:]])}
+        card["command"] = shlex.join(["s3tensor", *sys.argv[1:]])
+        if held_out is None:
+            del card["evaluation"]
         saved = hf.save_pretrained(
             loaded, directory, tokenizer, dense=form == "dense", overwrite=True, card=card
         )
         llm.forget_run(directory)
     if report is not None:
-        write_json(report, figures)
+        write_output(report, json_text(figures))
     _print_result(result, figures, saved)
 
 
@@ -287,20 +291,19 @@ def read_budgets(text: str | None) -> Any:
     Raises:
         PatternError: no file, one that maps no names to patterns, or a pattern that does not parse.
     """
-    import yaml
-
     if text is None or text == "mixed":
         return text
     try:
-        # All scalars as they stand: YAML itself takes 1:4 for a number of base 60.
-        found = yaml.load(Path(text).read_text(encoding="utf-8"), yaml.BaseLoader)
+        found = read_yaml(Path(text))
     except OSError as error:
         raise PatternError(
             f"--budgets {text}: give 'mixed' or a YAML file ({error.strerror})"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PatternError(f"{text} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
+    except ValueError as error:
+        raise PatternError(str(error)) from None
+    if not isinstance(found, dict) or not all(
+        isinstance(word, str) for pair in found.items() for word in pair
+    ):
         raise PatternError(
             f"{text} must map names of linears to patterns, as in '*.down_proj': 3:4"
         )
@@ -317,13 +320,6 @@ def _few(model: Any, batches: list[Tensor]) -> bool:
     blocks = llm.decoder_blocks(model)[1]
     widths = [x.shape[1] for b in blocks for x in llm.prunable_layers(b, "", pattern)[0]]
     return sum(batch.numel() for batch in batches) < max(widths, default=0)
-
-
-def check_writable(report: Path) -> None:
-    """Refuse at the start a report that could not be written at the end."""
-    folder = next(p for p in report.resolve().parents if p.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise CheckpointError(f"cannot write {report}: {folder} is no folder that can be written")
 
 
 def _texts(

@@ -17,7 +17,7 @@ from s3tensor.checkpoint import write_json
 from s3tensor.errors import CheckpointError, PatternError
 from s3tensor.hessian import Factors, Hessian, output_error
 from s3tensor.llm.calibrate import BlockRunner, Chunk
-from s3tensor.llm.structure import LinearLayer, is_linear, on_device
+from s3tensor.llm.structure import LinearLayer, decoder_blocks, is_linear, on_device
 from s3tensor.mask import select
 from s3tensor.pattern import Pattern
 from s3tensor.prune.problem import row_group
@@ -51,7 +51,11 @@ def parse_budgets(budgets: Budgets | None, model: nn.Module) -> dict[str, Patter
     names = [name for name, module in model.named_modules() if is_linear(module)]
     for key in budgets:
         if not any(name == key or fnmatchcase(name, key) for name in names):
-            example = f", which has {names[-1]}" if names else ""
+            prefix = (
+                f"{decoder_blocks(model)[0]}." if names else ""
+            )  # the head is no linear to prune
+            within = next((name for name in reversed(names) if name.startswith(prefix)), None)
+            example = f", which has {within}" if within else ""
             raise PatternError(f"budgets names {key!r}, no linear of the model{example}")
     return {key: Pattern.parse(pattern) for key, pattern in budgets.items()}
 
