@@ -141,7 +141,10 @@ def test_convert_changes_the_dtype_of_what_is_compressed(dense: Path, tmp_path: 
 LOADING = "The weights are compressed"
 
 
-def test_a_card_follows_a_model_through_conversions(dense: Path, tmp_path: Path) -> None:
+def test_a_card_follows_a_model_through_conversions(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["s3tensor", "convert"])
     sparse, plain, small = (tmp_path / name for name in ("sparse", "plain", "small"))
     assert run("convert", dense, "--to", "compressed", "--out", sparse).exit_code == 0
     assert not (sparse / "README.md").exists()  # nothing was known
