@@ -219,7 +219,8 @@ def stage(out: Path) -> str:
 
 def is_saving(out: Path) -> bool:
     """Whether files of the whole model are in the folder, written or about to be."""
-    return any(out.glob("*config.json")) or any(out.glob("*model*")) or any(out.glob(".model*"))
+    names = ("*config.json", "*model*", ".saving-*")
+    return any(path for name in names for path in out.glob(name))
 
 
 def start(work: Callable[[], None], log: Path) -> int:

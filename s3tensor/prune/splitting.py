@@ -61,6 +61,9 @@ def admm(
 ) -> Pruned:
     """Masks by ADMM, weights by an exact refit: the least error of the pruners here, in the least time.
 
+    So it was measured for N:M, unstructured and row pairs; on 16x16 blocks and whole columns or heads
+    ``obs`` may come 0.1 to 0.2 % lower.
+
     With scales s (see :func:`block_scale`), ``H~ = H / (s s')``, ``G~ = W0 H / s`` and a penalty rho, one
     iteration of ALPS (arXiv 2406.07831, eq. 5 to 7), with the projection of S3, is
 
