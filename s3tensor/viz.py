@@ -89,6 +89,37 @@ def describe(pattern: Pattern | str, shape: tuple[int, ...] | None = None) -> st
     return "\n".join((str(bound), *(f"  {key:<8} {text}" for key, text in lines.items())))
 
 
+def facts(pattern: Pattern | str, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """What :func:`describe` says, as numbers and lists by name; bytes are of bfloat16.
+
+    Example:
+        >>> facts("2:4", (8, 16))["index_bytes"]
+        16
+
+    Raises:
+        PatternError: as :func:`describe`.
+    """
+    pattern = Pattern.parse(pattern)
+    bound = pattern.bind(shape if shape is not None else small_shape(pattern))
+    return {
+        "pattern": str(pattern),
+        "parts": pattern.parts,
+        "shape": list(bound.shape),
+        "view": {"shape": list(bound.view.shape), "stride": list(bound.view.stride)},
+        "block": list(bound.block),
+        "scope": list(bound.scope),
+        "keep": bound.keep,
+        "blocks_per_scope": bound.blocks_per_scope,
+        "block_size": bound.block_size,
+        "scopes": bound.scopes,
+        "density": bound.density,
+        "dense_bytes": math.prod(bound.shape) * 2,
+        "value_bytes": bound.packed_bytes(2) - bound.index_bytes,
+        "index_bytes": bound.index_bytes,
+        "fits": list(_fits(pattern)),
+    }
+
+
 def small_shape(pattern: Pattern) -> tuple[int, ...]:
     """The smallest weight of at least 8 rows and 16 columns (8 channels, 3 x 3) that the pattern fits.
 

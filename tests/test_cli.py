@@ -161,6 +161,23 @@ def test_json_is_all_that_is_printed(sparse: Path) -> None:
     rows = json.loads(run("verify", sparse, "--json").stdout)
     assert len(rows) == 7 * BLOCKS
     assert rows[0]["pattern"] == "2:4"
+    facts = json.loads(run("show", "rowpair16", "--shape", "16x32", "--json").stdout)
+    assert facts["scopes"] == 16 and facts["density"] == 0.5
+    assert facts["value_bytes"] + facts["index_bytes"] == 512 + 2
+
+
+def test_json_of_prune_and_convert_is_all_that_is_printed(model: Path, tmp_path: Path) -> None:
+    folder, plain, report = tmp_path / "sparse", tmp_path / "plain", tmp_path / "report.json"
+    done = run("prune", model, "--out", folder, "--report", report, "--json", *SHORT)
+    figures = json.loads(done.stdout)
+    assert figures.pop("saved") == str(folder / "model.safetensors")
+    assert figures == json.loads(report.read_text())
+    done = run("convert", folder, "--to", "dense", "--out", plain, "--json")
+    assert json.loads(done.stdout)["newly_compressed"] == {}
+    options = ("--to", "compressed", "--int8", "--out", tmp_path / "small", "--json")
+    figures = json.loads(run("convert", plain, *options).stdout)
+    assert figures["newly_compressed"] == {"2:4": 7 * BLOCKS} and figures["int8"]
+    assert figures["bytes"] < figures["dense_bytes"]
 
 
 def test_a_dense_export_is_for_transformers_alone(model: Path, tmp_path: Path) -> None:

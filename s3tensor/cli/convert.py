@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ _LIKELY = ("1:4", "2:8", "rowpair16", "coupled2:4", "pair4:8", "2:4", "4:8")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--overwrite", is_flag=True, help="replace a model that is there")
 @click.option("--out", "directory", required=True, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
 def convert(
     model: str,
     form: str,
@@ -48,6 +50,7 @@ def convert(
     dtype: str,
     overwrite: bool,
     directory: Path,
+    as_json: bool,
 ) -> None:
     """Write MODEL anew, its pruned weights dense or compressed; values stay, but for --int8 and --dtype."""
     from s3tensor import hf
@@ -60,6 +63,7 @@ def convert(
     loaded, tokenizer = load(model, dtype)
     card = _card(Path(model).expanduser(), directory.expanduser())
     rounded = int8 or dtype != "auto"
+    found: dict[str, int] = {}
     if form == "compressed":
         before = any(isinstance(weight, Compressed) for weight in loaded.parameters())
         found = _compress(loaded, pattern)
@@ -70,14 +74,14 @@ def convert(
             )
         if found:
             words = ", ".join(f"{count} to {name}" for name, count in found.items())
-            click.echo(f"compressed {words}")
+            click.echo(f"compressed {words}", err=as_json)
             card = card and {**card, "pattern": None}  # the weights tell
         elif not rounded:
             raise ModelError(
                 f"{model} is compressed already; --int8 or --dtype would make something else of it"
             )
         if int8:
-            click.echo(str(quantize_(loaded)))
+            click.echo(str(quantize_(loaded)), err=as_json)
             card = card and {**card, "pattern": None}
     if card and rounded and "pruned_perplexity" in card:
         options = (" --int8" if int8 else "") + (f" --dtype {dtype}" if dtype != "auto" else "")
@@ -87,6 +91,17 @@ def convert(
     )
     now, dense = hf.weight_bytes(loaded)
     size = dense if form == "dense" else now
+    if as_json:
+        figures = {
+            "model": model,
+            "saved": str(saved),
+            "newly_compressed": found,  # weights by pattern
+            "int8": int8,
+            "bytes": size,
+            "dense_bytes": dense,
+        }
+        click.echo(json.dumps(figures))
+        return
     click.echo(f"saved {saved}: weights of {megabytes(size)}, dense {megabytes(dense)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 import sys
 import time
@@ -168,6 +169,7 @@ A run that was broken off goes on when the same command is given again."""
 @click.option(
     "--report", type=click.Path(path_type=Path, dir_okay=False), help="write the figures as JSON"
 )
+@click.option("--json", "as_json", is_flag=True, help="print the figures as JSON")
 def prune(
     model: str,
     pattern: Pattern,
@@ -192,6 +194,7 @@ def prune(
     seed: int,
     directory: Path,
     report: Path | None,
+    as_json: bool,
 ) -> None:
     """Prune the linears of MODEL (a folder, a hub name or a .gguf file) and save it."""
     from s3tensor import hf, llm
@@ -263,6 +266,9 @@ def prune(
         llm.forget_run(directory)
     if report is not None:
         write_output(report, json_text(figures))
+    if as_json:
+        click.echo(json.dumps({**figures, "saved": str(saved)}))
+        return
     _print_result(result, figures, saved)
 
 

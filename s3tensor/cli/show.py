@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -27,12 +28,14 @@ Examples:
 @click.option(
     "--out", "path", type=click.Path(path_type=Path, dir_okay=False), help="write a picture (.png)"
 )
-def show(pattern: Pattern, shape: tuple[int, ...] | None, path: Path | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+def show(pattern: Pattern, shape: tuple[int, ...] | None, path: Path | None, as_json: bool) -> None:
     """Explain PATTERN in words and figures, and draw it with --out."""
     from s3tensor import viz
 
     with as_usage():
-        click.echo(viz.describe(pattern, shape))
+        said = json.dumps(viz.facts(pattern, shape)) if as_json else viz.describe(pattern, shape)
+        click.echo(said)
         if path is not None:
             viz.save_picture(pattern, shape, path)
-            click.echo(f"picture in {path}")
+            click.echo(f"picture in {path}", err=as_json)
