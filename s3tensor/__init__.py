@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from s3tensor.compaction import compact
     from s3tensor.distillation import distillation_loss
     from s3tensor.evaluate import perplexity
+    from s3tensor.harness import evaluate_tasks
     from s3tensor.hessian import Factors, Hessian, compute_hessian, output_error
-    from s3tensor.hf import from_pretrained, save_pretrained, verify
+    from s3tensor.hf import from_pretrained, load_model, save_pretrained, verify
     from s3tensor.inductor import inductor_options
     from s3tensor.int8 import Int8SparseTensor
     from s3tensor.llm.calibrate import ModuleInputCatcher, transfer_to_device
@@ -63,11 +64,13 @@ _LAZY = {
     "compact": "s3tensor.compaction",
     "distillation_loss": "s3tensor.distillation",
     "perplexity": "s3tensor.evaluate",
+    "evaluate_tasks": "s3tensor.harness",
     "Factors": "s3tensor.hessian",
     "Hessian": "s3tensor.hessian",
     "compute_hessian": "s3tensor.hessian",
     "output_error": "s3tensor.hessian",
     "from_pretrained": "s3tensor.hf",
+    "load_model": "s3tensor.hf",
     "save_pretrained": "s3tensor.hf",
     "verify": "s3tensor.hf",
     "ModuleInputCatcher": "s3tensor.llm.calibrate",
