@@ -23,11 +23,12 @@ import inspect
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from stored import rows_before
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache
 
@@ -152,16 +153,6 @@ def agreement(decoder: Decoder, tokens: int) -> float:
     return float((found[0] == found[1]).long().cumprod(1).double().mean())
 
 
-def rows_before(file: Path, record: dict[str, Any], batches: Sequence[str]) -> list[dict[str, Any]]:
-    """Stored rows of other batches, measured under the same settings."""
-    if not file.is_file():
-        return []
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    if any(stored.get(key) != record[key] for key in record if key not in ("rows", "date")):
-        return []
-    return [row for row in stored["rows"] if str(row["batch"]) not in batches]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
@@ -214,7 +205,8 @@ def main() -> None:
         "bytes_of_linears": sizes, "rows": [],
     }  # fmt: skip
     out = args.out or Path("bench/results/decoder.json")
-    record["rows"] = rows_before(out, record, args.batches.split(","))
+    again = set(map(int, args.batches.split(",")))
+    record["rows"] = [row for row in rows_before(out, record) if row["batch"] not in again]
     for batch in map(int, args.batches.split(",")):
         length = args.prompt + args.tokens + 8
         decoders = {

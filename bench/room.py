@@ -26,7 +26,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ from s3tensor.pattern import Pattern
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import structured_obs as table
-from structured_obs import packaged_model
+from stored import rows_before
 
 
 @dataclass(frozen=True)
@@ -193,6 +192,13 @@ def groups_of(elements: Tensor, columns: int) -> dict[tuple[int, ...], Tensor]:
     return {rows: torch.tensor(scopes) for rows, scopes in sorted(found.items())}
 
 
+def own_places(elements: Tensor, rows: Sequence[int], columns: int) -> Tensor:
+    """Places of blocks in the flattened weight, as places in the flattened ``rows`` of it alone."""
+    local = torch.zeros(max(rows) + 1, dtype=torch.long, device=elements.device)
+    local[list(rows)] = torch.arange(len(rows), device=elements.device)
+    return local[elements // columns] * columns + elements % columns
+
+
 def starts(
     problem: table.Problem, pattern: str, random: int
 ) -> dict[str, tuple[Tensor | None, Tensor]]:
@@ -236,8 +242,12 @@ def search(
     weight, hessian = problem.weight.double(), problem.hessian.double()
     bound = Pattern.parse(table.PATTERNS[pattern]).bind(tuple(weight.shape))
     elements = tile(torch.arange(weight.numel()).view(bound.shape), bound).to(weight.device)
-    chosen = list(groups_of(elements, weight.shape[1]).items())[:groups]
-    rows = sorted(row for members, _ in chosen for row in members)
+    columns = weight.shape[1]
+    chosen = [
+        (list(rows), own_places(elements[scopes], rows, columns))
+        for rows, scopes in list(groups_of(elements, columns).items())[:groups]
+    ]
+    rows = sorted(row for at, _ in chosen for row in at)
     factors = s3.Factors(hessian, damp=damp)
     inverse = factors.inverse()
 
@@ -253,17 +263,12 @@ def search(
         start = time.perf_counter()
         descended, best = mask.clone(), mask.clone()
         swaps, moved, drift = 0, 0, 0.0
-        for members, scopes in chosen:
-            at = list(members)
-            local = torch.zeros(len(weight), dtype=torch.long, device=weight.device)
-            local[at] = torch.arange(len(at), device=weight.device)
-            places = elements[scopes]
-            places = local[places // weight.shape[1]] * weight.shape[1] + places % weight.shape[1]
+        for at, places in chosen:
             kept = mask[at].flatten()[places].any(-1)
             group = Group(weight[at], inverse, places, kept)
-            swaps += descend(group, most=10 * len(scopes))
+            swaps += descend(group, most=10 * len(places))
             descended[at] = group.mask()
-            blocks = tabu(group, steps, torch.Generator().manual_seed(members[0]))
+            blocks = tabu(group, steps, torch.Generator().manual_seed(at[0]))
             updated = group.loss()
             group.place(group.kept)
             drift = max(drift, abs(updated / group.loss() - 1))
@@ -278,7 +283,7 @@ def search(
             exact(descended),
             exact(best),
             swaps,
-            moved / sum(len(scopes) for _, scopes in chosen),
+            moved / sum(len(places) for _, places in chosen),
             drift,
             time.perf_counter() - start,
         )
@@ -295,40 +300,21 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=2000, help="swaps of tabu search for each group and start")
     add("--damp", type=float, default=0.0004, help="of the loss searched; that of s3.prune.admm")
     add("--random", type=int, default=1, help="starts from a mask drawn at random")
-    add("--model", type=Path, help="of --layer: folder, hub name or .gguf; default SmolLM2-135M")
-    add("--layer", default="15.down", help="BLOCK.down|gate|up|q|k|v|o, or a module's full name")
-    add("--samples", type=int, default=64, help="calibration windows of 512 tokens, for --layer")
-    add("--synthetic", nargs="?", const="2560x9728", metavar="MxK", help="a made layer instead")
-    add("--tokens", type=int, default=32_768, help="samples of --synthetic")
-    add("--seed", type=int, default=0, help="of --synthetic")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    table.add_layer(parser)
     add("--out", type=Path, default=Path("demo-out/room.json"), help="where the rows are stored")
+    parser.set_defaults(W=None, X=None)  # no layer from files
     args = parser.parse_args(given)
     if args.groups < 1 or args.steps < 0:
         parser.error(f"--groups {args.groups} must be 1 or more, --steps {args.steps} 0 or more")
+    table.check_layer(parser, args)
     args.pattern = [patterns[name] for name in args.pattern]
     return args
-
-
-def rows_before(file: Path, record: dict[str, Any], patterns: Sequence[str]) -> list[Row]:
-    """Stored rows of other patterns, searched under the same settings."""
-    if not file.is_file():
-        return []
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    if any(stored.get(key) != value for key, value in record.items() if key != "date"):
-        return []
-    replaced = {table.PATTERNS[name] for name in patterns}
-    return [Row(**row) for row in stored["rows"] if row["pattern"] not in replaced]
 
 
 def main(given: Sequence[str] | None = None) -> list[Row]:
     args = arguments(given)
     device = torch.device(args.device)
-    if args.synthetic is not None:
-        problem = table.synthetic_layer(args.synthetic, args.tokens, args.seed, device)
-    else:
-        model = args.model or packaged_model()
-        problem = table.real_layer(model, args.layer, args.samples, device)
+    problem = table.problem_of(args, device)
     # Rows are coupled within 16 at most, and the methods need no more than those that are searched.
     problem = replace(problem, weight=problem.weight[: 16 * args.groups])
     record = {
@@ -344,7 +330,9 @@ def main(given: Sequence[str] | None = None) -> list[Row]:
     print(f"{problem.name}: {args.groups} groups of rows, {args.steps} swaps each; error in %")
     columns = ("as given", "refitted", "descent", "search")
     print(f"{'pattern':11}{'start':20}" + "".join(f"{name:>10}" for name in columns))
-    rows = rows_before(args.out, record, args.pattern)
+    again = {table.PATTERNS[name] for name in args.pattern}
+    before = rows_before(args.out, record)
+    rows = [Row(**row) for row in before if row["pattern"] not in again]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for pattern in args.pattern:
         for row in search(problem, pattern, args.groups, args.steps, args.random, args.damp):

@@ -442,6 +442,28 @@ def warm_up(device: torch.device, methods: dict[str, Method], settings: Settings
 # command line -------------------------------------------------------------------------------------
 
 
+def add_layer(parser: argparse.ArgumentParser) -> None:
+    """The options that say which layer, for :func:`problem_of`; those of files apart."""
+    add = parser.add_argument
+    add("--model", type=Path, help="of --layer: folder, hub name or .gguf; default SmolLM2-135M")
+    add("--layer", default="15.down", help="BLOCK.down|gate|up|q|k|v|o, or a module's full name")
+    add("--samples", type=int, default=64, help="calibration windows of 512 tokens, for --layer")
+    add("--synthetic", nargs="?", const="2560x9728", metavar="MxK", help="a made layer instead")
+    add("--tokens", type=int, default=32_768, help="samples of --synthetic")
+    add("--seed", type=int, default=0, help="of --synthetic")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_layer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse values of :func:`add_layer` that make no sense."""
+    if args.synthetic is not None and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", args.synthetic):
+        parser.error(f"--synthetic {args.synthetic} must be ROWSxCOLUMNS, for example 2560x9728")
+    if min(args.samples, args.tokens) < 1:
+        parser.error("--samples and --tokens must be 1 or more")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: there is no CUDA device here")
+
+
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -454,16 +476,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--damp", type=float, help="share of the mean diagonal; default each method's own")
     add("--slow-rows", type=int, help="rows for true OBS, a multiple of 16; default all")
     add("--memory", type=float, metavar="GIB", help="working memory of OBS")
-    add("--model", type=Path, help="of --layer: folder, hub name or .gguf; default SmolLM2-135M")
-    add("--layer", default="15.down", help="BLOCK.down|gate|up|q|k|v|o, or a module's full name")
-    add("--samples", type=int, default=64, help="calibration windows of 512 tokens, for --layer")
-    add("--synthetic", nargs="?", const="2560x9728", metavar="MxK", help="a made layer instead")
-    add("--tokens", type=int, default=32_768, help="samples of --synthetic")
-    add("--seed", type=int, default=0, help="of --synthetic")
+    add_layer(parser)
     add("--W", type=Path, metavar="FILE", help="a weight: .safetensors or .pt")
     add("--X", type=Path, metavar="FILE", help="its inputs")
     add("--held-out", type=float, default=0.0, help="share of X for the held-out error")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("demo-out/paper/table1"), help="folder of CSV and JSON")
     args = parser.parse_args(given)
     if (args.W is None) != (args.X is None):
@@ -472,14 +488,11 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--slow-rows {args.slow_rows} must be a multiple of 16: block16 couples 16 rows"
         )
-    if args.synthetic is not None and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", args.synthetic):
-        parser.error(f"--synthetic {args.synthetic} must be ROWSxCOLUMNS, for example 2560x9728")
     if args.memory is not None and not args.memory > 0:
         parser.error(f"--memory {args.memory} must be above 0, in GiB")
-    if min(args.samples, args.tokens, args.ng, args.splits) < 1:
-        parser.error("--samples, --tokens, --ng and --splits must be 1 or more")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: there is no CUDA device here")
+    if min(args.ng, args.splits) < 1:
+        parser.error("--ng and --splits must be 1 or more")
+    check_layer(parser, args)
     return args
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from s3tensor.compaction import compact
     from s3tensor.distillation import distillation_loss
     from s3tensor.evaluate import perplexity
+    from s3tensor.finalization import finalize
     from s3tensor.harness import evaluate_tasks
     from s3tensor.hessian import Factors, Hessian, compute_hessian, output_error
     from s3tensor.hf import from_pretrained, load_model, save_pretrained, verify
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from s3tensor.lora import lora_config
     from s3tensor.mask import project, satisfies
     from s3tensor.memory import set_memory_
-    from s3tensor.parametrize import S3Sparse, finalize
+    from s3tensor.parametrize import S3Sparse
     from s3tensor.prune.structured import StructuredOBS
     from s3tensor.quantize import quantize_
     from s3tensor.schedule import Density
@@ -84,7 +85,7 @@ _LAZY = {
     "lora_config": "s3tensor.lora",
     "set_memory_": "s3tensor.memory",
     "S3Sparse": "s3tensor.parametrize",
-    "finalize": "s3tensor.parametrize",
+    "finalize": "s3tensor.finalization",
     "sparsify_": "s3tensor.sparsify",
     "Density": "s3tensor.schedule",
     "freeze": "s3tensor.training",

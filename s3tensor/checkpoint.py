@@ -272,6 +272,18 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
+def lock_file(handle: int) -> None:
+    """Lock an open file, until it is closed or the process ends, or raise OSError at once."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+    else:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def json_text(value: Any) -> str:
     """JSON as it stands in a file: indented, its keys in the order given."""
     return json.dumps(value, indent=2) + "\n"

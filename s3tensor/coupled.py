@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from s3tensor.errors import NonFiniteError, PatternError
-from s3tensor.masked import Masked, StraightThrough, check_mask, flipped
+from s3tensor.masked import Masked, StraightThrough, broken, flipped, weight_of
 from s3tensor.pattern import Pattern
 from s3tensor.schedule import Density
 from s3tensor.specs import BlockSpec, Scopes, ScopeSpec, View
@@ -292,8 +292,7 @@ class CoupledSparse(Masked):
     ) -> None:  # rest: local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         saved = state_dict.get(f"{prefix}_extra_state")
         if isinstance(saved, Tensor):
-            owner, _, name = prefix.rpartition("parametrizations.")
-            where = f"{owner}{name.split('.')[0]}"
+            where = weight_of(prefix)
             try:
                 facts = json.loads(bytes(saved.tolist()))
                 theirs = facts.get("coupling"), facts.get("place")
@@ -318,19 +317,13 @@ class CoupledSparse(Masked):
 
     def _fits(self, mask: Tensor, steps: int) -> bool:
         """Whether a mask is one that the owner may have decided, as far as one weight can tell."""
-        if (
-            mask.is_meta
-            or self.pattern is None
-            or self.owner.keep_now(steps) != self.owner.budget.keep
-        ):
-            return True
-        if mask.dtype != torch.bool or self.mask is None or mask.shape != self.mask.shape:
-            return mask.dtype == torch.bool  # torch has a message of its own for a shape
-        try:
-            check_mask(mask, self.pattern.bind(tuple(mask.shape)))
-        except PatternError:
-            return False
-        return True
+        ended = self.owner.keep_now(steps) == self.owner.budget.keep
+        shaped = (
+            self.mask is not None and mask.shape == self.mask.shape
+        )  # else torch has words of its own
+        if self.pattern is None or not ended or not shaped:
+            return mask.dtype == torch.bool
+        return not broken(mask, self.pattern.bind(tuple(mask.shape)))
 
     def extra_repr(self) -> str:
         parts = [f"{self.owner.budget}", f"weight {self.place}", f"mode={self.mode!r}"]

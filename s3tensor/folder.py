@@ -29,6 +29,7 @@ from s3tensor.checkpoint import (
     first_line,
     flatten_state,
     load_state,
+    lock_file,
     unflatten_state,
     write_atomically,
     write_json,
@@ -169,11 +170,9 @@ def replacing(folder: Path) -> Iterator[Path]:
 def _held(stage: Path) -> Iterator[bool]:
     """Lock a folder until the end, or that of the process; False where another holds it, or none can."""
     handle, held = None, False
-    with contextlib.suppress(ImportError, OSError):  # Windows, and some file systems
-        import fcntl
-
+    with contextlib.suppress(OSError):  # held by another; Windows, and some file systems
         handle = os.open(stage, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(handle)
         held = True
     try:
         yield held
@@ -185,7 +184,7 @@ def _held(stage: Path) -> Iterator[bool]:
 def write_files(
     folder: Path,
     state: Mapping[str, Tensor],
-    max_shard_size: int | str | None,  # bytes, or such as "5GB"
+    largest: int,  # bytes of a file, by :func:`shard_bytes`
 ) -> str:
     """Write a state dict into a folder of :func:`replacing`; returns the name of the file to start from.
 
@@ -199,9 +198,7 @@ def write_files(
     tensors, description = flatten_state(state, "cpu", checksums=True)
     tensors = apart(tensors)
     plan = split_torch_state_dict_into_shards(
-        tensors,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_bytes(max_shard_size),
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=largest
     )
     for file, names in plan.filename_to_tensors.items():
         _write({name: tensors[name] for name in names}, description, folder / file)

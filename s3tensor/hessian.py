@@ -247,9 +247,8 @@ class Factors:
         self.has_dead = bool(self.dead.any())
         live = (~self.dead).sum().clamp_min(1)
         self.ridge = damp * h.diagonal().sum() / live  # 0-dim: what damping adds to the diagonal
-        self.diagonal = (
-            h.diagonal().clone()
-        )  # (K,) undamped: mean squared inputs; zero for dead ones
+        # (K,) undamped: mean squared inputs; zero for dead ones
+        self.diagonal = h.diagonal().clone()
         self.matrix = (h + h.T).mul_(0.5)  # (K, K), damped
         self.matrix.diagonal().add_(self.ridge)
         if self.has_dead:

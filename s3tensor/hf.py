@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from s3tensor.card import write_card
+from s3tensor.card import CARD, write_card
 from s3tensor.checkpoint import apart, first_line, load_state
 from s3tensor.compressed import Compressed
 from s3tensor.errors import CheckpointError, ModelError
@@ -33,7 +33,7 @@ from s3tensor.folder import (
 from s3tensor.folder import WEIGHTS as WEIGHTS
 from s3tensor.folder import unshared_state as unshared_state
 from s3tensor.mask import satisfies
-from s3tensor.parametrize import parametrized
+from s3tensor.sites import parametrized
 
 _LAYERS = 1000  # a config of so many is tried, however few tensors there are: layers may share them
 _BUFFERS = 2**30  # bytes, beyond those of the files, that a model may compute when it is made
@@ -153,8 +153,8 @@ def save_pretrained(
     try:
         with replacing(folder) as stage:
             if card is not None:
-                if (folder / "README.md").is_file():  # the rest of which stays
-                    shutil.copyfile(folder / "README.md", stage / "README.md")
+                if (folder / CARD).is_file():  # the rest of which stays
+                    shutil.copyfile(folder / CARD, stage / CARD)
                 write_card(stage, card, state, dense)
             if tokenizer is not None:
                 tokenizer.save_pretrained(stage)

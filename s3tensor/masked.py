@@ -164,6 +164,25 @@ def check_mask(mask: Tensor, bound: BoundPattern) -> None:
         )
 
 
+def broken(mask: Tensor, bound: BoundPattern) -> str:
+    """Why a mask of a state dict is none of a pattern, or empty; of one on meta nothing is known."""
+    if mask.is_meta:
+        return ""
+    if mask.dtype != torch.bool:
+        return f"the mask has dtype {mask.dtype}, not bool"
+    try:
+        check_mask(mask, bound)
+    except PatternError as error:
+        return str(error)
+    return ""
+
+
+def weight_of(prefix: str) -> str:
+    """The weight's name from the prefix of its parametrization in a state dict."""
+    owner, _, rest = prefix.rpartition("parametrizations.")
+    return f"{owner}{rest.split('.')[0]}"
+
+
 def flipped(mask: Tensor, before: Tensor) -> Tensor:
     """Fraction of elements that differ, 0-dim float32."""
     return (mask != before.to(mask.device)).mean(dtype=torch.float32)

@@ -1,36 +1,34 @@
-"""Training under a pattern, and leaving it: ``S3Sparse`` and ``finalize``."""
+"""Training under a pattern: ``S3Sparse``."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
 from s3tensor.compressed import Compressed
-from s3tensor.errors import ModelError, NonFiniteError, PatternError
+from s3tensor.errors import PatternError
 from s3tensor.mask import project
 from s3tensor.masked import (
     Fused,
     Masked,
     StraightThrough,
+    broken,
     check_mask,
     flipped,
     fused_kernel,
     magnitude_mask,
     run_length,
     shrunk,
+    weight_of,
 )
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.schedule import Density
-from s3tensor.tensor import StructuredSparseTensor
 from s3tensor.transposing import check as check_transposable
 from s3tensor.transposing import transposable, transposable_mask
 
@@ -81,7 +79,7 @@ class S3Sparse(Masked):
         >>> linear = nn.Linear(64, 32)
         >>> parametrize.register_parametrization(linear, "weight", S3Sparse("2:4"))
         ParametrizedLinear(...)
-        >>> _ = finalize(linear)  # after training: a compressed weight, no parametrization
+        >>> _ = s3.finalize(linear)  # after training: a compressed weight, no parametrization
 
     Raises:
         PatternError: a pattern that does not parse; at registration, one that does not fit the weight, a
@@ -355,16 +353,9 @@ class S3Sparse(Masked):
 
     def _broken(self, mask: Tensor, keep: int) -> str:
         """Why a mask, as the weight is stored, keeps more than so many blocks of a scope, or empty."""
-        if mask.is_meta:
-            return ""
-        if mask.dtype != torch.bool:
-            return f"the mask has dtype {mask.dtype}, not bool"
-        bound = dataclasses.replace(self.pattern, keep=keep).bind(self.upright(mask).shape)
-        try:
-            check_mask(self.upright(mask), bound)
-        except PatternError as error:
-            return str(error)
-        return ""
+        upright = self.upright(mask)
+        pattern = dataclasses.replace(self.pattern, keep=keep)
+        return broken(upright, pattern.bind(tuple(upright.shape)))
 
     # the state dict -----------------------------------------------------------------------------------
 
@@ -407,7 +398,7 @@ class S3Sparse(Masked):
             problem = self._broken(mask, self._keep(steps))
             if problem:
                 rest[-1].append(
-                    f"{_weight_of(prefix)}: {problem}; this S3Sparse would train under it after {steps} "
+                    f"{weight_of(prefix)}: {problem}; this S3Sparse would train under it after {steps} "
                     "steps: load what was saved under the same pattern, mode and schedule"
                 )
                 return
@@ -415,7 +406,7 @@ class S3Sparse(Masked):
 
     def _mismatch(self, saved: Tensor, prefix: str) -> str:
         """Why a saved state is not of this pattern and weight, or an empty string."""
-        where = _weight_of(prefix)
+        where = weight_of(prefix)
         try:
             facts = _facts(saved)
         except (TypeError, ValueError):
@@ -455,12 +446,6 @@ def _ordinary(x: Tensor) -> Tensor:
         return x.clone()
 
 
-def _weight_of(prefix: str) -> str:
-    """The weight's name from the prefix of its parametrization in a state dict."""
-    owner, _, rest = prefix.rpartition("parametrizations.")
-    return f"{owner}{rest.split('.')[0]}"
-
-
 def _facts(state: Tensor) -> dict[str, Any]:
     facts = json.loads(bytes(state.tolist()))
     names = {"pattern", "transposed", "shape", "steps", "frozen"}
@@ -472,194 +457,3 @@ def _facts(state: Tensor) -> dict[str, Any]:
 def _name(facts: dict[str, Any]) -> str:
     options = [name for name in ("transposed", "transposable") if facts.get(name)]
     return ", ".join([facts["pattern"], *options])
-
-
-# leaving ----------------------------------------------------------------------------------------------
-
-
-def finalize(module: nn.Module, compress: bool = True) -> nn.Module:
-    """Replace every weight under :class:`S3Sparse` by a compressed parameter, in place.
-
-    Each parametrization is removed, and what the last forward used is left, value for value, as a
-    ``StructuredSparseTensor`` parameter without gradient. Weights that shared a dense original share the
-    compressed one. What has no compressed product is left dense, with zeros in it: convolutions, embeddings,
-    recurrent layers, the joint projection of ``nn.MultiheadAttention``, and of a coupling biases and weights
-    whose share of a scope's budget is not fixed. Optimizers still hold the dense originals: drop them.
-
-    Args:
-        module: a module; those below it count too.
-        compress: False leaves plain dense parameters with zeros in them everywhere, which still train.
-
-    Returns:
-        ``module``.
-
-    Raises:
-        ModelError: nothing to finalize: no ``S3Sparse`` and no compressed weight. (With compressed
-            weights only, as after an earlier call, nothing is done.) Or a density schedule that has not
-            ended, or sharded weights. Nothing is changed then.
-        PatternError: an ``S3Sparse`` under another parametrization, so that the weight that the module
-            uses need not satisfy the pattern. Nothing is changed then.
-        NonFiniteError: NaN or Inf in a weight, by name. Nothing is changed then.
-    """
-    found = list(parametrized(module))
-    if not found:
-        if any(isinstance(p, Compressed) for p in module.parameters()):
-            return module
-        raise ModelError(
-            f"{type(module).__name__} has no S3Sparse parametrization to finalize; register one with "
-            "torch.nn.utils.parametrize.register_parametrization, or compress with s3tensor.sparsify_"
-        )
-    for site in found:
-        _check_done(site)
-    check_alone(found)
-    made: dict[int, list[nn.Parameter]] = {}  # by the identity of the dense original
-    with torch.inference_mode(False), torch.no_grad():
-        ready = [(site, _final(site, compress, made)) for site in found]
-        for site, parameter in ready:
-            _own_class(site.owner)
-            joined = len(site.originals) > 1  # torch takes these apart in one way only
-            parametrize.remove_parametrizations(site.owner, site.name, leave_parametrized=joined)
-            setattr(site.owner, site.name, parameter)
-    return module
-
-
-def _final(site: Site, compress: bool, made: dict[int, list[nn.Parameter]]) -> nn.Parameter:
-    """What is left of a weight, from ``made`` if it has been made for another module."""
-    sparse, originals = site.sparse, site.originals
-    pattern = sparse.pattern_in(site.owner) if compress else None
-    try:
-        weight = site.weight()
-        value = sparse(weight).detach()
-        if pattern is not None:
-            value, mask = (sparse.upright(x) for x in (value, sparse.current_mask(weight)))
-            value = StructuredSparseTensor.from_dense(value, pattern, mask)
-            value = sparse.upright(value)
-    except (NonFiniteError, PatternError) as error:
-        raise type(error)(f"{site.path}: {error}; nothing was finalized") from None
-    shared = made.setdefault(id(originals[0]), [])
-    same = [p for p in shared if _equal(value, p)]
-    if not same:
-        gradient = pattern is None and any(original.requires_grad for original in originals)
-        same = [nn.Parameter(value, requires_grad=gradient)]
-        shared.extend(same)
-    return same[0]
-
-
-def check_alone(sites: Sequence[Site]) -> None:
-    """Refuse one S3Sparse on two weights where it holds something of one of them."""
-    first: dict[int, Site] = {}
-    for site in sites:
-        other = first.setdefault(id(site.sparse), site)
-        held = site.sparse.mask is not None or getattr(site.sparse, "beta", None) is not None
-        if held and other.originals[0] is not site.originals[0]:
-            raise ModelError(
-                f"{other.path} and {site.path} have one S3Sparse, which holds the mask of one of them; make "
-                "an S3Sparse for each weight"
-            )
-
-
-def _equal(value: Tensor, other: nn.Parameter) -> bool:
-    if isinstance(value, Compressed) and not value.same_layout(other):
-        return False
-    return value.shape == other.shape and torch.equal(value, other)
-
-
-def _own_class(owner: nn.Module) -> None:
-    """Give a parametrized module a class of its own.
-
-    ``copy.deepcopy`` lets the copy (an EMA model, say) share the class that torch made for the
-    parametrization, and ``remove_parametrizations`` deletes the property from it, for both.
-    """
-    cls = type(owner)
-    body = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-    owner.__class__ = type(cls.__name__, cls.__bases__, body)
-
-
-@dataclass(frozen=True)
-class Site:
-    """One weight under S3Sparse."""
-
-    path: str  # of the weight in the model, such as "blocks.0.up.weight"
-    owner: nn.Module
-    name: str
-    chain: Any  # ParametrizationList
-
-    @property
-    def sparse(self) -> Masked:
-        last = self.chain[-1]
-        assert isinstance(last, Masked)
-        return last
-
-    @property
-    def originals(self) -> tuple[Tensor, ...]:
-        """What the chain starts from: one tensor as a rule, two under ``weight_norm``."""
-        if self.chain.is_tensor:
-            return (self.chain.original,)
-        return tuple(getattr(self.chain, f"original{i}") for i in range(self.chain.ntensors))
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the original is a DTensor, as FSDP2 keeps it between forwards."""
-        return hasattr(self.originals[0], "full_tensor")
-
-    def weight(self) -> Tensor:
-        """The dense weight that S3Sparse is given: the original, or what comes of it before.
-
-        Of a sharded original all ranks gather the whole, and its gradient for a function as score.
-        """
-        weight, *others = self.originals
-        if self.is_sharded:
-            gradient = weight.grad
-            weight = weight.full_tensor()  # type: ignore[attr-defined]
-            if gradient is not None and callable(getattr(self.sparse, "score", None)):
-                weight.grad = gradient.full_tensor()  # type: ignore[attr-defined]
-        for number, step in enumerate(list(self.chain)[:-1]):
-            weight = step(weight, *others) if number == 0 else step(weight)
-        return weight
-
-
-def _check_done(site: Site) -> None:
-    sparse = site.sparse
-    if site.is_sharded:
-        raise ModelError(
-            f"{site.path} is sharded: gather the state dict (torch.distributed.checkpoint.state_dict."
-            "get_model_state_dict with full_state_dict=True), load it into an unsharded model under the same "
-            "patterns, and finalize that"
-        )
-    if sparse.schedule is not None and not sparse.has_ended:
-        raise ModelError(
-            f"{site.path}: its density schedule is at {sparse.density:g} after {sparse.steps} of "
-            f"{sparse.schedule.steps} steps; call s3tensor.step(model) after each optimizer step, until "
-            "it ends"
-        )
-    if sparse.needs_steps and sparse.steps == 0 and not sparse.frozen:
-        warnings.warn(
-            f"{site.path}: refresh={sparse.refresh}, but s3tensor.step(model) was never called, so its "
-            "mask is the one of registration",
-            stacklevel=3,
-        )
-
-
-def parametrized(module: nn.Module) -> Iterator[Site]:
-    """Each weight whose last parametrization is an S3Sparse.
-
-    Raises:
-        PatternError: an S3Sparse that is not the last one.
-    """
-    for path, owner in list(module.named_modules()):
-        if not parametrize.is_parametrized(owner):
-            continue
-        for name, chain in list(owner.parametrizations.items()):
-            at = [isinstance(step, Masked) for step in chain]
-            if not any(at):
-                continue
-            if sum(at) > 1:
-                raise PatternError(
-                    f"{type(owner).__name__}.{name} is under {sum(at)} S3Sparse; one weight has one pattern"
-                )
-            if not at[-1]:
-                raise PatternError(
-                    f"{type(owner).__name__}.{name} has parametrizations after S3Sparse; register "
-                    "S3Sparse last, so that the weight in use satisfies its pattern"
-                )
-            yield Site(f"{path}.{name}" if path else name, owner, name, chain)

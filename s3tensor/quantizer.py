@@ -104,9 +104,8 @@ class S3Quantizer(HfQuantizer):
         ):
             raise CheckpointError("quantization_config is damaged: its tables must be of strings")
         self._loading: list[tuple[str, nn.Module, str, dict[str, Any]]] = []
-        self._orders: dict[
-            nn.Module, list[str]
-        ] = {}  # of the parameters of a sparse weight's owner
+        # Names of the parameters of a sparse weight's owner, in their order.
+        self._orders: dict[nn.Module, list[str]] = {}
 
     # before weights are read --------------------------------------------------------------------------
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from s3tensor.coupled import CoupledSparse, Coupling
-from s3tensor.errors import ModelError, NonFiniteError, PatternError
+from s3tensor.errors import ModelError, NonFiniteError
 from s3tensor.holders import parameters_of
-from s3tensor.parametrize import S3Sparse, Site, check_alone, parametrized
+from s3tensor.parametrize import S3Sparse
 from s3tensor.pattern import Pattern
+from s3tensor.sites import Site, check_alone, naming, parametrized
 from s3tensor.sparsify import linear_layers, owners_of, reason_to_skip
 from s3tensor.specs import Scopes
 from s3tensor.transposing import check as check_transposable
@@ -137,13 +138,10 @@ def sparsify_training_(
         else:
             if options.get("schedule") is not None:
                 options["schedule"].check(pattern.bind(layer.upright.shape))
-            if options.get("transposable"):
-                if layer.upright.shape[0] % 4:
-                    reasons[layer.name] = (
-                        "its rows do not divide by 4, as tiles that transpose need"
-                    )
-                else:
-                    check_transposable(pattern, tuple(layer.upright.shape))
+            if options.get("transposable") and layer.upright.shape[0] % 4:
+                reasons[layer.name] = "its rows do not divide by 4, as tiles that transpose need"
+            elif options.get("transposable"):
+                check_transposable(pattern, tuple(layer.upright.shape))
     rows = []
     made: dict[tuple[int, bool], S3Sparse] = {}
     for layer in layers:
@@ -159,11 +157,10 @@ def sparsify_training_(
         if key not in made:
             made[key] = S3Sparse(pattern, mode, transposed=layer.transposed, **options)
         try:
-            parametrize.register_parametrization(layer.module, "weight", made[key])
-        except BaseException as error:  # of a score function, say
+            with naming(layer.name, "; nothing was changed"):
+                parametrize.register_parametrization(layer.module, "weight", made[key])
+        except BaseException:  # of a score function, say
             _leave(model, set(map(id, made.values())))
-            if isinstance(error, (PatternError, NonFiniteError)):
-                raise type(error)(f"{layer.name}: {error}; nothing was changed") from None
             raise
         rows.append(TrainingRow(layer.name, str(pattern), mode, "parametrized", density, weights))
     return TrainingReport(tuple(rows))
@@ -236,11 +233,8 @@ def step(model: nn.Module) -> None:
     sites = _sites(model)
     for site in sites:
         if isinstance(site.sparse, S3Sparse):
-            try:
-                with torch.no_grad():
-                    site.sparse.advance(site.weight())
-            except (NonFiniteError, PatternError) as error:
-                raise type(error)(f"{site.path}: {error}") from None
+            with naming(site.path), torch.no_grad():
+                site.sparse.advance(site.weight())
     for owner, members in _couplings(sites):
         if len(members) != len(owner.members):
             raise ModelError(
@@ -273,11 +267,8 @@ def freeze(model: nn.Module) -> None:
     masks: list[tuple[S3Sparse, Tensor | None]] = []
     for site in sites:
         if isinstance(site.sparse, S3Sparse):
-            try:
-                with torch.no_grad():
-                    masks.append((site.sparse, site.sparse.mask_to_freeze(site.weight())))
-            except (NonFiniteError, PatternError) as error:
-                raise type(error)(f"{site.path}: {error}; nothing was frozen") from None
+            with naming(site.path, "; nothing was frozen"), torch.no_grad():
+                masks.append((site.sparse, site.sparse.mask_to_freeze(site.weight())))
     owners = [owner for owner, _ in _couplings(sites)]
     for owner in owners:
         owner.check_ended()

@@ -40,6 +40,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "inductor",
         "specs",
         "parametrize",
+        "sites",
+        "finalization",
         "masked",
         "coupled",
         "transposing",

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import s3tensor as s3
+from s3tensor.finalization import finalize
 from s3tensor.mask import tile
-from s3tensor.parametrize import S3Sparse, finalize
+from s3tensor.parametrize import S3Sparse
 from s3tensor.sparsify import sparsify_
 
 PATTERNS = ("2:4", "pair4:8", "coupled2:4", "rowpair16")

@@ -53,10 +53,7 @@ def first_group(pattern: str, seed: int) -> tuple[room.Group, Tensor, Tensor]:
     columns = weight.shape[1]
     members, scopes = next(iter(room.groups_of(elements, columns).items()))
     at = list(members)
-    local = torch.zeros(len(weight), dtype=torch.long)
-    local[at] = torch.arange(len(at))
-    places = elements[scopes]
-    places = local[places // columns] * columns + places % columns
+    places = room.own_places(elements[scopes], members, columns)
     kept = mask[at].flatten()[places].any(-1)
     return (
         room.Group(weight[at], torch.linalg.inv(hessian), places, kept),

@@ -75,14 +75,14 @@ def convert(
         if found:
             words = ", ".join(f"{count} to {name}" for name, count in found.items())
             click.echo(f"compressed {words}", err=as_json)
-            card = card and {**card, "pattern": None}  # the weights tell
         elif not rounded:
             raise ModelError(
                 f"{model} is compressed already; --int8 or --dtype would make something else of it"
             )
         if int8:
             click.echo(str(quantize_(loaded)), err=as_json)
-            card = card and {**card, "pattern": None}
+    if card and (found or int8):
+        card["pattern"] = None  # the weights tell
     if card and rounded and "pruned_perplexity" in card:
         options = (" --int8" if int8 else "") + (f" --dtype {dtype}" if dtype != "auto" else "")
         card["pruned_perplexity"] += f", before convert{options}"

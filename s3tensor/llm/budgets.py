@@ -51,9 +51,8 @@ def parse_budgets(budgets: Budgets | None, model: nn.Module) -> dict[str, Patter
     names = [name for name, module in model.named_modules() if is_linear(module)]
     for key in budgets:
         if not any(name == key or fnmatchcase(name, key) for name in names):
-            prefix = (
-                f"{decoder_blocks(model)[0]}." if names else ""
-            )  # the head is no linear to prune
+            # Within the blocks: the head is no linear to prune.
+            prefix = f"{decoder_blocks(model)[0]}." if names else ""
             within = next((name for name in reversed(names) if name.startswith(prefix)), None)
             example = f", which has {within}" if within else ""
             raise PatternError(f"budgets names {key!r}, no linear of the model{example}")

@@ -132,8 +132,7 @@ def catch_chunks(
         ModelError: a model that does more than pass hidden states from block to block.
         NonFiniteError: NaN or Inf in the embedding of a batch.
     """
-    batches = list(calibration)
-    batches = check_batches(model, batches)
+    batches = check_batches(model, list(calibration))
     device = next(model.parameters()).device
     tuples = _probe(model, blocks, batches[0][:1, :_PROBE_TOKENS].to(device))
     chunks: list[Chunk] = []
@@ -159,8 +158,7 @@ def check_batches(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
         )
     ready = []
     for batch in batches:
-        whole = isinstance(batch, Tensor) and batch.dtype not in (torch.bool, torch.complex64)
-        if not whole or batch.ndim != 2 or batch.is_floating_point():
+        if not isinstance(batch, Tensor) or batch.ndim != 2 or not _is_integer(batch.dtype):
             found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
             raise CalibrationError(
                 f"calibration must hold (batch, tokens) tensors of token ids, got {found}; stack "
@@ -173,6 +171,10 @@ def check_batches(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
         ready.append(batch if batch.dtype in (torch.int64, torch.int32) else batch.long())
         check_tokens(model, ready[-1], batch.shape[1])
     return ready
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def _caught(

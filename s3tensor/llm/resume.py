@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s3tensor.checkpoint import TEMPORARY, load_state, save_state, write_json
+from s3tensor.checkpoint import TEMPORARY, load_state, lock_file, save_state, write_json
 from s3tensor.compressed import Compressed
 from s3tensor.errors import CheckpointError
 from s3tensor.llm.report import BLOCKS_CSV, LINEARS_CSV, BlockRow, LinearRow, write_rows
@@ -137,7 +137,7 @@ def locked(folder: str | Path) -> Iterator[None]:
         ) from None
     with file:
         try:
-            _lock_file(file.fileno())
+            lock_file(file.fileno())
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(path / _LOCK)):
                 raise OSError  # the run that held it ended just now, and took the file with it
         except OSError:
@@ -151,18 +151,6 @@ def locked(folder: str | Path) -> Iterator[None]:
             _LOCKED.remove(path)
             with contextlib.suppress(OSError):
                 (path / _LOCK).unlink()
-
-
-def _lock_file(handle: int) -> None:
-    """Lock an open file or raise OSError at once."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
-    else:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _read_rows(path: Path) -> tuple[BlockRow, list[LinearRow]]:
