@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.metadata
 import inspect
 import json
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stored import versions
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -67,9 +67,7 @@ def main() -> None:
         "new_tokens": args.new_tokens,
         "held_out_tokens": windows.numel(),
         "calibration_tokens": sum(batch.numel() for batch in calibration),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("torch", "transformers", "s3tensor")
-        },
+        "versions": versions("torch", "transformers", "s3tensor"),
         "dense": {
             "parameters": sum(p.numel() for p in model.parameters()),
             "perplexity": s3.perplexity(model, windows, seq_len=512),

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.metadata
 import inspect
 import json
 import statistics
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stored import rows_before
+from stored import rows_before, versions
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache
 
@@ -194,10 +193,7 @@ def main() -> None:
         models[name_of_model] = model, s3.inductor_options(triton__cudagraphs=False, **options)
     record: dict[str, Any] = {
         "device": name,
-        "versions": {
-            package: importlib.metadata.version(package)
-            for package in ("torch", "transformers", "s3tensor")
-        },
+        "versions": versions("torch", "transformers", "s3tensor"),
         "date": time.strftime("%Y-%m-%d"),
         "model": "toy" if args.tiny else "Qwen3-4B shapes, random weights",
         "layers": args.layers, "vocabulary": dense.config.vocab_size, "prompt": args.prompt,

@@ -27,7 +27,6 @@ import collections
 import contextlib
 import csv
 import datetime
-import importlib.metadata
 import io
 import json
 import math
@@ -48,6 +47,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
+from stored import versions
 
 import s3tensor as s3
 from s3tensor import checkpoint, cli, hf, llm
@@ -69,7 +69,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "device": platform.processor() or platform.machine(),
-        "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "safetensors")},
+        "versions": versions("torch", "transformers", "safetensors"),
         "seed": args.seed,
     }  # fmt: skip
     parts: dict[str, Callable[[], dict[str, Any]]] = {}

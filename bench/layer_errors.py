@@ -13,7 +13,7 @@ importable.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import importlib.util
 import json
 import platform
 import sys
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stored import versions
 from torch import Tensor
 
 import s3tensor as s3
@@ -175,7 +176,7 @@ def run(path: Path, store: Path) -> None:
         if device == "cuda"
         else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
-        "versions": {name: _version(name) for name in ("torch", "triton", "s3tensor", "sparsekit")},
+        "versions": versions("torch", "triton", "s3tensor", "sparsekit"),
         "rows": [],
     }
     store.parent.mkdir(parents=True, exist_ok=True)
@@ -194,13 +195,6 @@ def run(path: Path, store: Path) -> None:
                 print(f"{name:8} {pattern:10} {label:20} {figures}", flush=True)
             store.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"stored in {store}")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def main() -> None:

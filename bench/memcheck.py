@@ -77,6 +77,10 @@ def cases() -> list[Case]:
         found += [("masks", (pattern,))]
     for n, dtype in itertools.product((4, 60, 4096, 20004), ("float32", "bfloat16")):
         found += [("weights_in_use", (n, dtype))]
+    for shape, dtype in itertools.product(((64, 64), (192, 320)), ("float16", "bfloat16")):
+        found += [("compressed_for_cores", (shape, dtype))]
+    for shape, dtype in itertools.product(((4, 4), (12, 60), (64, 1028)), ("float32", "bfloat16")):
+        found += [("transposable_masks", (shape, dtype))]
     return found
 
 
@@ -193,6 +197,25 @@ def weights_in_use(n: int, dtype: str) -> None:
         _same(masked.decayed(grad, weight, mask, 0.1), grad + 0.1 * weight * ~mask, 1e-2)
 
 
+def compressed_for_cores(shape: tuple[int, int], dtype: str) -> None:
+    """A dense 2:4 weight, either way round, in cuSPARSELt's form: the values are those that stay."""
+    from s3tensor.kernels import cores
+
+    weight = torch.randn(shape, device="cuda").to(getattr(torch, dtype))
+    weight = torch.where(s3.project(weight, "2:4"), weight, 0)
+    for given in (weight, weight.t().contiguous().t()):
+        held = cores.compress(given).view(-1)[: weight.numel() // 2]
+        assert torch.equal(held, weight[weight != 0])
+
+
+def transposable_masks(shape: tuple[int, int], dtype: str) -> None:
+    weight = torch.randn(shape, device="cuda").to(getattr(torch, dtype))
+    for pattern in ("1:4", "2:4", "3:4"):
+        assert torch.equal(
+            s3.transposable(weight, pattern).cpu(), s3.transposable(weight.cpu(), pattern)
+        )
+
+
 def _same(found: Tensor, exact: Tensor, tolerance: float) -> None:
     error = (found.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)
     assert error <= tolerance, f"relative error {error:.1e}"
@@ -213,9 +236,17 @@ def run(case: Case) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="functions of the cases to run [all]"
+    )
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     began, every = time.time(), cases()
+    if args.only:
+        unknown = set(args.only) - {name for name, _ in every}
+        if unknown:
+            parser.error(f"unknown function {unknown.pop()!r}; there are {', '.join(dict(every))}")
+        every = [case for case in every if case[0] in args.only]
     if args.processes > 1:
         with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
             failed = [text for text in pool.imap_unordered(run, every, 1) if text]

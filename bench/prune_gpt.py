@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import platform
@@ -36,6 +35,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from stored import versions
 from torch import Tensor, nn
 
 import s3tensor as s3
@@ -355,9 +355,7 @@ def environment(device: str) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("s3tensor", "torch", "transformers")
-        },
+        "versions": versions("s3tensor", "torch", "transformers"),
     }
 
 

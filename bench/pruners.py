@@ -36,7 +36,6 @@ import argparse
 import copy
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -49,6 +48,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stored import versions
 from torch import Tensor, nn
 
 import s3tensor as s3
@@ -325,7 +325,7 @@ def main() -> None:
         "damp": DAMP,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
-        "versions": _versions("torch", "transformers", "llmcompressor", "nvidia-modelopt"),
+        "versions": versions("torch", "transformers", "llmcompressor", "nvidia-modelopt"),
     }
     args.store.parent.mkdir(parents=True, exist_ok=True)
     for pattern in patterns:
@@ -350,16 +350,6 @@ def _print_row(pattern: str, row: dict[str, Any]) -> None:
         "the pruner",
         flush=True,
     )
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    found = {}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _list(text: str) -> list[str]:

@@ -36,7 +36,7 @@ from s3tensor.pattern import Pattern
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import structured_obs as table
-from stored import rows_before
+from stored import rows_before, versions
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ def main(given: Sequence[str] | None = None) -> list[Row]:
         "steps": args.steps,
         "damp": args.damp,
         "device": table.device_name(device),
-        "versions": table.versions("torch", "triton", "s3tensor", "sparsekit"),
+        "versions": versions("torch", "triton", "s3tensor", "sparsekit"),
     }
     print(f"{problem.name}: {args.groups} groups of rows, {args.steps} swaps each; error in %")
     columns = ("as given", "refitted", "descent", "search")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import itertools
 import json
 import platform
@@ -30,6 +29,7 @@ from typing import Any
 
 import synthetic
 import torch
+from stored import versions
 from torch import Tensor
 
 import s3tensor as s3
@@ -80,7 +80,7 @@ def main() -> None:
     document: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "s3tensor")},
+        "versions": versions("torch", "s3tensor"),
         "pattern": args.pattern,
     }
 

@@ -24,7 +24,6 @@ import csv
 import fnmatch
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import platform
@@ -37,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stored import versions
 from torch import Tensor, nn
 
 import s3tensor as s3
@@ -411,17 +411,6 @@ def store(rows: Sequence[Row], record: dict[str, Any], stem: Path) -> None:
         writer.writerows(asdict(row) for row in rows)
     document = {**record, "rows": [asdict(row) for row in rows]}
     Path(f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def versions(*names: str) -> dict[str, str | None]:
-    """Of installed packages; None for others."""
-    found: dict[str, str | None] = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def device_name(device: torch.device) -> str:

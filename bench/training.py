@@ -1,19 +1,20 @@
-"""What training under 2:4 costs a step: dense against every mode of S3Sparse, eager and compiled, as ratios.
+"""What training under 2:4 costs a step, or saves: dense against every mode of S3Sparse, as ratios.
 
-    python bench/training.py            # one H100: about 90 s, most of it compilation
+    python bench/training.py            # one H200: about three minutes, half of it compilation
     python bench/training.py --tiny     # on a CPU, to see that it runs
 
 A block of three linears, width 4096 to 4096, 4096 to 14336 and 14336 to 4096, is trained with float32
 masters, bfloat16 autocast and fused AdamW. A step is forward, backward, optimizer and, where the mode needs
 it, s3.step. All variants take turns in every round of ten steps, so that "refresh 10" refreshes once in
-each; a ratio is the median over rounds of a variant's time to dense's in the same round. The file is
-written after each part.
+each; a ratio is the median over rounds of a variant's time to dense's in the same round. Ways are eager,
+compiled, and "graphs", compiled with CUDA graphs. Variants with "sparse cores" are under s3.sparse_cores_.
+The file is written after each part.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import itertools
 import json
 import platform
 import statistics
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stored import versions
 from torch import Tensor, nn
 
 import s3tensor as s3
@@ -39,6 +41,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "srste, refresh 10": ("srste", {"refresh": 10}),
     "soft, refresh 10": ("soft", {"refresh": 10}),
     "ste, transposable, refresh 10": ("ste", {"refresh": 10, "transposable": True}),
+    "fixed, sparse cores": ("fixed", {}),
+    "ste, sparse cores": ("ste", {}),
+    "soft, sparse cores": ("soft", {}),
+    "fixed, transposable, sparse cores": ("fixed", {"transposable": True}),
+    "ste, transposable, sparse cores": ("ste", {"transposable": True}),
+    "ste, transposable, refresh 10, sparse cores": ("ste", {"refresh": 10, "transposable": True}),
+    "soft, transposable, refresh 10, sparse cores": ("soft", {"refresh": 10, "transposable": True}),
 }
 
 
@@ -62,12 +71,9 @@ class Trainer:
 
 
 def build(
-    variant: tuple[str, dict[str, Any]] | None,
-    pattern: str,
-    widths: tuple[int, int],
-    device: torch.device,
-    compiled: bool,
+    name: str, pattern: str, widths: tuple[int, int], device: torch.device, way: str
 ) -> Trainer:
+    variant = VARIANTS[name]
     torch.manual_seed(0)
     narrow, wide = widths
     with device:
@@ -79,8 +85,14 @@ def build(
         )
     if variant is not None:
         s3.sparsify_training_(model, pattern, variant[0], **variant[1])
+    if name.endswith("sparse cores"):
+        s3.sparse_cores_(model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
-    forward = torch.compile(model, fullgraph=True, dynamic=True) if compiled else model
+    forward = model
+    if way == "compiled":
+        forward = torch.compile(model, fullgraph=True, dynamic=True)
+    elif way == "graphs":
+        forward = torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead")
     return Trainer(model, forward, optimizer, variant is not None and "refresh" in variant[1])
 
 
@@ -151,12 +163,17 @@ def in_a_graph(run: Callable[[], Any], calls: int = 20) -> tuple[float, str]:
     return 1e3 * statistics.median(tell() for tell in times) / calls, way
 
 
-def sparse_cores(shape: list[int], tokens: int) -> dict[str, Any]:
-    """The forward product of a 2:4 weight, dense and by sparse tensor cores, and compressing the weight."""
+def sparse_cores(shape: list[int], tokens: int, turned: bool) -> dict[str, Any]:
+    """One product by a 2:4 weight, dense and by sparse tensor cores, and compressing the weight for it."""
+    from s3tensor.kernels import cores, transposable
+
+    master = torch.randn(shape, device="cuda")
     weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    weight = torch.where(s3.project(weight, "2:4"), weight, 0)
-    x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
-    held = torch._cslt_compress(weight)
+    weight = torch.where(s3.transposable(weight, "2:4"), weight, 0)
+    if turned:  # the gradient of the input
+        weight = weight.t()
+    x = torch.randn(tokens, weight.shape[1], device="cuda", dtype=torch.bfloat16)
+    held = cores.compress(weight)
     # Without its search cuSPARSELt takes an algorithm that may be slower than dense.
     algorithm, split, mode = torch._C._cusparselt.mm_search(held, x.t(), None, None, None, True)[:3]
 
@@ -174,16 +191,21 @@ def sparse_cores(shape: list[int], tokens: int) -> dict[str, Any]:
     expected = torch.nn.functional.linear(x, weight).float()
     error = float((product().float() - expected).norm() / expected.norm())
     assert error < 0.02, f"the sparse product of {shape} differs by {error}"
-    dense, _ = in_a_graph(lambda: torch.nn.functional.linear(x, weight))
-    sparse, product_way = in_a_graph(product)
-    compress, compress_way = in_a_graph(lambda: torch._cslt_compress(weight))
+    whole = weight.contiguous()
+    calls = {
+        "dense": lambda: torch.nn.functional.linear(x, weight),
+        "product": product,
+        "compress": lambda: cores.compress(weight),
+        "torch_compress": lambda: torch._cslt_compress(whole),
+        "transposable_mask": lambda: transposable.best(master, squared=True),
+    }
+    found = {name: in_a_graph(call) for name, call in calls.items()}
     return {
         "linear": shape,
         "tokens": tokens,
-        "dense_ms": dense,
-        "product_ms": sparse,
-        "compress_ms": compress,
-        "timed_in": {"product": product_way, "compress": compress_way},
+        "product": "input gradient" if turned else "forward",
+        **{f"{name}_ms": ms for name, (ms, _) in found.items()},
+        "timed_in": {name: way for name, (_, way) in found.items()},
     }
 
 
@@ -206,7 +228,9 @@ def main() -> None:
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--tokens", help="of a step [4096,16384]")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ways", default="eager,compiled", help='"" for sparse tensor cores alone')
+    parser.add_argument(
+        "--ways", default="eager,compiled,graphs", help='"" for single products alone'
+    )
     parser.add_argument("--variants", help=f"of {'; '.join(VARIANTS)} [all, dense always]")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, help="[bench/results/training.json]")
@@ -225,7 +249,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "s3tensor")},
+            **versions("torch", "s3tensor"),
         },
         "date": time.strftime("%Y-%m-%d"),
         "pattern": args.pattern,
@@ -235,10 +259,7 @@ def main() -> None:
     out = args.out or (None if args.tiny else Path("bench/results/training.json"))
     for way in filter(None, args.ways.split(",")):
         start = time.perf_counter()
-        trainers = {
-            name: build(variant, args.pattern, widths, device, way == "compiled")
-            for name, variant in chosen.items()
-        }
+        trainers = {name: build(name, args.pattern, widths, device, way) for name in chosen}
         for tokens in batches:
             times = compare(trainers, tokens, widths[0], args.rounds, device)
             for name in trainers:
@@ -268,18 +289,18 @@ def main() -> None:
         print("no cuSPARSELt here: the product by sparse tensor cores is not measured")
         return
     record["sparse_cores"] = []
-    for tokens in batches:
-        for shape in record["linears"]:
-            row = sparse_cores(shape, tokens)
-            record["sparse_cores"].append(row)
-            ratio = (row["product_ms"] + row["compress_ms"]) / row["dense_ms"]
-            print(
-                f"{shape[0]}x{shape[1]}, {tokens} tokens: dense {row['dense_ms']:.3f} ms, sparse "
-                f"{row['product_ms']:.3f} + {row['compress_ms']:.3f} to compress: {ratio:.2f} of dense",
-                flush=True,
-            )
-            if out is not None:
-                out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for tokens, shape, turned in itertools.product(batches, record["linears"], (False, True)):
+        row = sparse_cores(shape, tokens, turned)
+        record["sparse_cores"].append(row)
+        ratio = (row["product_ms"] + row["compress_ms"]) / row["dense_ms"]
+        print(
+            f"{shape[0]}x{shape[1]}, {tokens} tokens, {row['product']}: dense {row['dense_ms']:.3f} ms, "
+            f"sparse {row['product_ms']:.3f} + {row['compress_ms']:.3f} to compress "
+            f"({row['torch_compress_ms']:.3f} by torch): {ratio:.2f} of dense",
+            flush=True,
+        )
+        if out is not None:
+            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

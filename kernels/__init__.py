@@ -2,28 +2,30 @@
 
 A kernel file holds one kernel family and its launcher and imports nothing of s3tensor. Triton is
 imported by the file that needs it, when a CUDA kernel first runs. The callers, ``s3tensor.paths``,
-``scaled``, ``mask``, ``masked``, ``selection`` and ``packing``, import a file inside the function that runs
-its kernel.
+``scaled``, ``cores``, ``mask``, ``masked``, ``transposing``, ``selection`` and ``packing``, import a file
+inside the function that runs its kernel.
 
-============  ==========================================================================================
-``tiles``     the order of values and codes that the matmul kernels read fastest; torch only
-``matmul``    ``linear`` of 1 to 128 rows by a packed weight of the four forms that have a tile order:
-              checks, the choice of a kernel, scratch memory
-``skinny``    its kernel for few rows, from sm_80 on (Gluon)
-``wide``      its kernel for 17 rows and more, on sm_90 (Gluon)
-``expand``    what both share: packed words to tensor-core fragments, and sums in a fixed order
-``widen``     the same for packed bytes: int8 values, by ``skinny``
-``gpu``       whether the matmul kernels run on a device, and how large it is
-``columns``   ``linear`` of 1 to 64 rows by any N:M of columns; its kernels are
-``gather``    plain multiply-adds, any dtype
-``runs``      tensor cores, 16-bit floats and the common N:M (Gluon)
-``blocks``    ``linear`` of 1 to 64 rows by rows of blocks
-``unpack``    packed to dense
-``pack``      dense to packed
-``select``    order statistics and top-k masks of rows, which stay in registers
-``masks``     projections onto N:M and its relatives: one read of the weight, one write of the mask
-``masked``    the weight in use under N:4: choose the mask, apply it and shorten what stays, in one pass
-============  ==========================================================================================
+================  ======================================================================================
+``tiles``         the order of values and codes that the matmul kernels read fastest; torch only
+``matmul``        ``linear`` of 1 to 128 rows by a packed weight of the four forms that have a tile order:
+                  checks, the choice of a kernel, scratch memory
+``skinny``        its kernel for few rows, from sm_80 on (Gluon)
+``wide``          its kernel for 17 rows and more, on sm_90 (Gluon)
+``expand``        what both share: packed words to tensor-core fragments, and sums in a fixed order
+``widen``         the same for packed bytes: int8 values, by ``skinny``
+``gpu``           whether the matmul kernels run on a device, and how large it is
+``columns``       ``linear`` of 1 to 64 rows by any N:M of columns; its kernels are
+``gather``        plain multiply-adds, any dtype
+``runs``          tensor cores, 16-bit floats and the common N:M (Gluon)
+``blocks``        ``linear`` of 1 to 64 rows by rows of blocks
+``unpack``        packed to dense
+``pack``          dense to packed
+``select``        order statistics and top-k masks of rows, which stay in registers
+``masks``         projections onto N:M and its relatives: one read of the weight, one write of the mask
+``masked``        the weight in use under N:4: choose the mask, apply it and shorten what stays, in one pass
+``transposable``  the best mask of each 4x4 tile whose rows and columns keep N
+``cores``         a dense 2:4 weight to cuSPARSELt's compressed form
+================  ======================================================================================
 
 Gluon needs Triton 3.6 or later; importing ``matmul`` without it raises ImportError. Plain Triton kernels
 compile from 3.2 on, ``masks`` and ``masked`` from 3.3 on, ``columns`` and ``blocks`` from 3.5 on.

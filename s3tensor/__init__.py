@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from s3tensor.quantize import quantize_
     from s3tensor.schedule import Density
     from s3tensor.selection import kth_largest, mid_kth_largest
+    from s3tensor.sparse_training import sparse_cores_
     from s3tensor.sparsify import sparsify_
     from s3tensor.specs import (
         BlockCoupling,
@@ -86,6 +87,7 @@ _LAZY = {
     "set_memory_": "s3tensor.memory",
     "S3Sparse": "s3tensor.parametrize",
     "finalize": "s3tensor.finalization",
+    "sparse_cores_": "s3tensor.sparse_training",
     "sparsify_": "s3tensor.sparsify",
     "Density": "s3tensor.schedule",
     "freeze": "s3tensor.training",

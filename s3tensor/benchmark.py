@@ -301,7 +301,11 @@ def _proposed(flat: Tensor, weight: paths.Weight) -> list[tuple[int, int, int]]:
     search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
     if search is None:
         return []
-    algorithm, split, mode = search(weight.vendor, flat.t(), None, None, None, True)[:3]
+    # The search of float16 kills the CUDA context (cuSPARSELt 0.8.0, an H200). What it looks for is a time,
+    # so the same bits are given to it as bfloat16.
+    assert weight.vendor is not None
+    vendor, x = weight.vendor.view(torch.bfloat16), flat.view(torch.bfloat16)
+    algorithm, split, mode = search(vendor, x.t(), None, None, None, True)[:3]
     return [(int(algorithm), int(split), int(mode))]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from s3tensor import sparse_training
 from s3tensor.compressed import Compressed
 from s3tensor.errors import ModelError
 from s3tensor.sites import Site, check_alone, naming, parametrized
@@ -53,6 +54,7 @@ def finalize(module: nn.Module, compress: bool = True) -> nn.Module:
     with torch.inference_mode(False), torch.no_grad():
         ready = [(site, _final(site, compress, made)) for site in found]
         for site, parameter in ready:
+            sparse_training.leave(site.owner)
             _own_class(site.owner)
             joined = len(site.originals) > 1  # torch takes these apart in one way only
             parametrize.remove_parametrizations(site.owner, site.name, leave_parametrized=joined)

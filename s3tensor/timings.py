@@ -118,6 +118,18 @@ class Timings:
             return 0, 1, -1
         return min(cells, key=lambda cell: abs(math.log(cell.batch / batch))).vendor
 
+    def vendor_plans(
+        self, rows: int, columns: int, batch: int, count: int = 3
+    ) -> list[tuple[int, int, int]]:
+        """The first ``count`` plans of cuSPARSELt for a 2:4 weight, those of the nearest products first."""
+
+        def distance(cell: Cell) -> float:
+            sizes = (cell.rows, rows), (cell.columns, columns), (cell.batch, batch)
+            return sum(abs(math.log(measured / asked)) for measured, asked in sizes)
+
+        cells = [cell for cell in self.cells if cell.pattern == "2:4" and "vendor" in cell.us]
+        return list(dict.fromkeys(cell.vendor for cell in sorted(cells, key=distance)))[:count]
+
     def _of_weight(self, pattern: str, dtype: str, rows: int, columns: int) -> list[Cell]:
         """Cells of the measured weight nearest in shape, by rising batch."""
         cells = [cell for cell in self.cells if cell.pattern == pattern and cell.dtype == dtype]

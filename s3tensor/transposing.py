@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from s3tensor import mask as masks
 from s3tensor.errors import NonFiniteError, PatternError
 from s3tensor.masked import run_length
 from s3tensor.pattern import BoundPattern, Pattern
@@ -61,12 +63,17 @@ def transposable(
     if not bool(torch.isfinite(given).all()):
         what = "weight" if scores is None else "scores"
         raise NonFiniteError(f"the {what} of shape {tuple(weight.shape)} hold NaN or Inf")
-    if bound.keep == _SIDE:
-        return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     return _best(given, bound.keep, squared=scores is None)
 
 
 def _best(given: Tensor, keep: int, squared: bool) -> Tensor:
+    """The mask; for 2:4 on a GPU NaN in a weight counts as the largest."""
+    if keep == _SIDE:
+        return torch.ones(given.shape, dtype=torch.bool, device=given.device)
+    kernel = _kernel(given, keep)
+    if kernel is not None:
+        mask: Tensor = kernel.best(given.contiguous(), squared)
+        return mask
     rows, columns = given.shape
     tiles = given.reshape(rows // _SIDE, _SIDE, columns // _SIDE, _SIDE).transpose(1, 2)
     flat = tiles.reshape(-1, _SIDE * _SIDE)  # (tiles, 16)
@@ -77,12 +84,28 @@ def _best(given: Tensor, keep: int, squared: bool) -> Tensor:
         # In float64 a square of float32 is exact and a sum of 8 nearly so: TF32 would choose otherwise.
         part = flat[start : start + _TILES].double()
         if squared:
-            # Each tile by its largest, so that squares neither vanish nor overflow.
-            largest = part.abs().amax(1, keepdim=True)
-            part = (part / torch.where(largest > 0, largest, 1)).square()
+            part = _in_range(part, given.dtype).square()
         best[start : start + _TILES] = (part @ sums_of).argmax(1)
     kept = every[best].view(rows // _SIDE, columns // _SIDE, _SIDE, _SIDE)
     return kept.transpose(1, 2).reshape(rows, columns)
+
+
+def _in_range(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tiles in float64, each scaled so that squares neither vanish nor overflow, as those of float64 may."""
+    if dtype != torch.float64:
+        return part
+    # By a power of two, which rounds nothing.
+    _, exponent = torch.frexp(part.abs().amax(1, keepdim=True))
+    return torch.ldexp(part, -exponent)
+
+
+def _kernel(given: Tensor, keep: int) -> Any:
+    """The module of the kernel where it takes a weight or scores, 2:4 on a GPU; else None."""
+    if keep != 2 or not masks.on_plain_gpu(given) or masks._load_kernels() is None:
+        return None
+    from s3tensor.kernels import transposable as kernel  # type: ignore[import-not-found]
+
+    return kernel if given.dtype in kernel.DTYPES and given.numel() > 0 else None
 
 
 def check(pattern: Pattern, shape: tuple[int, ...]) -> BoundPattern:
@@ -108,7 +131,12 @@ def check(pattern: Pattern, shape: tuple[int, ...]) -> BoundPattern:
     "s3tensor::transposable", mutates_args=(), schema="(Tensor weight, int keep) -> Tensor"
 )
 def transposable_mask(weight: Tensor, keep: int) -> Tensor:
-    """:func:`transposable` of ``keep``:4 by magnitude, as a graph holds it; bool, the weight's shape."""
+    """:func:`transposable` of ``keep``:4 by magnitude, as a forward takes it; bool, the weight's shape.
+
+    For 2:4 on a GPU nobody waits to hear whether the weight is finite; NaN counts as the largest.
+    """
+    if _kernel(weight, keep) is not None:
+        return _best(weight.detach(), keep, squared=True)
     return transposable(weight, f"{keep}:{_SIDE}")
 
 

@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "layout", "viewrule", "pattern", "presets", "registration"),
     ("kernels",),
     ("mask", "packing", "hessian", "linalg", "proximal", "selection", "timings"),
-    ("paths", "ops", "scaled"),
+    ("paths", "ops", "scaled", "cores"),
     (
         "compressed",
         "function_rules",
@@ -44,6 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "finalization",
         "masked",
         "coupled",
+        "sparse_training",
         "transposing",
         "distillation",
         "lora",
@@ -84,7 +85,16 @@ GUESTS = {
 }
 STDLIB_ONLY = FLOORS[0]
 # Who may import kernels, and only inside functions: they meet CUDA tensors, and the file needs Triton.
-KERNEL_CALLERS = {"paths", "scaled", "mask", "masked", "selection", "packing"}
+KERNEL_CALLERS = {
+    "paths",
+    "scaled",
+    "cores",
+    "mask",
+    "masked",
+    "transposing",
+    "selection",
+    "packing",
+}
 
 
 def sources() -> list[tuple[str, Path]]:

@@ -82,6 +82,24 @@ def test_the_nearest_shape_counts_and_other_patterns_are_unknown() -> None:
     assert table.vendor("2:4", "bfloat16", 64, 64, 1) == (0, 1, -1)
 
 
+def test_plans_of_a_product_are_those_of_the_nearest_ones_each_once() -> None:
+    def cell(size: int, batch: int, plan: tuple[int, int, int], pattern: str = "2:4") -> Cell:
+        return Cell(pattern, "bfloat16", size, size, batch, {"vendor": 1.0}, plan)
+
+    cells = (
+        cell(64, 1024, (3, 1, 1)),
+        cell(64, 4096, (4, 1, 1)),
+        cell(4096, 4096, (5, 1, 1)),
+        cell(2048, 4096, (4, 1, 1)),
+        cell(4096, 4096, (9, 1, 1), "coupled2:4"),
+        Cell("2:4", "bfloat16", 4096, 4096, 4096, {"dense": 1.0}, (8, 1, 1)),
+    )
+    table = Timings("GPU", (9, 0), cells)
+    assert table.vendor_plans(4096, 4096, 9999) == [(5, 1, 1), (4, 1, 1), (3, 1, 1)]
+    assert table.vendor_plans(64, 64, 100, count=1) == [(3, 1, 1)]
+    assert Timings("GPU", (9, 0), ()).vendor_plans(64, 64, 1) == []
+
+
 GOOD = json.loads(
     Timings("GPU", (9, 0), (Cell("2:4", "bfloat16", 4, 4, 1, {"dense": 1.0}),)).to_json()
 )
