@@ -297,10 +297,10 @@ def _sparse_cores(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for row in rows:
         dense, product, compress = (row[f"{of}_ms"] for of in ("dense", "product", "compress"))
+        name = "x".join(map(str, row["linear"]))
         lines.append(
-            f"| {row['linear'][0]}x{row['linear'][1]}, {row['tokens']} tokens, {row['product']} | {dense:.3f} "
-            f"| {product:.3f} | {compress:.3f} | {(product + compress) / dense:.2f} | "
-            f"{row['torch_compress_ms']:.3f} |"
+            f"| {name}, {row['tokens']} tokens, {row['product']} | {dense:.3f} | {product:.3f} | "
+            f"{compress:.3f} | {(product + compress) / dense:.2f} | {row['torch_compress_ms']:.3f} |"
         )
     return lines
 

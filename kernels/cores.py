@@ -1,8 +1,9 @@
 """A 2:4 weight, compressed as cuSPARSELt reads it on sm_90, in one pass over the dense weight.
 
-``torch._cslt_compress`` makes the same bytes and takes 15 to 20 times as long. They are, for (rows, columns) in
-whole tiles of 64 x 64: the two values that stay of each four, row by row; then for each tile, column tiles
-first, 1024 codes of four bits. A code is the place of the first value and, times four, that of the second.
+``torch._cslt_compress`` makes the same bytes and takes 15 to 20 times as long. They are, for (rows,
+columns) in whole tiles of 64 x 64: the two values that stay of each four, row by row; then for each tile,
+column tiles first, 1024 codes of four bits. A code is the place of the first value and, times four, that of
+the second.
 In a tile a code's place has the bits, from the lowest, 8 of the row, 4, 1 and 2 of the scope, 1, 2, 4, 16
 and 32 of the row, 8 of the scope: 16 bits hold rows r and r + 8 of scopes s and s + 4.
 """
