@@ -59,9 +59,17 @@ def _refusal(x: Tensor, weight: Tensor) -> str:
     """Why a product cannot run by sparse tensor cores, from what a compiler knows of it; or empty."""
     if not x.is_cuda:
         return f"x is on {x.device.type}"
+    if weight.device != x.device or weight.shape[1] != x.shape[-1]:
+        return "x does not fit the weight"  # the dense product says how
+    if not torch.compiler.is_compiling() and _is_transformed():
+        return "x is under a transform of torch.func"
     if x.dtype not in _HALF or weight.dtype != x.dtype:
         return f"x is {x.dtype} and the weight {weight.dtype}; train under torch.autocast"
     return ""
+
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @torch.library.custom_op(

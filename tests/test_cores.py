@@ -196,6 +196,52 @@ def test_outside_a_graph_the_time_of_the_host_counts() -> None:
     assert Choice(64, 64, 16, 500, 150, 400, (0, 1, -1)).is_sparse(graph=False)
 
 
+@pytest.mark.filterwarnings("ignore:sparse_cores_")
+def test_ordinary_life_goes_on() -> None:
+    """functional_call, vmap over inputs, one row of x, none, a wrong width, activation checkpoints."""
+    from torch.utils.checkpoint import checkpoint
+
+    model = mlp()
+    s3.sparsify_training_(model, "2:4", transposable=True)
+    x = torch.randn(5, 64)
+    expected = model(x)
+    s3.sparse_cores_(model)
+    state = dict(model.named_parameters())
+    assert torch.equal(torch.func.functional_call(model, state, (x,)), expected)
+    torch.testing.assert_close(torch.vmap(model)(x), expected)
+    torch.testing.assert_close(model(x[0]), expected[0])
+    assert model(x[:0]).shape == (0, 64) and model(x[None, None]).shape == (1, 1, 5, 64)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        model(torch.randn(5, 63))
+    inputs = x.clone().requires_grad_()
+    checkpoint(model, inputs, use_reentrant=False).sum().backward()
+    found = inputs.grad
+    inputs.grad = None
+    model(inputs).sum().backward()
+    assert found is not None and torch.equal(found, inputs.grad)
+
+
+def test_what_can_run_by_sparse_tensor_cores_is_known_from_shapes_dtypes_and_devices() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        weight = torch.empty(64, 128, device="cuda", dtype=torch.bfloat16)
+        x = torch.empty(16, 128, device="cuda", dtype=torch.bfloat16)
+        assert cores._refusal(x, weight) == ""
+        assert cores._refusal(x.half(), weight.half()) == ""
+        assert "train under torch.autocast" in cores._refusal(x.float(), weight.float())
+        assert "torch.float16 and the weight torch.bfloat16" in cores._refusal(x.half(), weight)
+        fits = "x does not fit the weight"
+        assert (
+            cores._refusal(torch.empty(16, 64, device="cuda", dtype=torch.bfloat16), weight) == fits
+        )
+        assert cores._refusal(x, torch.empty(64, 128, dtype=torch.bfloat16)) == fits
+        assert cores._refusal(torch.empty(16, 128), weight) == "x is on cpu"
+    found = []
+    torch.vmap(lambda row: found.append(cores._is_transformed()) or row)(torch.zeros(2, 3))
+    assert found == [True] and not cores._is_transformed()
+
+
 # on a GPU ---------------------------------------------------------------------------------------------
 
 
