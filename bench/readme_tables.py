@@ -298,8 +298,9 @@ def _sparse_cores(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         dense, product, compress = (row[f"{of}_ms"] for of in ("dense", "product", "compress"))
         name = "x".join(map(str, row["linear"]))
+        late = "" if set(row["timed_in"].values()) == {"graph"} else " (with the host)"
         lines.append(
-            f"| {name}, {row['tokens']} tokens, {row['product']} | {dense:.3f} | {product:.3f} | "
+            f"| {name}, {row['tokens']} tokens, {row['product']}{late} | {dense:.3f} | {product:.3f} | "
             f"{compress:.3f} | {(product + compress) / dense:.2f} | {row['torch_compress_ms']:.3f} |"
         )
     return lines

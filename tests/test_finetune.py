@@ -93,12 +93,16 @@ def test_the_table_of_steps_has_the_products_by_sparse_cores_once_measured(
     stored = json.loads((ROOT / "bench" / "results" / "training.json").read_text())
     stored["sparse_cores"] = [
         {
-            "linear": [64, 32], "tokens": 16, "dense_ms": 0.2, "product_ms": 0.15, "compress_ms": 0.1,
-            "timed_in": {"product": "graph", "compress": "stream"},
+            "linear": [64, 32], "tokens": 16, "product": "forward", "dense_ms": 0.2, "product_ms": 0.15,
+            "compress_ms": 0.1, "torch_compress_ms": 0.4,
+            "timed_in": {"product": "graph", "torch_compress": "stream"},
         }
     ]  # fmt: skip
     last = readme_tables.training(stored).splitlines()[-1]
-    assert last == "| 64x32, 16 | 0.200 | 0.150 | 0.100 (with the host) | 1.25 |"
+    expected = (
+        "| 64x32, 16 tokens, forward (with the host) | 0.200 | 0.150 | 0.100 | 1.25 | 0.400 |"
+    )
+    assert last == expected
 
 
 def test_the_learning_rate_warms_up_and_falls_by_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,5 +131,9 @@ def test_the_benchmark_of_steps_stores_a_row_for_each_variant(tmp_path: Path) ->
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
-    assert len(rows) == 9 and rows[0]["variant"] == "dense" and rows[0]["ratio"] == 1.0
+    assert (
+        len({row["variant"] for row in rows}) == len(rows) == 16
+        and rows[0]["variant"] == "dense"
+        and rows[0]["ratio"] == 1.0
+    )
     assert all(row["ms"] > 0 and row["way"] == "eager" for row in rows)
