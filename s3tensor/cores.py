@@ -176,10 +176,6 @@ def _plan(x: Tensor, weight: Tensor) -> Plan | None:
     """How to multiply by sparse tensor cores; None for the dense product."""
     if x.numel() == 0 or weight.numel() == 0 or not x.is_cuda:
         return None
-    if not _knows(x.device):
-        name = torch.cuda.get_device_name(x.device)
-        _say("device", f"no cuSPARSELt, or none whose format is known, serves the {name}")
-        return None
     if any(n % TILE for n in weight.shape):
         return None
     graph = torch.cuda.is_current_stream_capturing()
@@ -188,6 +184,10 @@ def _plan(x: Tensor, weight: Tensor) -> Plan | None:
     if key not in _CHOICES:
         if graph:
             _say("graph", "a CUDA graph is recorded before a product of this size has run once")
+            return None
+        if not _knows(x.device):
+            name = torch.cuda.get_device_name(x.device)
+            _say("device", f"no cuSPARSELt, or none whose format is known, serves the {name}")
             return None
         _CHOICES[key] = _measure(x, weight)
     found = _CHOICES[key]

@@ -242,6 +242,45 @@ def test_what_can_run_by_sparse_tensor_cores_is_known_from_shapes_dtypes_and_dev
     assert found == [True] and not cores._is_transformed()
 
 
+def test_a_size_is_measured_once_and_never_while_a_graph_is_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    asked: list[tuple[int, ...]] = []
+    known = {"answer": False}
+
+    def measure(x: Tensor, weight: Tensor) -> Choice:
+        asked.append((*weight.shape, x.shape[0]))
+        return Choice(*asked[-1], dense_us=9, sparse_us=5, call_us=7, plan=(3, 1, -1))
+
+    monkeypatch.setattr(cores, "_measure", measure)
+    monkeypatch.setattr(cores, "_knows", lambda device: known["answer"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "made GPU")
+    capturing = {"answer": True}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing["answer"])
+    with FakeTensorMode():
+        weight = torch.empty(64, 128, device="cuda", dtype=torch.bfloat16)
+        x, more, most = (
+            torch.empty(n, 128, device="cuda", dtype=torch.bfloat16) for n in (600, 1024, 1025)
+        )
+        with pytest.warns(UserWarning, match="recorded before a product of this size has run once"):
+            assert cores._plan(x, weight) is None
+        capturing["answer"] = False
+        with pytest.warns(UserWarning, match="whose format is known, serves the made GPU"):
+            assert cores._plan(x, weight) is None
+        assert not asked
+        known["answer"] = True
+        assert cores._plan(x, weight) == cores._plan(more, weight) == (3, 1, -1)
+        assert asked == [(64, 128, 600)]
+        assert cores._plan(most, weight) == (3, 1, -1) and len(asked) == len(cores.choices()) == 2
+        capturing["answer"] = True
+        assert cores._plan(x, weight) == (3, 1, -1)
+        odd = torch.empty(64, 96, device="cuda", dtype=torch.bfloat16)
+        assert cores._plan(torch.empty(8, 96, device="cuda", dtype=torch.bfloat16), odd) is None
+        assert cores._plan(torch.empty(0, 128, device="cuda"), weight) is None
+
+
 # on a GPU ---------------------------------------------------------------------------------------------
 
 
