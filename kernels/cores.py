@@ -1,6 +1,6 @@
 """A 2:4 weight, compressed as cuSPARSELt reads it on sm_90, in one pass over the dense weight.
 
-``torch._cslt_compress`` makes the same bytes and takes 15 to 20 times as long. They are, for (rows,
+``torch._cslt_compress`` makes the same bytes and takes 10 to 20 times as long. They are, for (rows,
 columns) in whole tiles of 64 x 64: the two values that stay of each four, row by row; then for each tile,
 column tiles first, 1024 codes of four bits. A code is the place of the first value and, times four, that of
 the second.

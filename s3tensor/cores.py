@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, both: bool) -> Tensor
         bias: (out_features,) or None.
         both: the transpose of the weight is so too; then the gradient of x takes it.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if x.is_cuda and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -98,7 +98,8 @@ def _(x: Tensor, weight: Tensor, turned: bool, both: bool) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, ctx.turned, ctx.both = inputs
-    ctx.save_for_backward(x, weight)
+    of_x, of_weight, *_ = ctx.needs_input_grad  # as F.linear: what is frozen keeps no activations
+    ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -207,21 +208,22 @@ def _measure(x: Tensor, weight: Tensor) -> Choice:
     for plan in _plans(x.device, rows, columns, x.shape[0]):
         try:
             _by_cores(x, weight, plan)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # an algorithm that this version of cuSPARSELt does not have
             continue
         ways[plan] = functools.partial(_by_cores, x, weight, plan)
     device = dict.fromkeys(ways, math.inf)
-    host = math.inf
+    host = dict.fromkeys(ways, math.inf)
     with torch.cuda.device(x.device):
         for _ in range(3):
             for way, call in ways.items():
                 us, of_call = _timed(call)
-                device[way] = min(device[way], us)
-                host = host if way is None else min(host, of_call)
+                device[way], host[way] = min(device[way], us), min(host[way], of_call)
     dense_us = device.pop(None)
     best = min(device, key=device.__getitem__, default=None)
     least = math.inf if best is None else device[best]
-    return Choice(rows, columns, x.shape[0], dense_us, least, host, best or _DEFAULT)
+    return Choice(rows, columns, x.shape[0], dense_us, least, host[best], best or _DEFAULT)
 
 
 def _plans(device: torch.device, rows: int, columns: int, tokens: int) -> list[Plan]:
@@ -266,6 +268,8 @@ def _knows(device: torch.device) -> bool:
         with torch.cuda.device(device):
             expected = torch._cslt_compress(weight)
             found = cores.compress(weight)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # a GPU that cuSPARSELt does not serve
         return False
     return found.shape == expected.shape and torch.equal(

@@ -355,7 +355,10 @@ class S3Sparse(Masked):
         """Why a mask, as the weight is stored, keeps more than so many blocks of a scope, or empty."""
         upright = self.upright(mask)
         pattern = dataclasses.replace(self.pattern, keep=keep)
-        return broken(upright, pattern.bind(tuple(upright.shape)))
+        problem = broken(upright, pattern.bind(tuple(upright.shape)))
+        if self.transposable and not problem:
+            problem = broken(upright.t(), pattern.bind(tuple(upright.t().shape)))
+        return problem
 
     # the state dict -----------------------------------------------------------------------------------
 

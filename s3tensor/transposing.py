@@ -94,9 +94,8 @@ def _in_range(part: Tensor, dtype: torch.dtype) -> Tensor:
     """Tiles in float64, each scaled so that squares neither vanish nor overflow, as those of float64 may."""
     if dtype != torch.float64:
         return part
-    # By a power of two, which rounds nothing.
-    _, exponent = torch.frexp(part.abs().amax(1, keepdim=True))
-    return torch.ldexp(part, -exponent)
+    largest = part.abs().amax(1, keepdim=True)
+    return part / torch.where(largest > 0, largest, 1)
 
 
 def _kernel(given: Tensor, keep: int) -> Any:

@@ -88,11 +88,46 @@ def test_the_report_says_which_products_run_so_and_why_others_do_not() -> None:
         "rows": "rowpair16 does not keep at most 2 of 4 neighbours",
         "odd": "its shape (64, 48) does not divide by 64",
         "own": "Own is not an nn.Linear",
-        "falling": "a density schedule starts with more than 2 of 4",
+        "falling": "a density schedule may keep more than 2 of 4",
         "hooked": "the module has a forward of its own",
     }
     assert "both.weight     forward and backward\n" in str(report)
     assert "odd.weight      dense: its shape (64, 48) does not divide by 64" in str(report)
+
+
+def test_a_pattern_of_the_transpose_and_attention_stay_dense() -> None:
+    layer = nn.Linear(64, 64)
+    sparse = s3.S3Sparse("2:4", transposed=True)
+    parametrize.register_parametrization(layer, "weight", sparse)
+    assert [row.reason for row in s3.sparse_cores_(layer)] == ["its pattern is of the transpose"]
+    attention = nn.MultiheadAttention(64, 4)
+    s3.sparsify_training_(attention, "2:4", filter_fn=lambda m, n: True)
+    (row,) = s3.sparse_cores_(attention)
+    assert "does not call it" in row.reason
+
+
+def test_what_is_frozen_keeps_no_activations() -> None:
+    x, weight = torch.randn(6, 64), torch.randn(128, 64)
+    for of_x, of_weight in ((True, False), (False, True), (True, True)):
+        kept: list[tuple[int, ...]] = []
+        a, b = x.clone().requires_grad_(of_x), weight.clone().requires_grad_(of_weight)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.append(tuple(t.shape)) or t, lambda t: t
+        ):
+            y = cores.product(a, b, False, True)
+        assert sorted(kept) == sorted([(6, 64)] * of_weight + [(128, 64)] * of_x)
+        y.sum().backward()
+        assert (a.grad is not None, b.grad is not None) == (of_x, of_weight)
+
+
+@pytest.mark.filterwarnings("ignore:sparse_cores_")
+def test_a_forward_takes_what_a_linear_layer_takes() -> None:
+    layer = nn.Linear(64, 64, dtype=torch.float64)
+    parametrize.register_parametrization(layer, "weight", s3.S3Sparse("2:4"))
+    s3.sparse_cores_(layer)
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
+        assert layer(input=torch.randn(2, 64, dtype=torch.float64)).dtype == torch.float64
+    assert layer.to("meta")(torch.empty(2, 64, device="meta", dtype=torch.float64)).is_meta
 
 
 def test_a_coupling_and_a_convolution_stay_dense() -> None:

@@ -145,3 +145,13 @@ def test_what_cannot_be_transposable_is_refused() -> None:
         parametrize.register_parametrization(
             layer, "weight", s3.S3Sparse("2:4", "fixed", mask=rows, transposable=True)
         )
+
+
+def test_a_mask_that_is_not_transposable_is_not_loaded() -> None:
+    layer = layer_of("fixed")
+    state = layer.state_dict()
+    one_way = s3.project(torch.randn(8, 16, generator=torch.Generator().manual_seed(1)), "2:4")
+    assert not s3.satisfies(one_way.t().float(), "2:4")
+    state["parametrizations.weight.0.mask"] = one_way
+    with pytest.raises(RuntimeError, match="weight: the mask keeps"):
+        layer_of("fixed").load_state_dict(state)
