@@ -67,8 +67,14 @@ def _larger(best, code, total, other):
 
 
 @triton.jit
-def _joined(best, code, upper, upper_code, lower, lower_code):
-    """:func:`_larger`, of the best so far and the sum of both halves."""
+def _met(
+    best, code,
+    u_ab, v_ac, u_ac, v_ab, AB: tl.constexpr, AC: tl.constexpr,
+    w_zb, x_zc, w_zc, x_zb, ZB: tl.constexpr, ZC: tl.constexpr,
+):  # fmt: skip
+    """:func:`_larger`, of the best so far and the best of which two rows share a and the others z."""
+    upper, upper_code = _crossed(u_ab, v_ac, u_ac, v_ab, AB, AC)
+    lower, lower_code = _crossed(w_zb, x_zc, w_zc, x_zb, ZB, ZC)
     return _larger(best, code, upper + lower, upper_code * 256 + lower_code)
 
 
@@ -100,43 +106,19 @@ def best_kernel(
     best, code = _larger(best, code, u13 + v13 + (w02 + x02), 0x55AA)
     best, code = _larger(best, code, u23 + v23 + (w01 + x01), 0x33CC)
 
-    # b and c; then a and z are the others, either way round.
-    a, a_code = _crossed(u02, v03, u03, v02, 10, 9)  # 2 and 3; 0 in both
-    z, z_code = _crossed(w12, x13, w13, x12, 6, 5)
-    best, code = _joined(best, code, a, a_code, z, z_code)
-    a, a_code = _crossed(u12, v13, u13, v12, 6, 5)
-    z, z_code = _crossed(w02, x03, w03, x02, 10, 9)
-    best, code = _joined(best, code, a, a_code, z, z_code)
-    a, a_code = _crossed(u01, v03, u03, v01, 12, 9)  # 1 and 3
-    z, z_code = _crossed(w12, x23, w23, x12, 6, 3)
-    best, code = _joined(best, code, a, a_code, z, z_code)
-    a, a_code = _crossed(u12, v23, u23, v12, 6, 3)
-    z, z_code = _crossed(w01, x03, w03, x01, 12, 9)
-    best, code = _joined(best, code, a, a_code, z, z_code)
-    a, a_code = _crossed(u01, v02, u02, v01, 12, 10)  # 1 and 2
-    z, z_code = _crossed(w13, x23, w23, x13, 5, 3)
-    best, code = _joined(best, code, a, a_code, z, z_code)
-    a, a_code = _crossed(u13, v23, u23, v13, 5, 3)
-    z, z_code = _crossed(w01, x02, w02, x01, 12, 10)
-    best, code = _joined(best, code, a, a_code, z, z_code)
-    a, a_code = _crossed(u01, v13, u13, v01, 12, 5)  # 0 and 3
-    z, z_code = _crossed(w02, x23, w23, x02, 10, 3)
-    best, code = _joined(best, code, a, a_code, z, z_code)
-    a, a_code = _crossed(u02, v23, u23, v02, 10, 3)
-    z, z_code = _crossed(w01, x13, w13, x01, 12, 5)
-    best, code = _joined(best, code, a, a_code, z, z_code)
-    a, a_code = _crossed(u01, v12, u12, v01, 12, 6)  # 0 and 2
-    z, z_code = _crossed(w03, x23, w23, x03, 9, 3)
-    best, code = _joined(best, code, a, a_code, z, z_code)
-    a, a_code = _crossed(u03, v23, u23, v03, 9, 3)
-    z, z_code = _crossed(w01, x12, w12, x01, 12, 6)
-    best, code = _joined(best, code, a, a_code, z, z_code)
-    a, a_code = _crossed(u02, v12, u12, v02, 10, 6)  # 0 and 1
-    z, z_code = _crossed(w03, x13, w13, x03, 9, 5)
-    best, code = _joined(best, code, a, a_code, z, z_code)
-    a, a_code = _crossed(u03, v13, u13, v03, 9, 5)
-    z, z_code = _crossed(w02, x12, w12, x02, 10, 6)
-    best, code = _joined(best, code, a, a_code, z, z_code)
+    # a in both of the first rows and z in both of the last ones; of b and c each row keeps one.
+    best, code = _met(best, code, u02, v03, u03, v02, 10, 9, w12, x13, w13, x12, 6, 5)
+    best, code = _met(best, code, u12, v13, u13, v12, 6, 5, w02, x03, w03, x02, 10, 9)
+    best, code = _met(best, code, u01, v03, u03, v01, 12, 9, w12, x23, w23, x12, 6, 3)
+    best, code = _met(best, code, u12, v23, u23, v12, 6, 3, w01, x03, w03, x01, 12, 9)
+    best, code = _met(best, code, u01, v02, u02, v01, 12, 10, w13, x23, w23, x13, 5, 3)
+    best, code = _met(best, code, u13, v23, u23, v13, 5, 3, w01, x02, w02, x01, 12, 10)
+    best, code = _met(best, code, u01, v13, u13, v01, 12, 5, w02, x23, w23, x02, 10, 3)
+    best, code = _met(best, code, u02, v23, u23, v02, 10, 3, w01, x13, w13, x01, 12, 5)
+    best, code = _met(best, code, u01, v12, u12, v01, 12, 6, w03, x23, w23, x03, 9, 3)
+    best, code = _met(best, code, u03, v23, u23, v03, 9, 3, w01, x12, w12, x01, 12, 6)
+    best, code = _met(best, code, u02, v12, u12, v02, 10, 6, w03, x13, w13, x03, 9, 5)
+    best, code = _met(best, code, u03, v13, u13, v03, 9, 5, w02, x12, w12, x02, 10, 6)
 
     tile = first + tl.arange(0, TILES)
     inside = tile < columns // 4

@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3tensor import timings
+from s3tensor import paths
+from s3tensor.mask import project
 
 _HALF = (torch.bfloat16, torch.float16)
 TILE = 64  # rows and columns of the weight come in these
-_BATCH = 16  # rows of x come in these; others are padded
 _LEAD = 40_000_000  # cycles of the GPU, about 20 ms, in which the host runs ahead of what is timed
 
 
@@ -125,20 +125,9 @@ _DEFAULT = (0, 1, -1)
 def _by_cores(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
     from s3tensor.kernels import cores  # type: ignore[import-not-found]
 
-    tokens = x.shape[0]
-    if tokens % _BATCH:
-        x = F.pad(x, (0, 0, 0, -tokens % _BATCH))
-    algorithm, split, mode = plan
     with torch.cuda.device(x.device):
-        y: Tensor = torch._cslt_sparse_mm(
-            cores.compress(weight),
-            x.t(),
-            transpose_result=True,
-            alg_id=algorithm,
-            split_k=split,
-            split_k_mode=mode,
-        )
-    return y[:tokens]
+        compressed = cores.compress(weight)
+    return paths.vendor_multiply(paths.vendor_rows(x), compressed, None, plan)[: x.shape[0]]
 
 
 # the choice -------------------------------------------------------------------------------------------
@@ -228,9 +217,7 @@ def _measure(x: Tensor, weight: Tensor) -> Choice:
 
 def _plans(device: torch.device, rows: int, columns: int, tokens: int) -> list[Plan]:
     """What to try: cuSPARSELt's default, and what was fastest for like sizes on a measured GPU."""
-    found = timings.load(
-        torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    )
+    found = paths._table(device)
     near = [] if found is None else found.vendor_plans(rows, columns, tokens)
     return list(dict.fromkeys([*near, _DEFAULT]))
 
@@ -262,8 +249,7 @@ def _knows(device: torch.device) -> bool:
     from s3tensor.kernels import cores
 
     weight = torch.randn(128, 192, generator=torch.Generator().manual_seed(0)).bfloat16()
-    kept = weight.abs().view(-1, 4).argsort(1).argsort(1) >= 2
-    weight = torch.where(kept.view(weight.shape), weight, 0).to(device)
+    weight = torch.where(project(weight, "2:4"), weight, 0).to(device)
     try:
         with torch.cuda.device(device):
             expected = torch._cslt_compress(weight)

@@ -417,8 +417,7 @@ def _vendor(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     rows, columns = weight.bound.shape
     flat = x.reshape(-1, columns)
     batch = flat.shape[0]
-    if batch % 16:
-        flat = F.pad(flat, (0, 0, 0, -batch % 16))
+    flat = vendor_rows(flat)
     y = vendor_product(flat, weight, bias_of_rows(bias, rows), _vendor_plan(weight, batch))
     return y[:batch].reshape(*x.shape[:-1], rows)
 
@@ -431,12 +430,32 @@ def vendor_product(
 ) -> Tensor:  # (batch, rows), contiguous
     """The product by cuSPARSELt under a plan: algorithm, split of K, mode of the split."""
     assert weight.vendor is not None
+    return vendor_multiply(
+        vendor_order(flat, weight.bound).contiguous(),
+        weight.vendor,
+        None if bias is None else bias.contiguous(),
+        plan,
+    )
+
+
+def vendor_rows(x: Tensor) -> Tensor:  # (batch, columns)
+    """``x`` with rows of zeros up to a multiple of 16, as cuSPARSELt takes them."""
+    return F.pad(x, (0, 0, 0, -x.shape[0] % 16)) if x.shape[0] % 16 else x
+
+
+def vendor_multiply(
+    x: Tensor,  # (batch, columns), contiguous, batch in multiples of 16
+    compressed: Tensor,  # of a (rows, columns) weight
+    bias: Tensor | None,
+    plan: tuple[int, int, int],
+) -> Tensor:  # (batch, rows), contiguous
+    """cuSPARSELt's product by its own compressed form, under a plan as :func:`vendor_product` has it."""
     algorithm, split, mode = plan
-    with torch.cuda.device(flat.device):
+    with torch.cuda.device(x.device):
         y: Tensor = torch._cslt_sparse_mm(
-            weight.vendor,
-            vendor_order(flat, weight.bound).contiguous().t(),
-            bias=None if bias is None else bias.contiguous(),
+            compressed,
+            x.t(),
+            bias=bias,
             transpose_result=True,
             alg_id=algorithm,
             split_k=split,
