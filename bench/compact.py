@@ -30,8 +30,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import s3tensor as s3
-from s3tensor import hf, llm
-from s3tensor.compaction import units
+from s3tensor import llm
+from s3tensor.io import pretrained as hf
+from s3tensor.model.compact import units
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from demo import packaged_model

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 import s3tensor as s3
-from s3tensor.inductor import GroupLinears
+from s3tensor.tensor.inductor import GroupLinears
 
 WHOLE_LAYERS, WHOLE_VOCABULARY = 36, 151936
 

@@ -50,8 +50,10 @@ import transformers
 from stored import versions
 
 import s3tensor as s3
-from s3tensor import checkpoint, cli, hf, llm
-from s3tensor.checkpoint import METADATA_KEY, load_state
+from s3tensor import cli, llm
+from s3tensor.io import pretrained as hf
+from s3tensor.io import state as checkpoint
+from s3tensor.io.state import METADATA_KEY, load_state
 
 ROOT = Path(__file__).resolve().parents[1]
 UNLIKE = ("seconds", "solver_seconds", "recovery_seconds", "peak_memory_bytes")  # in two runs

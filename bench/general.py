@@ -38,7 +38,7 @@ from s3tensor.kernels import blocks, columns, gpu
 from s3tensor.kernels.blocks import Blocks
 from s3tensor.kernels.gather import Gather
 
-from s3tensor.packing import unpack
+from s3tensor.mask.packing import unpack
 from s3tensor.pattern import BoundPattern, Pattern
 
 PATTERNS = (

@@ -203,7 +203,7 @@ def tune(
 
 def model_part(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Perplexity, bytes and seconds of a pruned model before and after ``quantize_``."""
-    from s3tensor import hf
+    from s3tensor.io import pretrained as hf
 
     source = args.pruned or args.model
     model, tokenizer = hf.load_model(source, device=str(device))

@@ -27,7 +27,8 @@ from stored import versions
 from torch import Tensor
 
 import s3tensor as s3
-from s3tensor import hf, llm
+from s3tensor import llm
+from s3tensor.io import pretrained as hf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from demo import packaged_model

@@ -29,7 +29,7 @@ import torch
 import transformers
 
 import s3tensor as s3
-from s3tensor import hf
+from s3tensor.io import pretrained as hf
 
 WAYS = {
     "dense": "AutoModelForCausalLM, dense files",

@@ -38,7 +38,7 @@ from s3tensor.kernels import matmul, tiles
 from s3tensor.kernels.skinny import Skinny
 from s3tensor.kernels.wide import Wide
 
-from s3tensor.packing import unpack
+from s3tensor.mask.packing import unpack
 from s3tensor.pattern import Pattern
 
 SHAPES = "4096x4096,14336x4096,4096x14336,2560x9728,28672x8192"

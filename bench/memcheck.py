@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 import s3tensor as s3
-from s3tensor import paths
-from s3tensor.packing import gather, pack, unpack
+from s3tensor.mask.packing import gather, pack, unpack
+from s3tensor.tensor import linear as paths
 
 FORMS = ("2:4", "coupled2:4", "pair4:8", "rowpair16")
 ROWS = (1, 7, 8, 16, 17, 40, 64, 128)  # of x

@@ -6,7 +6,7 @@
 Each time is the median of CUDA graph replays over enough copies (450 MB read and written) that nothing is
 found in L2; every copy has an output of its own. GB/s counts each byte of values, codes, mask and dense
 weight once; of rowpair16 and of blocks only what is kept is read of the dense weight, and counts. The
-rivals are the torch code of ``s3tensor.packing`` and, for 2:4, torch's own conversions; as they may wait
+rivals are the torch code of ``s3tensor.mask.packing`` and, for 2:4, torch's own conversions; as they may wait
 for the device, they run without a graph.
 """
 
@@ -38,7 +38,7 @@ from s3tensor.kernels import tiles
 from s3tensor.kernels import unpack as unpack_kernels
 
 import s3tensor as s3
-from s3tensor import packing
+from s3tensor.mask import packing
 from s3tensor.pattern import BoundPattern, Pattern
 
 microseconds = partial(replays.microseconds, keep=True)  # each copy has an output of its own

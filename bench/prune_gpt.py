@@ -39,8 +39,9 @@ from stored import versions
 from torch import Tensor, nn
 
 import s3tensor as s3
-from s3tensor import hf, llm, prune
-from s3tensor.harness import evaluate_tasks
+from s3tensor import llm, prune
+from s3tensor.evaluate.harness import evaluate_tasks
+from s3tensor.io import pretrained as hf
 from s3tensor.llm.structure import is_linear
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 import s3tensor as s3
-from s3tensor.mask import select, tile
+from s3tensor.mask.projection import select, tile
 from s3tensor.pattern import Pattern
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

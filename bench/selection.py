@@ -39,7 +39,7 @@ from replays import bandwidths, eager_microseconds
 from s3tensor.kernels import masks, select
 
 import s3tensor as s3
-from s3tensor import mask as masking
+from s3tensor.mask import projection as masking
 from s3tensor.pattern import Pattern
 
 microseconds = partial(replays.microseconds, keep=True)  # each copy has an output of its own

@@ -33,8 +33,8 @@ from stored import versions
 from torch import Tensor
 
 import s3tensor as s3
-from s3tensor.linalg import ShiftedInverse, full_precision, tensor_cores
 from s3tensor.prune import splitting
+from s3tensor.prune.linalg import ShiftedInverse, full_precision, tensor_cores
 
 Shape = tuple[int, int]  # (out_features, in_features)
 

@@ -40,7 +40,8 @@ from stored import versions
 from torch import Tensor, nn
 
 import s3tensor as s3
-from s3tensor import hf, llm
+from s3tensor import llm
+from s3tensor.io import pretrained as hf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import synthetic

@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils import parametrize
 
 import s3tensor as s3
-from s3tensor import viz
+from s3tensor import draw as viz
 from s3tensor.pattern import preset
 from s3tensor.testing import assert_contract
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 import s3tensor as s3
-from s3tensor import hf, llm
+from s3tensor import llm
+from s3tensor.io import pretrained as hf
 
 
 def packaged_model() -> Path:

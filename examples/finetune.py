@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import s3tensor as s3
-from s3tensor import hf, llm
+from s3tensor import llm
+from s3tensor.io import pretrained as hf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo import packaged_model, step

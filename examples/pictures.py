@@ -15,8 +15,9 @@ import torch
 from demo import packaged_model
 
 import s3tensor as s3
-from s3tensor import hf, viz
-from s3tensor.specs import BlockCoupling, BlockSpec, ScopeSpec
+from s3tensor import draw as viz
+from s3tensor.io import pretrained as hf
+from s3tensor.paper import BlockCoupling, BlockSpec, ScopeSpec
 
 LAYER = "model.layers.0.self_attn.q_proj"
 PATTERNS = ("unstructured@0.5/tensor", "block:16x16@0.5", "head:64@0.67")

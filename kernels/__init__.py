@@ -1,7 +1,7 @@
 """Triton kernels, installed as ``s3tensor.kernels``: ints and tensors in, tensors out.
 
 A kernel file holds one kernel family and its launcher and imports nothing of s3tensor. Triton is
-imported by the file that needs it, when a CUDA kernel first runs. The callers, ``s3tensor.paths``,
+imported by the file that needs it, when a CUDA kernel first runs. The callers, ``s3tensor.tensor.linear``,
 ``scaled``, ``cores``, ``mask``, ``masked``, ``transposing``, ``selection`` and ``packing``, import a file
 inside the function that runs its kernel.
 

@@ -2,7 +2,7 @@
 
 Two kernels: ``gather`` takes any N:M and dtype with plain multiply-adds, ``runs`` takes the common N:M in
 16-bit floats on tensor cores, at a cost that does not grow with the rows of x up to eight of them. Values
-and codes are those of ``s3tensor.packing``, nothing is reordered. Sums are float32 in a fixed order.
+and codes are those of ``s3tensor.mask.packing``, nothing is reordered. Sums are float32 in a fixed order.
 
 ``gather`` is plain Triton; ``runs`` is Gluon and needs Triton 3.6, without which ``gather`` does it all.
 """

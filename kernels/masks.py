@@ -4,7 +4,7 @@ A lane owns whole scopes. It loads a scope as words of up to eight bytes, ranks 
 every two of them in registers, and stores the mask as words of up to eight bytes. Single weights are
 compared by the bits of their magnitude, whose order as integers is that of the values; blocks of several by
 their norm in float64, summed in the order of memory. A sum of two squares rounds once, so that pairs come
-out exactly as ``s3tensor.mask.project`` finds them anywhere; longer sums may differ from another
+out exactly as ``s3tensor.mask.projection.project`` finds them anywhere; longer sums may differ from another
 device's in the last bit, and with it a choice between two norms that agree to about 1e-15.
 
 In time: 2 to 5 instructions a weight for 2:4, where an H100 at full bandwidth has time for 27.

@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3tensor import paths, timings
 from s3tensor.errors import ModelError
 from s3tensor.pattern import BoundPattern, Pattern
-from s3tensor.tensor import StructuredSparseTensor
+from s3tensor.tensor import linear as paths
+from s3tensor.tensor import timings
+from s3tensor.tensor.sparse import StructuredSparseTensor
 from s3tensor.version import __version__
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -251,7 +252,7 @@ def cells(
     device: torch.device,
     repeats: int = 7,
 ) -> Iterator[timings.Cell]:
-    """Measure every path on a CUDA device: what :class:`s3tensor.timings.Timings` is made of."""
+    """Measure every path on a CUDA device: what :class:`s3tensor.tensor.timings.Timings` is made of."""
     lean = random_weight(pattern, shape, dtype, device)
     whole = lean.to_dense()
     vendor = None

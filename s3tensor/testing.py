@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from s3tensor.errors import PatternError
-from s3tensor.mask import project, satisfies, tile, untile
-from s3tensor.packing import check_packed, pack, unpack, unpack_mask
+from s3tensor.mask.packing import check_packed, pack, unpack, unpack_mask
+from s3tensor.mask.projection import project, satisfies, tile, untile
 from s3tensor.pattern import BoundPattern, Pattern
 
 PRESETS = (

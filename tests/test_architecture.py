@@ -19,82 +19,36 @@ KERNELS = PACKAGE.parent / "kernels"
 if not KERNELS.is_dir():  # not a checkout: the installed place
     KERNELS = PACKAGE / "kernels"
 
-# Floors from the ground up. A module imports s3tensor modules of its own floor or below.
+# Floors from the ground up. A room, which is a folder or a file of s3tensor/, imports rooms of lower floors.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "layout", "viewrule", "pattern", "presets", "registration"),
+    ("errors", "version", "moved"),
+    ("files", "pattern"),
     ("kernels",),
-    ("mask", "packing", "hessian", "linalg", "proximal", "selection", "timings"),
-    ("paths", "ops", "scaled", "cores"),
-    (
-        "compressed",
-        "function_rules",
-        "operator_rules",
-        "stored",
-        "tensor",
-        "tensor_rules",
-        "int8",
-        "int8_rules",
-        "holders",
-        "quantize",
-        "memory",
-        "inductor",
-        "specs",
-        "parametrize",
-        "sites",
-        "finalization",
-        "masked",
-        "coupled",
-        "sparse_training",
-        "transposing",
-        "distillation",
-        "lora",
-        "schedule",
-        "sparsify",
-        "training",
-        "prune",
-        "checkpoint",
-        "folder",
-        "card",
-        "testing",
-    ),
-    (
-        "llm",
-        "hf",
-        "quantizer",
-        "evaluate",
-        "tasks",
-        "harness",
-        "viz",
-        "compaction",
-        "compare",
-        "benchmark",
-        "cli",
-    ),
+    ("mask", "text"),
+    ("tensor",),
+    ("prune",),
+    ("paper",),
+    ("model", "draw", "benchmark", "testing"),
+    ("train",),
+    ("io",),
+    ("llm",),
+    ("evaluate",),
+    ("cli",),
 )
 
-# What only these modules may import, and only inside functions where they are optional.
+# What only these rooms may import, and only inside functions where they are optional.
 GUESTS = {
-    "transformers": {"llm", "hf", "quantizer", "cli", "evaluate", "training"},
-    "accelerate": {"hf"},
-    "datasets": {"llm", "tasks", "harness"},
-    "lm_eval": {"harness"},
-    "matplotlib": {"viz"},
+    "transformers": {"llm", "io", "cli", "evaluate", "train"},
+    "accelerate": {"io"},
+    "datasets": {"text", "evaluate"},
+    "lm_eval": {"evaluate"},
+    "matplotlib": {"draw"},
     "hypothesis": {"testing"},
     "triton": {"kernels"},
-    "peft": {"lora"},
+    "peft": {"train"},
 }
-STDLIB_ONLY = FLOORS[0]
-# Who may import kernels, and only inside functions: they meet CUDA tensors, and the file needs Triton.
-KERNEL_CALLERS = {
-    "paths",
-    "scaled",
-    "cores",
-    "mask",
-    "masked",
-    "transposing",
-    "selection",
-    "packing",
-}
+STDLIB_ONLY = {"errors", "version", "moved", "pattern"}
+KERNEL_CALLERS = {"mask", "tensor", "train"}  # inside functions: they meet CUDA tensors, and Triton
 
 
 def sources() -> list[tuple[str, Path]]:
@@ -105,6 +59,13 @@ def sources() -> list[tuple[str, Path]]:
         if name not in ("__init__", "kernels"):
             found.append((name, path))
     return found + [("kernels", path) for path in sorted(KERNELS.rglob("*.py"))]
+
+
+def module_name(path: Path) -> str:
+    top = KERNELS.parent if path.is_relative_to(KERNELS) else PACKAGE.parent
+    parts = path.relative_to(top).with_suffix("").parts
+    name = ".".join(part for part in parts if part != "__init__")
+    return name if name.startswith("s3tensor") else f"s3tensor.{name}"
 
 
 def imports(path: Path, top_level_only: bool = False) -> list[str]:
@@ -122,11 +83,12 @@ def imports(path: Path, top_level_only: bool = False) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             if node.level:
                 assert path.is_relative_to(KERNELS), f"{path.name}: imports are absolute"
-                names.append(f"s3tensor.kernels.{node.module or ''}")
+                below = f"s3tensor.kernels.{node.module}" if node.module else "s3tensor.kernels"
+                names.extend([below, *(f"{below}.{alias.name}" for alias in node.names)])
             else:
                 names.append(node.module or "")
-            if node.module == "s3tensor":
-                names.extend(f"s3tensor.{alias.name}" for alias in node.names)
+            if (node.module or "").startswith("s3tensor"):
+                names.extend(f"{node.module}.{alias.name}" for alias in node.names)
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -149,9 +111,19 @@ def rooms_imported(path: Path, top_level_only: bool = False) -> set[str]:
 @pytest.mark.parametrize(
     ("room", "path"), sources(), ids=lambda value: getattr(value, "name", value)
 )
-def test_a_module_imports_its_own_floor_or_below(room: str, path: Path) -> None:
-    above = {other for other in rooms_imported(path) if floor_of(other) > floor_of(room)}
-    assert not above, f"{path.name} imports {sorted(above)} of a floor above it"
+def test_a_room_imports_lower_floors_only(room: str, path: Path) -> None:
+    others = rooms_imported(path) - {room}
+    above = {other for other in others if floor_of(other) >= floor_of(room)}
+    assert not above, f"{path.name} imports {sorted(above)}, not below it"
+
+
+def test_a_file_imports_before_all_else() -> None:
+    for _, path in sources():
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        first = next((i for i, node in enumerate(body) if isinstance(node, kinds)), len(body))
+        late = [n for n in body[first:] if isinstance(n, (ast.Import, ast.ImportFrom))]
+        assert not late, f"{path.name}:{late[0].lineno} imports behind a definition"
 
 
 def test_only_their_callers_import_kernels_and_kernels_import_nothing_of_s3tensor() -> None:
@@ -168,9 +140,7 @@ def test_only_their_callers_import_kernels_and_kernels_import_nothing_of_s3tenso
 def test_pruners_know_nothing_of_the_tensor() -> None:
     for room, path in sources():
         if room == "prune":
-            assert not rooms_imported(path) & {"tensor", "tensor_rules", "ops", "parametrize"}, (
-                path.name
-            )
+            assert not rooms_imported(path) & {"tensor", "train"}, path.name
 
 
 def test_guests_stay_in_their_rooms() -> None:
@@ -212,21 +182,18 @@ def test_the_tensor_needs_neither_transformers_nor_triton() -> None:
 
 def test_every_module_imports_where_the_optional_packages_are_missing() -> None:
     # The last is imported by transformers' side alone, and defines classes of it.
-    rooms = sorted({room for room, _ in sources()} - {"kernels", "testing", "quantizer"})
+    left_out = {"s3tensor.testing", "s3tensor.cli.__main__", "s3tensor.io.transformers_quantizer"}
+    names = sorted({module_name(path) for room, path in sources() if room != "kernels"} - left_out)
     optional = ("triton", "transformers", "accelerate", "datasets", "pandas", "matplotlib", "gguf")
     # None in sys.modules makes an import fail, as on a machine without the package.
     blocked = f"import sys; sys.modules.update(dict.fromkeys({optional}))"
-    imported = "; ".join(f"import s3tensor.{room}" for room in rooms)
+    imported = "; ".join(f"import {name}" for name in names)
     assert "s3tensor" in loaded_after(f"{blocked}; {imported}")
 
 
-def test_rooms_do_not_import_each_other_in_a_circle() -> None:
-    # Rules need their class and the class needs its rules from the first tensor on.
-    needs: dict[str, set[str]] = {}
-    for room, path in sources():
-        needs.setdefault(room, set()).update(rooms_imported(path) - {room})
-    needs["tensor"].remove("tensor_rules")
-    needs["int8"].remove("int8_rules")
+def test_files_do_not_import_each_other_in_a_circle() -> None:
+    files = {module_name(path): path for _, path in sources() if path.name != "__init__.py"}
+    needs = {name: set(imports(path)) & set(files) for name, path in files.items()}
     try:
         list(graphlib.TopologicalSorter(needs).static_order())
     except graphlib.CycleError as error:
@@ -260,12 +227,11 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def modules_with_examples() -> list[str]:
-    names = []
-    for _, path in sources():
-        if ">>> " in path.read_text(encoding="utf-8") and path.is_relative_to(PACKAGE):
-            parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-            names.append(".".join(part for part in parts if part != "__init__"))
-    return names
+    return [
+        module_name(path)
+        for room, path in sources()
+        if room != "kernels" and ">>> " in path.read_text(encoding="utf-8")
+    ]
 
 
 @pytest.mark.parametrize("name", modules_with_examples())

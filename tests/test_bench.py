@@ -10,7 +10,9 @@ import torch
 from click.testing import CliRunner
 
 import s3tensor as s3
-from s3tensor import benchmark, cli, paths, timings
+from s3tensor import benchmark, cli
+from s3tensor.tensor import linear as paths
+from s3tensor.tensor import timings
 
 CPU = torch.device("cpu")
 

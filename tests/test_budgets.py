@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from tiny_models import VOCABULARY, logits, tiny
 
 import s3tensor as s3
-from s3tensor import cli, hf, llm
+from s3tensor import cli, llm
 from s3tensor.errors import CheckpointError, PatternError
-from s3tensor.hessian import Factors
+from s3tensor.io import pretrained as hf
 from s3tensor.llm import budgets, driver
 from s3tensor.pattern import Pattern
+from s3tensor.prune.hessian import Factors
 
 seeds = st.integers(0, 10_000)
 

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import s3tensor as s3
-from s3tensor import packing
+from s3tensor.mask import packing
 from s3tensor.pattern import BoundPattern, Pattern
 
 # Scopes of 1, 4 and 8 bits, of 3 and 6 that straddle bytes, of whole bytes, and bitmaps of odd sizes.

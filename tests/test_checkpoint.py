@@ -25,17 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import s3tensor as s3
-from s3tensor import checkpoint
-from s3tensor.checkpoint import (
-    METADATA_KEY,
-    flatten_state,
-    load_state,
-    save_state,
-    unflatten_state,
-    write_atomically,
-    write_json,
-    write_output,
-)
+from s3tensor.files import write_atomically, write_json, write_output
+from s3tensor.io import state as checkpoint
+from s3tensor.io.state import METADATA_KEY, flatten_state, load_state, save_state, unflatten_state
 from s3tensor.pattern import BoundPattern
 from s3tensor.testing import bound_patterns, weights
 
@@ -594,7 +586,7 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 import s3tensor as s3
-from s3tensor.checkpoint import save_state
+from s3tensor.io.state import save_state
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit fails, as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, 64 * 1024))

@@ -17,7 +17,8 @@ import torch
 from click.testing import CliRunner, Result
 
 import s3tensor as s3
-from s3tensor import cli, hf, llm, prune
+from s3tensor import cli, llm, prune
+from s3tensor.io import pretrained as hf
 from s3tensor.llm import driver
 
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,8 @@ import torch
 from click.testing import CliRunner, Result
 
 import s3tensor as s3
-from s3tensor import cli, hf, llm
+from s3tensor import cli, llm
+from s3tensor.io import pretrained as hf
 
 transformers = pytest.importorskip("transformers")
 
@@ -217,7 +218,7 @@ def test_a_narrow_terminal_folds_names_and_cuts_no_figure() -> None:
     from rich.console import Console
 
     from s3tensor.cli.compare import _table
-    from s3tensor.compare import Side
+    from s3tensor.evaluate.compare import Side
 
     name, patterns = "some-owner/some-model-135M", ("pair4:8", "rowpair16")
     side = Side(name, 1, 538_100_000, 210, patterns, 0.5, 345.67, 0.1234, 1.0)

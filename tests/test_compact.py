@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import s3tensor as s3
 from s3tensor import ModelError
-from s3tensor.compaction import units
+from s3tensor.model.compact import units
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import s3tensor as s3
-from s3tensor.compare import compare
+from s3tensor.evaluate.compare import compare
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import s3tensor as s3
-from s3tensor import cores
-from s3tensor.cores import Choice
+from s3tensor.tensor import cusparselt as cores
+from s3tensor.tensor.cusparselt import Choice
 
 gpu = pytest.mark.gpu
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import s3tensor as s3
-from s3tensor.compaction import units
-from s3tensor.coupled import CoupledSparse, Coupling
-from s3tensor.training import metrics
+from s3tensor.model.compact import units
+from s3tensor.train.coupling import CoupledSparse, Coupling
+from s3tensor.train.model import metrics
 
 MODES = ("fixed", "ste", "srste")
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from s3tensor import cli, hf, llm
+from s3tensor import cli, llm
+from s3tensor.io import pretrained as hf
 from s3tensor.llm import driver
 
 transformers = pytest.importorskip("transformers")

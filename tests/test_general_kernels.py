@@ -22,8 +22,8 @@ import torch
 from interpreter import gluon_source_of, source_of, triton_version
 from torch import Tensor
 
-from s3tensor.mask import project
-from s3tensor.packing import pack, unpack
+from s3tensor.mask.packing import pack, unpack
+from s3tensor.mask.projection import project
 from s3tensor.pattern import BoundPattern, Pattern
 
 HALF = (torch.bfloat16, torch.float16)
@@ -284,7 +284,7 @@ def test_runs_are_expanded_to_the_dense_product(
 OLD_TRITON = """
 import warnings, torch, triton
 triton.__version__ = "3.4.0"
-from s3tensor import paths
+from s3tensor.tensor import linear as paths
 from s3tensor.pattern import Pattern
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")

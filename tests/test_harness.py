@@ -15,9 +15,11 @@ from click.testing import CliRunner, Result
 from saved_models import saved
 
 import s3tensor as s3
-from s3tensor import cli, harness, hf, llm
+from s3tensor import cli, llm
 from s3tensor.errors import CalibrationError
-from s3tensor.llm.text import pydoc_topics
+from s3tensor.evaluate import harness
+from s3tensor.io import pretrained as hf
+from s3tensor.text.text import pydoc_topics
 
 needs_lm_eval = pytest.mark.skipif(
     __import__("importlib.util").util.find_spec("lm_eval") is None,
@@ -49,7 +51,7 @@ def sparse(dense: Path) -> Path:
 
 @needs_lm_eval
 def test_passages_are_the_held_out_topics_whole_and_in_bounds() -> None:
-    from s3tensor.tasks import documentation
+    from s3tensor.evaluate.tasks import documentation
 
     pages = documentation.passages(version=1.0)["test"]["page"]
     assert list(pages) == list(documentation.passages()["test"]["page"])
@@ -61,7 +63,7 @@ def test_passages_are_the_held_out_topics_whole_and_in_bounds() -> None:
 
 @needs_lm_eval
 def test_questions_have_one_right_answer_that_the_topic_goes_on_with() -> None:
-    from s3tensor.tasks import documentation
+    from s3tensor.evaluate.tasks import documentation
 
     rows = list(documentation.questions()["test"])
     assert rows == list(documentation.questions()["test"]) and len(rows) > 50
@@ -81,7 +83,7 @@ def test_questions_have_one_right_answer_that_the_topic_goes_on_with() -> None:
 @needs_lm_eval
 def test_bits_per_byte_are_those_of_the_model(dense: Path) -> None:
     """Against the log-likelihood summed by hand, each window after the end token or the one before."""
-    from s3tensor.tasks import documentation
+    from s3tensor.evaluate.tasks import documentation
 
     model, tokenizer = hf.load_model(dense, torch.float32)
     model.requires_grad_(False)
@@ -110,7 +112,7 @@ def test_bits_per_byte_are_those_of_the_model(dense: Path) -> None:
 
 @needs_lm_eval
 def test_accuracy_is_the_share_of_right_choices(dense: Path) -> None:
-    from s3tensor.tasks import documentation
+    from s3tensor.evaluate.tasks import documentation
 
     model, tokenizer = hf.load_model(dense, torch.float32)
     model.train()

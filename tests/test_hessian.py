@@ -13,8 +13,8 @@ from torch import Tensor
 
 import s3tensor as s3
 from s3tensor.errors import HessianError, NonFiniteError
-from s3tensor.hessian import Factors
-from s3tensor.linalg import full_precision, masked_least_squares
+from s3tensor.prune.hessian import Factors
+from s3tensor.prune.linalg import full_precision, masked_least_squares
 
 
 def inputs(

@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import s3tensor as s3
-from s3tensor import folder, hf, llm, ops
+from s3tensor import llm
+from s3tensor.io import folder
+from s3tensor.io import pretrained as hf
+from s3tensor.tensor import ops
 
 transformers = pytest.importorskip("transformers")
 

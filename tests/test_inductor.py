@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import s3tensor as s3
-from s3tensor import ops
-from s3tensor.inductor import GroupLinears, inductor_options
+from s3tensor.tensor import ops
+from s3tensor.tensor.inductor import GroupLinears, inductor_options
 
 LINEAR = ops.linear._opoverload
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 import s3tensor as s3
-from s3tensor import scaled
-from s3tensor.checkpoint import flatten_state, load_state, save_state, unflatten_state
-from s3tensor.folder import unshared_state
-from s3tensor.hf import weight_bytes
+from s3tensor.io.folder import unshared_state
+from s3tensor.io.pretrained import weight_bytes
+from s3tensor.io.state import flatten_state, load_state, save_state, unflatten_state
+from s3tensor.tensor import scaled
 from s3tensor.testing import bound_patterns
 
 PATTERNS = (
@@ -378,7 +378,7 @@ def test_what_no_weight_could_have_given_is_refused(change: dict[str, Any]) -> N
 
 
 def test_a_pickle_cannot_set_what_is_ours() -> None:
-    from s3tensor.int8 import rebuild_int8
+    from s3tensor.tensor.int8 import rebuild_int8
 
     parts, description = stored()
     for more in ({"packed": 1}, {"to_dense": 1}, [], {3: 1}):

@@ -17,9 +17,9 @@ from test_kernels import compiled, pointer_types, random_packed, sizes
 from torch import Tensor
 
 import s3tensor as s3
-from s3tensor import scaled
-from s3tensor.packing import unpack
+from s3tensor.mask.packing import unpack
 from s3tensor.pattern import Pattern
+from s3tensor.tensor import scaled
 
 FORMS = tiles.FORMS
 CODES = {  # as the kernel loads them in tile order

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import s3tensor as s3
 from s3tensor import StructuredSparseTensor
-from s3tensor.checkpoint import flatten_state, unflatten_state
+from s3tensor.io.state import flatten_state, unflatten_state
 
 TORCH = tuple(int(n) for n in torch.__version__.split(".")[:2])
 PATTERNS = ("2:4", "4:8", "rowpair16", "coupled2:4", "block:4x4@0.5", "unstructured@0.3")
@@ -257,7 +257,7 @@ def test_loading_needs_the_tensor_class_to_have_been_named(tmp_path: Path, order
     if order == "first":
         assert done.stdout.strip() == "StructuredSparseTensor", done.stderr
     else:
-        assert "s3tensor.tensor.rebuild" in done.stderr and done.returncode
+        assert "s3tensor.tensor.sparse.rebuild" in done.stderr and done.returncode
 
 
 @pytest.mark.gpu
@@ -445,7 +445,7 @@ import sys
 import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch import nn
 from s3tensor import StructuredSparseTensor
-from s3tensor.checkpoint import flatten_state, unflatten_state
+from s3tensor.io.state import flatten_state, unflatten_state
 
 folder, rank = sys.argv[1], int(sys.argv[2])
 store = dist.FileStore(folder + "/store", 2)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from s3tensor.kernels import tiles
 from torch import Tensor
 
-from s3tensor.packing import unpack
+from s3tensor.mask.packing import unpack
 from s3tensor.pattern import Pattern
 
 FORMS = tiles.FORMS

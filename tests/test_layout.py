@@ -14,7 +14,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from s3tensor import Layout, PatternError, coalesce, complement, composition, right_inverse
-from s3tensor.layout import flatten, left_inverse, logical_divide, logical_product
+from s3tensor.pattern.layout import flatten, left_inverse, logical_divide, logical_product
 
 modes = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 24)), min_size=0, max_size=4)
 layouts = modes.map(lambda m: Layout(tuple(n for n, _ in m), tuple(d for _, d in m)))

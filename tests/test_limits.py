@@ -78,7 +78,7 @@ def relu_compiled() -> None:
 
 
 def altered_file(folder: Path) -> None:
-    from s3tensor.checkpoint import load_state, save_state
+    from s3tensor.io.state import load_state, save_state
 
     save_state(folder / "x", {"w": weight()})
     data = bytearray((folder / "x").read_bytes())

@@ -16,7 +16,8 @@ from torch import nn
 
 import s3tensor as s3
 from s3tensor import llm
-from s3tensor.checkpoint import TEMPORARY, save_state
+from s3tensor.files import TEMPORARY
+from s3tensor.io.state import save_state
 from s3tensor.llm import calibrate, driver
 from s3tensor.llm.resume import RunFolder
 

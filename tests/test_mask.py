@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import s3tensor as s3
-from s3tensor.mask import expand_blocks, tile, top_blocks, untile
+from s3tensor.mask.projection import expand_blocks, tile, top_blocks, untile
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.testing import bound_patterns, weights
 

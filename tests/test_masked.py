@@ -19,7 +19,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import parametrize
 
 import s3tensor as s3
-from s3tensor.masked import ranked, run_length, shrink, shrink_run
+from s3tensor.mask.projection import run_length
+from s3tensor.train.masked import ranked, shrink, shrink_run
 
 MODES = ("fixed", "ste", "srste", "soft")
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import s3tensor as s3
-from s3tensor import mask as masking
-from s3tensor.masked import shrink_run
-from s3tensor.parametrize import MODES
+from s3tensor.mask import projection as masking
+from s3tensor.train.masked import shrink_run
+from s3tensor.train.s3_sparse import MODES
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):

@@ -17,7 +17,9 @@ from hypothesis import given
 from torch import Tensor, nn
 
 import s3tensor as s3
-from s3tensor import StructuredSparseTensor, checkpoint, paths
+from s3tensor import StructuredSparseTensor
+from s3tensor.io import state as checkpoint
+from s3tensor.tensor import linear as paths
 
 FORMS = ("2:4", "coupled2:4", "pair4:8", "rowpair16")
 
@@ -406,7 +408,7 @@ def test_activations_have_gradients_through_compressed_weights(memory: Any) -> N
 @pytest.mark.filterwarnings("ignore:a compressed weight is unpacked")
 @pytest.mark.parametrize("pattern", [*FORMS, "1:4"])
 def test_opcheck_on_cuda_tensors(pattern: str) -> None:
-    from s3tensor import ops
+    from s3tensor.tensor import ops
 
     weight = on_gpu(pattern, (64, 128))
     shape = [64, 128]

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import s3tensor as s3
-from s3tensor import ops, paths
-from s3tensor.packing import pack, unpack_mask
+from s3tensor.mask.packing import pack, unpack_mask
+from s3tensor.tensor import linear as paths
+from s3tensor.tensor import ops
 
 SHAPES = {
     "2:4": (8, 16),

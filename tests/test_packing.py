@@ -11,8 +11,7 @@ from torch import Tensor
 
 import s3tensor as s3
 from s3tensor.errors import CheckpointError
-from s3tensor.mask import expand_blocks, tile
-from s3tensor.packing import (
+from s3tensor.mask.packing import (
     _from_bytes,
     _to_bytes,
     block_indices,
@@ -24,6 +23,7 @@ from s3tensor.packing import (
     unpack,
     unpack_mask,
 )
+from s3tensor.mask.projection import expand_blocks, tile
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.testing import bound_patterns, weights
 

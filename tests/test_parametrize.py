@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import s3tensor as s3
-from s3tensor.finalization import finalize
-from s3tensor.mask import tile
-from s3tensor.parametrize import S3Sparse
-from s3tensor.sparsify import sparsify_
+from s3tensor.mask.projection import tile
+from s3tensor.model.sparsify import sparsify_
+from s3tensor.train.finalize import finalize
+from s3tensor.train.s3_sparse import S3Sparse
 
 PATTERNS = ("2:4", "pair4:8", "coupled2:4", "rowpair16")
 MODES = ("fixed", "ste", "srste", "soft")

@@ -14,9 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from s3tensor import Pattern, PatternError, project, satisfies
-from s3tensor import pattern as pattern_module
 from s3tensor.pattern import BoundPattern, ViewRule, grammar, preset
-from s3tensor.presets import vnm
+from s3tensor.pattern import pattern as pattern_module
+from s3tensor.pattern.presets import vnm
 from s3tensor.testing import (
     CONV_PRESETS,
     PRESETS,

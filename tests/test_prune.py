@@ -17,9 +17,9 @@ from torch import Tensor
 import s3tensor as s3
 from s3tensor import prune
 from s3tensor.errors import HessianError, NonFiniteError, PatternError, PrunerError
-from s3tensor.hessian import Factors
-from s3tensor.mask import tile
+from s3tensor.mask.projection import tile
 from s3tensor.pattern import BoundPattern, Pattern
+from s3tensor.prune.hessian import Factors
 from s3tensor.testing import bound_patterns
 
 NAMES = tuple(prune.PRUNERS)
@@ -567,8 +567,8 @@ def test_where_blocks_are_whole_rows_admm_is_exact(seed: int, pattern: str) -> N
 
 @given(seeds)
 def test_the_scale_of_a_block_is_between_its_free_and_its_plain_curvature(seed: int) -> None:
+    from s3tensor.prune.admm import block_scale
     from s3tensor.prune.product import Product
-    from s3tensor.prune.splitting import block_scale
 
     _, hessian = layer(16, 16, seed)
     factors = Factors(hessian)

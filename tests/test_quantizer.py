@@ -21,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import s3tensor as s3
-from s3tensor import folder, hf, ops, registration
-from s3tensor.checkpoint import METADATA_KEY, save_state
+from s3tensor.io import folder, registration
+from s3tensor.io import pretrained as hf
+from s3tensor.io.state import METADATA_KEY, save_state
+from s3tensor.tensor import ops
 
 transformers = pytest.importorskip("transformers")
 
@@ -71,9 +73,9 @@ ORDERS = {
     "transformers first": f"{FINDS}import s3tensor\n",
     "its models first": f"import transformers.modeling_utils\nimport s3tensor\n{FINDS}",
     "a bare transformers first": f"import transformers\nimport s3tensor\n{FINDS}",
-    "the quantizer itself": f"import s3tensor.quantizer\n{FINDS}",
+    "the quantizer itself": f"import s3tensor.io.transformers_quantizer\n{FINDS}",
     "a part of s3tensor, reloaded": (
-        "import importlib\nfrom s3tensor.layout import Layout\nimport s3tensor\n"
+        "import importlib\nfrom s3tensor.pattern.layout import Layout\nimport s3tensor\n"
         f"importlib.reload(s3tensor)\n{FINDS}"
     ),
 }
@@ -90,7 +92,7 @@ def test_transformers_knows_the_method_in_whatever_order_the_two_are_imported(
         code += "assert kinds.count('StructuredSparseTensor') == 14\n"
     code += (
         "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table\n"
-        "from s3tensor.registration import _Watch\n"
+        "from s3tensor.io.registration import _Watch\n"
         "print('s3' in table, any(isinstance(finder, _Watch) for finder in sys.meta_path))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -107,7 +109,7 @@ def test_importing_s3tensor_imports_neither_transformers_nor_torch() -> None:
 def test_a_transformers_that_does_not_take_the_method_is_warned_of_and_works_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "s3tensor.quantizer", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "s3tensor.io.transformers_quantizer", None)  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="cannot register with transformers"):
         registration.watch()
 

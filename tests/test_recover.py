@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import s3tensor as s3
-from s3tensor import cli, hf, llm
-from s3tensor.checkpoint import save_state
+from s3tensor import cli, llm
+from s3tensor.io import pretrained as hf
+from s3tensor.io.state import save_state
 from s3tensor.llm import calibrate, driver, recover, structure
 from s3tensor.llm.recover import Recovered, Recovery, recover_block
 from s3tensor.llm.sequences import Sequences

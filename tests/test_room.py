@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from s3tensor.mask import select, tile
+from s3tensor.mask.projection import select, tile
 from s3tensor.pattern import Pattern
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))

@@ -23,8 +23,8 @@ from interpreter import DEVICES, INTERPRETED, device_of, run_again
 from torch import Tensor
 
 import s3tensor as s3
-from s3tensor import mask as masking
-from s3tensor.mask import stretches, top_blocks
+from s3tensor.mask import projection as masking
+from s3tensor.mask.projection import stretches, top_blocks
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.testing import bound_patterns
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 import s3tensor as s3
 from s3tensor import llm
+from s3tensor.llm.auto import DAMPS, Shares, chosen, parted
 from s3tensor.llm.moments import Moments, merged
 from s3tensor.llm.resume import RunFolder
-from s3tensor.llm.shares import DAMPS, Shares, chosen, parted
 
 IDS = torch.randint(VOCABULARY, (10, 16), generator=torch.Generator().manual_seed(1))
 BOTH = frozenset({"alpha", "damp"})

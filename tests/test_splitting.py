@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import s3tensor as s3
-from s3tensor import linalg, prune
-from s3tensor.hessian import Factors
-from s3tensor.linalg import ShiftedInverse, full_precision, tensor_cores
-from s3tensor.mask import select
+from s3tensor import prune
+from s3tensor.mask.projection import select
 from s3tensor.pattern import Pattern
-from s3tensor.prune import splitting
+from s3tensor.prune import linalg, splitting
+from s3tensor.prune.admm import block_scale
+from s3tensor.prune.hessian import Factors
+from s3tensor.prune.linalg import ShiftedInverse, full_precision, tensor_cores
 from s3tensor.prune.product import Product
-from s3tensor.prune.splitting import block_scale
 
 fewer = settings(max_examples=max(10, settings().max_examples // 14))
 seeds = st.integers(0, 2**16)

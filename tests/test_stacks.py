@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import s3tensor as s3
 from s3tensor import llm, prune
-from s3tensor.hessian import Factors
 from s3tensor.pattern import Pattern
+from s3tensor.prune.hessian import Factors
 from s3tensor.prune.problem import row_group, row_stacks
 from s3tensor.testing import bound_patterns
 

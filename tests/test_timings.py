@@ -12,9 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 
-from s3tensor import paths, timings
 from s3tensor.pattern import Pattern
-from s3tensor.timings import Cell, Timings
+from s3tensor.tensor import linear as paths
+from s3tensor.tensor import timings
+from s3tensor.tensor.timings import Cell, Timings
 
 NAMES = ("dense", "packed", "scratch", "vendor")
 times = st.floats(0.5, 1e5)

@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrize
 
 import s3tensor as s3
-from s3tensor.training import metrics, trainer_callback
+from s3tensor.train.model import metrics, trainer_callback
 
 MODES = ("fixed", "ste", "srste", "soft")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import s3tensor as s3
-from s3tensor import training
+from s3tensor.train import model as training
 
 
 def mlp() -> nn.Sequential:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import s3tensor as s3
-from s3tensor.transposing import tile_masks, transposable_mask
+from s3tensor.mask.transposable import tile_masks, transposable_mask
 
 MODES = ("fixed", "ste", "srste", "soft")
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from interpreter import DEVICES, INTERPRETED, device_of, run_again, source_of
 
 import s3tensor as s3
-from s3tensor.transposing import tile_masks, transposable_mask
+from s3tensor.mask.transposable import tile_masks, transposable_mask
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 

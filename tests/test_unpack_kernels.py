@@ -29,9 +29,9 @@ from interpreter import (
 from torch import Tensor
 
 import s3tensor as s3
-from s3tensor import packing
 from s3tensor.errors import PatternError
-from s3tensor.mask import expand_blocks
+from s3tensor.mask import packing
+from s3tensor.mask.projection import expand_blocks
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.testing import bound_patterns, weights
 

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import s3tensor as s3
-from s3tensor import Pattern, PatternError, viz
+from s3tensor import Pattern, PatternError
+from s3tensor import draw as viz
+from s3tensor.paper import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec, View
 from s3tensor.pattern import BoundPattern
-from s3tensor.specs import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec, View
 from s3tensor.testing import CONV_PRESETS, PRESETS, bound_patterns, patterns
 
 pytest.importorskip("matplotlib")

@@ -64,7 +64,7 @@ def bench(
     lean is the compressed weight alone, fast may keep a second form of it (set_memory_).
     """
     from s3tensor import benchmark
-    from s3tensor.checkpoint import write_output
+    from s3tensor.files import write_output
 
     place = device or default_device()
     if any(len(shape) != 2 for shape in shapes):

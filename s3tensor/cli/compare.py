@@ -24,7 +24,7 @@ from s3tensor.cli.group import (
 )
 
 if TYPE_CHECKING:
-    from s3tensor.compare import Side
+    from s3tensor.evaluate.compare import Side
 
 
 @main.command(
@@ -60,7 +60,7 @@ def compare(
 ) -> None:
     """Compare MODELS of one vocabulary: bytes, density, perplexity, and how alike the first they predict."""
     from s3tensor import llm
-    from s3tensor.compare import compare as side_by_side
+    from s3tensor.evaluate.compare import compare as side_by_side
 
     if len(models) < 2:
         raise Refused("give two models or more; the others are measured against the first")

@@ -53,9 +53,9 @@ def convert(
     as_json: bool,
 ) -> None:
     """Write MODEL anew, its pruned weights dense or compressed; values stay, but for --int8 and --dtype."""
-    from s3tensor import hf
-    from s3tensor.compressed import Compressed
-    from s3tensor.quantize import quantize_
+    from s3tensor.io import pretrained as hf
+    from s3tensor.model.quantize import quantize_
+    from s3tensor.tensor.base import Compressed
 
     if int8 and form == "dense":
         raise click.UsageError("--int8 is of compressed values; take --to compressed with it")
@@ -110,7 +110,7 @@ def _card(source: Path, target: Path) -> dict[str, Any] | None:
 
     Without one in the source, that of the model which is replaced is replaced too.
     """
-    from s3tensor.card import read_card
+    from s3tensor.io.card import read_card
 
     known = read_card(source)
     if known is None:
@@ -125,10 +125,10 @@ def _card(source: Path, target: Path) -> dict[str, Any] | None:
 
 def _compress(model: nn.Module, pattern: Pattern | None) -> dict[str, int]:
     """Compress the linears that satisfy a pattern, in place; how many under each."""
-    from s3tensor.compressed import Compressed
     from s3tensor.errors import PatternError
-    from s3tensor.mask import satisfies
-    from s3tensor.sparsify import is_conv1d, sparsify_
+    from s3tensor.mask.projection import satisfies
+    from s3tensor.model.sparsify import is_conv1d, sparsify_
+    from s3tensor.tensor.base import Compressed
 
     found: dict[str, int] = {}
     for candidate in (pattern,) if pattern else map(Pattern.parse, _LIKELY):

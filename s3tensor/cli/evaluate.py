@@ -26,7 +26,7 @@ from s3tensor.cli.group import (
 )
 
 if TYPE_CHECKING:
-    from s3tensor.harness import TaskReport
+    from s3tensor.evaluate.harness import TaskReport
 
 SEQ_LEN = 1024  # tokens in a window of the perplexity, when none are asked for
 
@@ -55,7 +55,7 @@ class _Wanted:
             picked = llm.windows(tokens, self.samples, length)
             value = perplexity_on(loaded, picked, length, self.device, f"perplexity of {model}")
         if self.tasks:
-            from s3tensor.harness import evaluate_tasks
+            from s3tensor.evaluate.harness import evaluate_tasks
 
             report = evaluate_tasks(
                 loaded.to(self.device),
@@ -145,7 +145,7 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Perplexity of MODEL, pruned or not, on held-out text, or its scores in --tasks of lm_eval."""
-    from s3tensor.checkpoint import json_text, write_output
+    from s3tensor.files import json_text, write_output
 
     if text is None and not tasks:
         text = "pydoc"
@@ -209,7 +209,7 @@ def _names(
         if lonely is not None:
             raise Refused(f"{lonely} is for --tasks; name some, such as --tasks s3_pydoc")
         return ()
-    from s3tensor.harness import check_tasks
+    from s3tensor.evaluate.harness import check_tasks
 
     with as_usage(), _reading("the tasks of lm_eval"):
         return tuple(
@@ -256,7 +256,7 @@ def _figures(
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def lm_eval(arguments: tuple[str, ...]) -> None:
     """lm_eval's own command, which here knows compressed models and the tasks of s3tensor."""
-    from s3tensor.harness import run_command
+    from s3tensor.evaluate.harness import run_command
 
     status = run_command(arguments)
     if status:

@@ -245,7 +245,7 @@ def as_usage() -> Iterator[None]:
 def load(model: str, dtype: str) -> tuple[Any, Any]:
     import torch
 
-    from s3tensor import hf
+    from s3tensor.io import pretrained as hf
 
     with err.status(f"loading {model}") if err.is_terminal else contextlib.nullcontext():
         return hf.load_model(model, "auto" if dtype == "auto" else getattr(torch, dtype))
@@ -256,7 +256,7 @@ def perplexity_on(
 ) -> float | None:
     if tokens is None:
         return None
-    from s3tensor.evaluate import perplexity
+    from s3tensor.evaluate.perplexity import perplexity
 
     home = next(model.parameters()).device
     model.to(device)
@@ -279,7 +279,7 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 def check_writable(path: Path) -> None:
     """Refuse at the start a file that could not be written at the end."""
-    from s3tensor.checkpoint import is_special
+    from s3tensor.files import is_special
 
     if is_special(path):
         if not os.access(path, os.W_OK):

@@ -197,8 +197,9 @@ def prune(
     as_json: bool,
 ) -> None:
     """Prune the linears of MODEL (a folder, a hub name or a .gguf file) and save it."""
-    from s3tensor import hf, llm
-    from s3tensor.checkpoint import json_text, write_output
+    from s3tensor import llm
+    from s3tensor.files import json_text, write_output
+    from s3tensor.io import pretrained as hf
 
     start = time.perf_counter()
     # What is cheap to refuse is refused before anything is loaded.

@@ -31,7 +31,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def show(pattern: Pattern, shape: tuple[int, ...] | None, path: Path | None, as_json: bool) -> None:
     """Explain PATTERN in words and figures, and draw it with --out."""
-    from s3tensor import viz
+    from s3tensor import draw as viz
 
     with as_usage():
         said = json.dumps(viz.facts(pattern, shape)) if as_json else viz.describe(pattern, shape)

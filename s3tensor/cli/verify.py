@@ -20,7 +20,7 @@ from s3tensor.cli.group import main
 @click.option("--json", "as_json", is_flag=True, help="print JSON, a row for each weight")
 def verify(directory: Path, as_json: bool) -> None:
     """Check DIRECTORY: every checksum holds, every sparse weight satisfies its pattern."""
-    from s3tensor import hf
+    from s3tensor.io import pretrained as hf
 
     rows = hf.verify(directory)
     if as_json:

@@ -13,17 +13,17 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from s3tensor.checkpoint import write_json
 from s3tensor.errors import CheckpointError, PatternError
-from s3tensor.hessian import Factors, Hessian, output_error
+from s3tensor.files import write_json
 from s3tensor.llm.calibrate import BlockRunner, Chunk
 from s3tensor.llm.structure import LinearLayer, decoder_blocks, is_linear, on_device
-from s3tensor.mask import select
+from s3tensor.mask.projection import select
 from s3tensor.pattern import Pattern
+from s3tensor.prune.admm import block_scale, refit
+from s3tensor.prune.hessian import Factors, Hessian, output_error
 from s3tensor.prune.problem import row_group
 from s3tensor.prune.product import Product
 from s3tensor.prune.scores import wanda
-from s3tensor.prune.splitting import block_scale, refit
 
 Budgets: TypeAlias = "Literal['mixed'] | Mapping[str, Pattern | str]"
 

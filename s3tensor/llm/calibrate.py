@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from s3tensor.errors import CalibrationError, ModelError, NonFiniteError
-from s3tensor.llm.text import check_tokens
+from s3tensor.text.text import check_tokens
 
 _PROBE_TOKENS = 16
 _Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # hidden states and the other arguments

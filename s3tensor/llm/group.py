@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from s3tensor import prune
-from s3tensor.hessian import Factors, output_error
+from s3tensor.llm.auto import Shares, chosen
 from s3tensor.llm.moments import Moments, merged
 from s3tensor.llm.progress import PruneProgress
 from s3tensor.llm.recover import Recovery, out_of_memory
 from s3tensor.llm.report import LinearRow, PeakMemory
-from s3tensor.llm.shares import Shares, chosen
 from s3tensor.llm.structure import LinearLayer
 from s3tensor.pattern import Pattern
+from s3tensor.prune.hessian import Factors, output_error
 from s3tensor.prune.problem import MEMORY_BUDGET, row_stacks
 
 _LEAST_BUDGET = 32 << 20  # bytes of working memory: with fewer a pruner is not tried again

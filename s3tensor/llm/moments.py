@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from s3tensor.errors import NonFiniteError
-from s3tensor.hessian import Hessian
 from s3tensor.llm.calibrate import BlockRunner, Chunk
 from s3tensor.llm.structure import LinearLayer
+from s3tensor.prune.hessian import Hessian
 
 
 class Moments(NamedTuple):

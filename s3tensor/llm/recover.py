@@ -21,10 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from s3tensor.errors import PrunerError
-from s3tensor.linalg import full_precision
 from s3tensor.llm.calibrate import BlockRunner, Chunk
 from s3tensor.llm.sequences import Sequences
 from s3tensor.llm.structure import LinearLayer, is_linear
+from s3tensor.prune.linalg import full_precision
 
 Target = Literal["dense", "mixed"]
 Precision = Literal["auto", "float32", "bfloat16"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from s3tensor.checkpoint import write_atomically
+from s3tensor.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from s3tensor.errors import NonFiniteError
-from s3tensor.hessian import Hessian
-from s3tensor.linalg import full_precision
 from s3tensor.llm.calibrate import BlockRunner, Chunk
 from s3tensor.llm.moments import Moments, token_weights
 from s3tensor.llm.structure import LinearLayer
+from s3tensor.prune.hessian import Hessian
+from s3tensor.prune.linalg import full_precision
 
 _ALIKE = 0.25  # of what a linear gives, in the median token; what is not added to the stream differs by 1
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from s3tensor.checkpoint import TEMPORARY, load_state, lock_file, save_state, write_json
-from s3tensor.compressed import Compressed
 from s3tensor.errors import CheckpointError
+from s3tensor.files import LOCK, TEMPORARY, write_json
+from s3tensor.io.state import load_state, save_state
 from s3tensor.llm.report import BLOCKS_CSV, LINEARS_CSV, BlockRow, LinearRow, write_rows
+from s3tensor.tensor.base import Compressed
 
 _RUN = "run.json"
-_LOCK = "run.lock"
 # What safetensors and tokenizers leave when killed while they write.
 _OF_RUST = ".tmp" + "[0-9A-Za-z]" * 6
 
@@ -112,47 +110,6 @@ def _leftovers(folder: Path) -> list[Path]:
     return list(folder.glob(f".*{TEMPORARY}"))
 
 
-_LOCKED: set[Path] = set()  # folders that this process holds
-
-
-@contextlib.contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Hold a folder for one run: a second one is refused. Within one process it may be nested.
-
-    The lock goes with the process that holds it, however that ends.
-
-    Raises:
-        CheckpointError: another process holds the folder, or it cannot be written.
-    """
-    path = Path(folder).resolve()
-    if path in _LOCKED:
-        yield
-        return
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        file = (path / _LOCK).open("a+b")
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write to {folder} ({error}); choose another folder"
-        ) from None
-    with file:
-        try:
-            lock_file(file.fileno())
-            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path / _LOCK)):
-                raise OSError  # the run that held it ended just now, and took the file with it
-        except OSError:
-            raise CheckpointError(
-                f"another run is at work in {folder}; wait for it, or choose another folder"
-            ) from None
-        _LOCKED.add(path)
-        try:
-            yield
-        finally:
-            _LOCKED.remove(path)
-            with contextlib.suppress(OSError):
-                (path / _LOCK).unlink()
-
-
 def _read_rows(path: Path) -> tuple[BlockRow, list[LinearRow]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
@@ -174,7 +131,7 @@ def check_out(folder: str | Path) -> None:
         raise CheckpointError(f"{folder} is a file; give a folder")
     if not folder.is_dir() or (folder / _RUN).is_file():
         return
-    unknown = {path.name for path in folder.iterdir()} - {_LOCK}
+    unknown = {path.name for path in folder.iterdir()} - {LOCK}
     if unknown - {path.name for path in _leftovers(folder)}:
         raise CheckpointError(
             f"{folder} exists and is not empty; nothing was overwritten: choose another folder"

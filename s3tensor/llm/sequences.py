@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from s3tensor.linalg import full_precision
 from s3tensor.llm.calibrate import (
     BlockRunner,
     Chunk,
@@ -21,6 +20,7 @@ from s3tensor.llm.calibrate import (
     map_tensors,
     transfer_to_device,
 )
+from s3tensor.prune.linalg import full_precision
 
 _KINDS = (
     8  # other arguments that are told apart and kept on the device; beyond, each is of its own kind

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from s3tensor.compressed import Compressed
 from s3tensor.errors import ModelError, PatternError
+from s3tensor.model.sparsify import is_conv1d
 from s3tensor.pattern import Pattern
-from s3tensor.sparsify import is_conv1d
+from s3tensor.tensor.base import Compressed
 
 LayerFilter = Callable[[nn.Module, str], bool]
 

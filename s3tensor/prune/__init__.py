@@ -1,8 +1,8 @@
 """Pruners: functional transforms ``(weight, hessian, pattern, **options) -> Pruned(weight, mask)``.
 
 None of them changes its arguments, and each gives the same result on every run. ``hessian`` is ``X'X / N``
-(K, K) of the layer's inputs, or a :class:`s3tensor.hessian.Factors` made from it, which linears of the same
-input share.
+(K, K) of the layer's inputs, or a :class:`s3tensor.prune.hessian.Factors` made from it, which
+linears of the same input share.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from s3tensor.errors import PrunerError
-from s3tensor.prune.column import sparsegpt
+from s3tensor.prune.admm import admm, refit
+from s3tensor.prune.obs import obs
 from s3tensor.prune.problem import MEMORY_BUDGET, Pruned
 from s3tensor.prune.scores import magnitude, obd, wanda
-from s3tensor.prune.splitting import admm, refit
-from s3tensor.prune.surgeon import obs
+from s3tensor.prune.sparsegpt import sparsegpt
 
 PRUNERS: dict[str, Callable[..., Pruned]] = {
     "magnitude": magnitude,

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from s3tensor.errors import PrunerError
-from s3tensor.hessian import Factors
-from s3tensor.linalg import masked_least_squares
-from s3tensor.mask import top_blocks
+from s3tensor.mask.projection import top_blocks
+from s3tensor.prune.hessian import Factors
+from s3tensor.prune.linalg import masked_least_squares
+from s3tensor.prune.obs import SUBSETS, keep_whole_rows
 from s3tensor.prune.product import Product, cholesky, spd_inverse
-from s3tensor.prune.surgeon import SUBSETS, keep_whole_rows
 
 Compensation = Literal["local", "full", "split", "interleaved"]
 COMPENSATIONS: tuple[Compensation, ...] = ("local", "full", "split", "interleaved")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from s3tensor.errors import HessianError, NonFiniteError, NonFiniteHessianError, PatternError
-from s3tensor.hessian import Factors, as_factors
 from s3tensor.pattern import BoundPattern, Pattern
+from s3tensor.prune.hessian import Factors, as_factors
 
 MEMORY_BUDGET = 2 << 30
 """Default bytes of working memory for the rows that a pruner has in work.

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from s3tensor.hessian import Factors
-from s3tensor.mask import select
+from s3tensor.mask.projection import select
 from s3tensor.pattern import Pattern
+from s3tensor.prune.hessian import Factors
 from s3tensor.prune.problem import MEMORY_BUDGET, Problem, Progress, Pruned, fit, pose
 
 _MATRICES = 6  # tensors of a chunk's shape alive at once: scores, their planes, ranks and the mask

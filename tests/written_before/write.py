@@ -116,7 +116,10 @@ def main(folder: Path) -> None:
     whole = tiny(3)
     s3.llm.prune_model(whole, [token_ids()], "2:4", "admm", damp=0.01, progress=False)
     torch.save(
-        {name: p.to_dense() if hasattr(p, "pattern") else p for name, p in whole.state_dict().items()},
+        {
+            name: p.to_dense() if hasattr(p, "pattern") else p
+            for name, p in whole.state_dict().items()
+        },
         folder / "run_dense.pt",
     )
     real = driver._prune_block
@@ -129,7 +132,13 @@ def main(folder: Path) -> None:
     driver._prune_block = dies_in_the_second
     with contextlib.suppress(Killed):
         s3.llm.prune_model(
-            tiny(3), [token_ids()], "2:4", "admm", damp=0.01, progress=False, work_dir=folder / "run"
+            tiny(3),
+            [token_ids()],
+            "2:4",
+            "admm",
+            damp=0.01,
+            progress=False,
+            work_dir=folder / "run",
         )
     driver._prune_block = real
 

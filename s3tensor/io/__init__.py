@@ -1,0 +1,1 @@
+"""Models and state dicts in files: safetensors, Hugging Face folders, model cards."""

@@ -1,0 +1,234 @@
+"""View: a strided layout over a parameter's own memory (S3, arXiv 2604.11315, section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s3tensor.errors import PatternError
+from s3tensor.pattern import Pattern, ViewRule
+from s3tensor.pattern.layout import Layout, as_ints
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A parameter's elements in another shape and order; nothing is copied.
+
+    Strides count elements of the parameter's memory from its first element on, as in
+    ``torch.as_strided``; for a contiguous parameter that is the row-major index of an element. A
+    parameter that is no contiguous tensor, or a view itself, is most easily split by :meth:`from_rule`.
+
+    Args:
+        param: a parameter, a tensor, or another view.
+        shape: sizes of the view.
+        stride: elements between neighbours along each dim.
+        offset: element of ``param``, counted in its memory, at which the view begins.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.arange(32.).reshape(2, 16))
+        >>> pairs = View(weight, shape=(2, 8, 2), stride=(16, 1, 8))
+        >>> pairs.data[0, 3].tolist()
+        [3.0, 11.0]
+
+    Raises:
+        PatternError: an empty, overlapping or out-of-bounds view, or one that touches memory between the
+            elements of a parameter that is itself a slice.
+    """
+
+    param: Tensor | View
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        base = memory(self.param)
+        object.__setattr__(self, "shape", as_ints("view shape", self.shape, 1))
+        object.__setattr__(self, "stride", as_ints("view stride", self.stride, 0))
+        (offset,) = as_ints("view offset", (self.offset,), 0)
+        object.__setattr__(self, "offset", offset)
+        layout = Layout(self.shape, self.stride)
+        if not layout.is_injective:
+            raise PatternError(
+                f"view {layout} reads an element twice, and a projection of overlapping blocks is not "
+                "defined; choose strides that reach every element once"
+            )
+        own = Layout(tuple(base.shape), tuple(base.stride()))
+        try:
+            layout.check_bounds(own.cosize, offset)
+        except PatternError as error:
+            raise PatternError(f"view of a parameter of shape {own.shape}: {error}") from None
+        if not own.is_compact and (own, 0) != (layout, offset):
+            # Gaps between the parameter's own elements belong to someone else.
+            mine = torch.zeros(own.cosize, dtype=torch.bool)
+            torch.as_strided(mine, own.shape, own.stride).fill_(True)
+            if not bool(torch.as_strided(mine, self.shape, self.stride, offset).all()):
+                raise PatternError(
+                    f"view {layout} from element {offset} touches memory between the elements of a "
+                    f"parameter of shape {own.shape} and stride {own.stride}; use View.from_rule"
+                )
+        object.__setattr__(self, "_origin", (own.shape, own.stride))
+
+    @classmethod
+    def from_existing(cls, param: Tensor | View) -> View:
+        """The view of every element where it is, also of a parameter that is not contiguous."""
+        if isinstance(param, View):
+            return param
+        base = memory(param)
+        return cls(param, tuple(base.shape), tuple(base.stride()))
+
+    @classmethod
+    def from_rule(
+        cls, param: Tensor | View, rule: str, sizes: Mapping[str, int] | None = None
+    ) -> View:
+        """The view of a rule in einops words, such as ``m (t p) -> m p t``.
+
+        It is composed on the parameter's own strides, so that ``view.data`` equals
+        ``einops.rearrange(param, rule, **sizes)`` for parameters and views of any layout.
+
+        Raises:
+            PatternError: a rule that does not parse, or does not fit the shape.
+        """
+        base = memory(param)
+        parsed = ViewRule.parse(rule)
+        ones = (1,) * len(parsed.outputs)
+        bound = Pattern(rule, sizes or {}, ones, ones, 1).bind(tuple(base.shape))
+        size = dict(zip(parsed.outputs, bound.view.shape, strict=True))
+        stride: dict[str, int] = {}
+        for dim, group in enumerate(parsed.inputs):
+            step = base.stride(dim)
+            for name in reversed(group):
+                stride[name] = step
+                step *= size[name]
+        return cls(param, bound.view.shape, tuple(stride[name] for name in parsed.outputs))
+
+    @property
+    def data(self) -> Tensor:
+        """The elements in the view's shape, live: writing to it writes to the parameter.
+
+        Raises:
+            PatternError: when the parameter's memory was laid out anew since the view was made.
+        """
+        base = memory(self.param)
+        if (tuple(base.shape), base.stride()) != self._origin:  # type: ignore[attr-defined]
+            raise PatternError(
+                f"the parameter has shape {tuple(base.shape)} and stride {base.stride()} now, and the "
+                "view was made for another; make the view again"
+            )
+        return torch.as_strided(base, self.shape, self.stride, base.storage_offset() + self.offset)
+
+    @property
+    def layout(self) -> Layout:
+        """Shape and stride, as a layout from the view's first element."""
+        return Layout(self.shape, self.stride)
+
+    @property
+    def ndim(self) -> int:
+        """Dims of the view."""
+        return len(self.shape)
+
+    @property
+    def cosize(self) -> int:
+        """One past the largest offset from the view's first element."""
+        return self.layout.cosize
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameter's dtype."""
+        return self.param.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The parameter's device."""
+        return self.param.device
+
+    def numel(self) -> int:
+        """Elements in the view."""
+        return math.prod(self.shape)
+
+    def of(
+        self,
+        values: Tensor,  # the shape of param
+    ) -> Tensor:
+        """Other values of the parameter's shape, such as a gradient or scores, read through the view."""
+        base = memory(self.param)
+        if values.shape != base.shape:
+            raise PatternError(
+                f"values of shape {tuple(values.shape)} for a parameter of shape {tuple(base.shape)}; "
+                "they must be equal"
+            )
+        laid = torch.empty_strided(
+            base.shape, base.stride(), dtype=values.dtype, device=values.device
+        )
+        laid.copy_(values.detach())
+        return torch.as_strided(laid, self.shape, self.stride, self.offset)
+
+    def to_param(
+        self,
+        values: Tensor,  # broadcastable to the view's shape
+        fill: float | bool = 0,
+    ) -> Tensor:
+        """The inverse of :meth:`of`: a new tensor of the parameter's shape, ``fill`` outside the view."""
+        base = memory(self.param)
+        laid = torch.empty_strided(
+            base.shape, base.stride(), dtype=values.dtype, device=values.device
+        )
+        laid.fill_(fill)
+        torch.as_strided(laid, self.shape, self.stride, self.offset).copy_(values)
+        return laid
+
+    def __repr__(self) -> str:
+        start = f" from {self.offset}" if self.offset else ""
+        return f"View({self.layout}{start} of {'x'.join(map(str, self.param.shape))})"
+
+
+def memory(param: Tensor | View) -> Tensor:
+    """The strided tensor that a parameter or view is, sharing memory, outside of autograd."""
+    if isinstance(param, View):
+        return param.data
+    if not isinstance(param, Tensor):
+        raise TypeError(f"a spec is bound to a parameter or a View, got {type(param).__name__}")
+    if param.numel() == 0:
+        raise PatternError(
+            f"a parameter of the empty shape {tuple(param.shape)} has no blocks; every dim must be >= 1"
+        )
+    if not param.dtype.is_floating_point:
+        raise PatternError(
+            f"a parameter of dtype {param.dtype} has no norms to threshold; use floats"
+        )
+    # Tensors made of others, such as compressed ones, have no memory of their own.
+    if param.layout != torch.strided or hasattr(param, "__tensor_flatten__"):
+        raise PatternError(
+            f"a {type(param).__name__} of layout {param.layout} has no strided memory to view; give its "
+            "dense form, to_dense()"
+        )
+    return param.detach()
+
+
+def check_disjoint(views: Sequence[View]) -> None:
+    """Refuse views that share an element of memory: a decision on it would be two decisions.
+
+    Raises:
+        PatternError: naming the first pair.
+    """
+    spans: list[tuple[int, int, int, View]] = []
+    for view in views:
+        data = view.data
+        if data.device.type == "meta":
+            continue
+        start = int(data.storage_offset())
+        spans.append((data.untyped_storage().data_ptr(), start, start + view.cosize, view))
+    for place, (storage, start, stop, view) in enumerate(spans):
+        for other_storage, other_start, other_stop, other in spans[:place]:
+            if storage != other_storage or start >= other_stop or other_start >= stop:
+                continue
+            used = torch.zeros(max(stop, other_stop), dtype=torch.bool)
+            torch.as_strided(used, other.shape, other.stride, other_start).fill_(True)
+            if bool(torch.as_strided(used, view.shape, view.stride, start).any()):
+                raise PatternError(
+                    f"{other} and {view} share memory, and a projection of overlapping blocks is not "
+                    "defined; couple views of disjoint elements"
+                )

@@ -1,0 +1,1 @@
+"""Text to calibrate and evaluate with: where it comes from, and its tokens."""

@@ -1,0 +1,191 @@
+"""LoRA on compressed weights, through peft: an adapter whose update keeps the mask."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s3tensor.errors import ModelError
+from s3tensor.tensor import ops
+from s3tensor.tensor.sparse import StructuredSparseTensor
+from s3tensor.train.masked import Masked
+
+_PLAIN_STARTS = (True, False, "gaussian")  # other values of init_lora_weights read the dense weight
+
+
+def lora_config(config: Any = None, **options: Any) -> Any:
+    """A ``peft.LoraConfig`` under which adapters on compressed weights keep their masks.
+
+    On a layer whose weight is a :class:`~s3tensor.StructuredSparseTensor` the adapter's update is limited
+    to the weights that are kept: the layer computes ``x (W + m s BA)'``, m the mask and s the scaling (J. P.
+    Muñoz et al., arXiv 2410.03750, call it SparsePEFT). So ``merge_and_unload`` gives compressed weights of
+    the same mask and the same outputs: what was trained is what is merged. Other layers get peft's own.
+
+    The price of a training step is that of the dense product BA and of a gradient of the weight's shape for
+    a moment; optimizer states are of the adapter alone.
+
+    Args:
+        config: a ``LoraConfig``, such as ``LoraConfig.from_pretrained(folder)`` of a saved adapter; it is
+            changed and returned.
+        options: of a new ``LoraConfig``: r, lora_alpha, target_modules, lora_dropout, ...
+
+    Example:
+        ``model = peft.get_peft_model(model, s3tensor.lora_config(r=8, target_modules=["q_proj"]))``; train;
+        ``model = model.merge_and_unload()``.
+
+    Raises:
+        ModuleNotFoundError: peft is not installed.
+        TypeError: both a config and options.
+    """
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "lora_config needs peft: pip install 's3tensor[peft]'", name=error.name
+        ) from error
+    if config is not None and options:
+        raise TypeError(
+            "give a LoraConfig, or the options of a new one, not both; set them on the config"
+        )
+    made = peft.LoraConfig(**options) if config is None else config
+    made._register_custom_module({nn.Module: _dispatch})
+    return made
+
+
+def _dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> Any:
+    """peft asks for each target: our layer for a compressed weight, None for peft's own."""
+    unwrap: Any = getattr(target, "get_base_layer", lambda: target)
+    base = unwrap()
+    chain = getattr(base, "parametrizations", {})
+    if "weight" in chain and isinstance(chain["weight"][-1], Masked):
+        raise ModelError(
+            f"a {type(base).__name__} to adapt is still under S3Sparse({chain['weight'][-1].pattern}): peft "
+            "would lose the adapter when it merges; call s3tensor.finalize(model) first"
+        )
+    if not isinstance(getattr(base, "weight", None), StructuredSparseTensor):
+        return None
+    return layer_class()(target, adapter_name, config=config, **kwargs)
+
+
+@functools.lru_cache(maxsize=1)
+def layer_class() -> Any:
+    """peft's LoRA layer for compressed weights, a class made once peft is there."""
+    from peft.tuners.lora.layer import Linear
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+
+    class SparseLoraLinear(Linear):
+        """A linear layer of a compressed weight, with adapters whose updates are limited to its mask."""
+
+        @property
+        def lora_variants(self) -> dict[tuple[str, ...], Any]:
+            return {(): None}
+
+        def update_layer(
+            self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any
+        ) -> None:
+            _check(config)
+            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+        def packed_update(self, adapter: str) -> Tensor:
+            """``s BA`` at the weights that are kept, packed like the weight: (scopes, keep, block_size)."""
+            weight = self.get_base_layer().weight
+            update = self.get_delta_weight(adapter)  # as the weight is stored
+            laid = (update.t() if weight.transposed else update).contiguous()
+            return ops.gather(laid, weight.indices, str(weight.pattern), weight.tiled)
+
+        def packed_sum(self, adapters: Sequence[str], sign: int = 1) -> Tensor:
+            """Packed values of the weight and of the updates, rounded once to the weight's dtype."""
+            packed: Tensor = self.get_base_layer().weight.packed
+            total = packed
+            for adapter in adapters:
+                total = total + sign * self.packed_update(adapter)  # in the wider dtype of the two
+            return total.to(packed.dtype)
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.disable_adapters or self.merged:
+                plain: Tensor = super().forward(x, *args, **kwargs)
+                return plain
+            if args or kwargs:
+                raise ValueError(
+                    f"adapters on compressed weights take x alone, got {sorted(kwargs) or args}; run rows "
+                    "of different adapters in batches of their own"
+                )
+            active = [name for name in self.active_adapters if name in self.lora_A]
+            whole: list[str] = []
+            dropping: list[str] = []
+            for name in active:
+                drops = self.training and isinstance(self.lora_dropout[name], nn.Dropout)
+                (dropping if drops else whole).append(name)
+            layer = self.get_base_layer()
+            result = _product(x, self.packed_sum(whole), layer, layer.bias)
+            for name in dropping:  # dropout is of the adapter's input alone
+                update = self.packed_update(name).to(layer.weight.dtype)
+                result = result + _product(self.lora_dropout[name](x), update, layer, None)
+            return result
+
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            """Add the updates to the kept weights, in place; the mask stays."""
+            names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]
+            if names:
+                self._write(names, 1, safe_merge)
+                self.merged_adapters.extend(names)
+
+        def unmerge(self) -> None:
+            """Take merged updates off the kept weights, in place, up to rounding."""
+            if not self.merged:
+                warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+                return
+            self._write([name for name in self.merged_adapters if name in self.lora_A], -1)
+            self.merged_adapters.clear()
+
+        @torch.no_grad()
+        def _write(self, names: list[str], sign: int, safe: bool = False) -> None:
+            weight = self.get_base_layer().weight
+            packed = self.packed_sum(names, sign)
+            if safe and not bool(torch.isfinite(packed).all()):
+                raise ValueError(
+                    f"the weights merged with {', '.join(names)} hold NaN or Inf; the base was left as it was"
+                )
+            weight.packed.copy_(packed)
+            weight.refresh_()
+
+    return SparseLoraLinear
+
+
+def _check(config: Any) -> None:
+    """Refuse what needs a dense weight.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if config.init_lora_weights not in _PLAIN_STARTS:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} on a compressed weight: only "
+            f"{', '.join(map(repr, _PLAIN_STARTS))} start without the dense weight"
+        )
+    for name in ("use_dora", "lora_bias", "use_bdlora", "arrow_config", "alora_invocation_tokens"):
+        if getattr(config, name, None):
+            raise ValueError(f"{name} is not supported on a compressed weight; leave it out")
+
+
+def _product(x: Tensor, packed: Tensor, layer: nn.Module, bias: Tensor | None) -> Tensor:
+    """``x`` times packed values at the positions of the layer's weight, with autocast as ``F.linear``."""
+    weight: Any = layer.weight
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, packed = x.to(dtype), packed.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    shape = list(weight.bound_shape)
+    facts = (str(weight.pattern), shape, weight.transposed ^ _is_conv1d(layer), weight.tiled)
+    return ops.linear(x, packed, weight.indices, bias, *facts)
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    """Whether a layer computes ``x @ weight``, as the ``Conv1D`` of transformers."""
+    return not isinstance(layer, nn.Linear)

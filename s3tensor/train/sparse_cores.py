@@ -1,0 +1,140 @@
+"""Training by sparse tensor cores: ``sparse_cores_``.
+
+The weight in use stays what S3Sparse makes, a dense tensor with zeros in it; linear layers get a forward that
+multiplies by it as :mod:`s3tensor.tensor.cusparselt` does.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
+
+from s3tensor.errors import ModelError
+from s3tensor.mask.packing import form_of
+from s3tensor.mask.projection import run_length
+from s3tensor.tensor import cusparselt as cores
+from s3tensor.train.parametrized import Site, parametrized
+from s3tensor.train.s3_sparse import S3Sparse
+
+
+@dataclass(frozen=True)
+class CoresRow:
+    """How the products by one weight run."""
+
+    name: str
+    products: str  # "forward", "forward and backward" or "dense"
+    reason: str = ""  # why they stay dense
+
+
+@dataclass(frozen=True)
+class CoresReport:
+    """Rows of :func:`sparse_cores_`, one for each weight under S3Sparse, in the model's order."""
+
+    rows: tuple[CoresRow, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[CoresRow]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        width = max(len(row.name) for row in self.rows)
+        return "\n".join(
+            f"{row.name:<{width}}  {row.products}{': ' if row.reason else ''}{row.reason}"
+            for row in self.rows
+        )
+
+
+def sparse_cores_(model: nn.Module, enable: bool = True) -> CoresReport:
+    """Let linear layers under :class:`S3Sparse` multiply by sparse tensor cores while they train, in place.
+
+    It is of N:4 patterns with N up to 2, and of coupled2:4, on an NVIDIA GPU with cuSPARSELt, in bfloat16 or
+    float16 (under autocast, or in a model of that dtype). The forward product takes the weight; with
+    ``transposable=True`` in S3Sparse the gradient of the input takes its transpose; the gradient of the
+    weight stays dense. Each size of product is timed once, when it first occurs, and runs by sparse tensor
+    cores where that is faster, compression included; :func:`s3tensor.tensor.cusparselt.choices` lists
+    what was found.
+    Elsewhere it is the dense product, and a warning says so once (a compiled forward does not say why x
+    itself is refused).
+
+    Results differ from those of dense products by the order of their sums and by the rounding before the
+    bias is added, and as the timing chooses, between two runs.
+
+    Args:
+        model: a module after :func:`s3tensor.sparsify_training_`; its own weight counts too. On any device:
+            what runs is decided where x is.
+        enable: False takes it back. :func:`s3tensor.finalize` does so too.
+
+    Returns:
+        One row for each weight: which products may run so, or why they stay dense.
+
+    Raises:
+        ModelError: a model without S3Sparse.
+        PatternError: an S3Sparse under another parametrization.
+    """
+    sites = list(parametrized(model))
+    if not sites:
+        raise ModelError(
+            f"{type(model).__name__} has no S3Sparse parametrization; call s3tensor.sparsify_training_ first"
+        )
+    rows = []
+    for site in sites:
+        leave(site.owner)
+        reason = _reason(site) if enable else "turned off"
+        products = "dense"
+        if not reason:
+            site.owner.forward = types.MethodType(_forward, site.owner)
+            products = "forward and backward" if _both(site.sparse) else "forward"
+        rows.append(CoresRow(site.path, products, reason))
+    return CoresReport(tuple(rows))
+
+
+def leave(module: nn.Module) -> None:
+    """Give a module the forward of its class again, where :func:`sparse_cores_` gave it another."""
+    own = module.__dict__.get("forward")
+    if getattr(own, "__func__", None) is _forward:
+        del module.forward
+
+
+def _reason(site: Site) -> str:
+    """Why the products by a weight stay dense, or empty."""
+    sparse, owner = site.sparse, site.owner
+    if not isinstance(sparse, S3Sparse):
+        return "a coupling"
+    if site.name != "weight" or type(owner).forward is not nn.Linear.forward:
+        return f"{type(owner).__name__.removeprefix('Parametrized')} is not an nn.Linear"
+    if "forward" in owner.__dict__:
+        return "the module has a forward of its own"
+    if isinstance(owner, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight and does not call it"
+    if sparse.transposed and not sparse.transposable:
+        return "its pattern is of the transpose"
+    if sparse.schedule is not None:
+        return "a density schedule may keep more than 2 of 4"
+    shape = tuple(sparse.upright(site.originals[0]).shape)
+    bound = sparse.pattern.bind(shape)
+    if not (run_length(bound) == 4 and bound.keep <= 2) and form_of(bound) != "coupled2:4":
+        return f"{sparse.pattern} does not keep at most 2 of 4 neighbours"
+    if any(n % cores.TILE for n in shape):
+        return f"its shape {shape} does not divide by {cores.TILE}"
+    return ""
+
+
+def _both(sparse: Any) -> bool:
+    return isinstance(sparse, S3Sparse) and sparse.transposable
+
+
+def _forward(self: nn.Linear, input: Tensor) -> Tensor:
+    weight = self.weight
+    if not parametrize.is_parametrized(self, "weight"):  # removed by hand
+        return F.linear(input, weight, self.bias)
+    chain: Any = self.parametrizations
+    return cores.linear(input, weight, self.bias, _both(chain["weight"][-1]))
