@@ -18,10 +18,10 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo tor
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-# torchao's own tests of tensor subclasses run on ours (tests/test_torchao.py). No extra names it,
+# torchao's own tests of tensor subclasses run on ours (tests/tensor/test_torchao.py). No extra names it,
 # as pip would put it beside any torch, and under one older than 2.11 its import fails.
 TORCHAO := $(BIN)/python -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' \
-	&& $(PIP) --no-deps torchao==0.18.0 || echo "no torchao for this torch: tests/test_torchao.py is skipped"
+	&& $(PIP) --no-deps torchao==0.18.0 || echo "no torchao for this torch: tests/tensor/test_torchao.py is skipped"
 
 .PHONY: demo test lint docs docs-serve format clean
 

@@ -282,14 +282,15 @@ def kill_after(process: int, seconds: float, saving: Path | None, log: Path) -> 
 def fuzzed(cases: int, seed: int) -> dict[str, Any]:
     """Counts of what became of changed checkpoints, by the kind of change."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import test_checkpoint as laws  # the state, the comparison and the limit of the tests
+    import mixed_state as laws  # the state and the comparison of the tests
+    from limits import little_memory
 
     whole, state = laws.mixed_bytes(), laws.mixed_state()
     draw = random.Random(seed)
     counts: dict[str, collections.Counter[str]] = {}
     faults: list[str] = []
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as temporary, laws.little_memory():
+    with tempfile.TemporaryDirectory() as temporary, little_memory():
         path = Path(temporary) / "x"
         for case in range(cases):
             kind = ("bytes", "splices", "forged")[case % 3]
