@@ -15,8 +15,12 @@ class NonFiniteError(S3Error, ValueError):
     """NaN or Inf in a weight, an activation or a Hessian."""
 
 
-class PrunerError(S3Error, ValueError):
-    """A pruner that is unknown, or an option out of its range."""
+class OptionError(S3Error, ValueError):
+    """An option of a function that is unknown, out of its range, or at odds with another."""
+
+
+class PrunerError(OptionError):
+    """A pruner that is unknown, or an option of one that is out of its range."""
 
 
 class HessianError(S3Error, ValueError):

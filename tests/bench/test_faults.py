@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 
 from s3tensor import cli, llm
 from s3tensor.io import pretrained as hf
-from s3tensor.llm import driver
+from s3tensor.llm import run as pruning
 
 transformers = pytest.importorskip("transformers")
 
@@ -183,14 +183,14 @@ def test_a_folder_that_vanishes_during_the_run_is_one_clear_line(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    real = driver._prune_block
+    real = pruning._prune_block
 
     def vanishing(runner: object, *rest: object) -> object:
         if runner.index == 1:  # type: ignore[attr-defined]
             shutil.rmtree(out)
         return real(runner, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(driver, "_prune_block", vanishing)
+    monkeypatch.setattr(pruning, "_prune_block", vanishing)
     found = run(model, text, out)
     assert found.exit_code == 1 and "vanished during the run" in found.stderr
     assert "start anew in another folder" in found.stderr and "Traceback" not in found.output
@@ -199,11 +199,11 @@ def test_a_folder_that_vanishes_during_the_run_is_one_clear_line(
 SLOWLY = """
 import signal, sys, time
 from s3tensor.cli import main
-from s3tensor.llm import driver
+from s3tensor.llm import run as pruning
 
 # A shell makes what it starts in the background deaf to it, and what that starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-real = driver._prune_block
+real = pruning._prune_block
 
 def waits(runner, *rest):
     if runner.index == 1:
@@ -211,7 +211,7 @@ def waits(runner, *rest):
         time.sleep(60)
     return real(runner, *rest)
 
-driver._prune_block = waits
+pruning._prune_block = waits
 main()
 """
 

@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 import s3tensor as s3
 from s3tensor import cli, llm, prune
 from s3tensor.io import pretrained as hf
-from s3tensor.llm import driver
+from s3tensor.llm import run as pruning
 
 transformers = pytest.importorskip("transformers")
 
@@ -237,7 +237,7 @@ class _Killed(BaseException):
 
 
 def dying(error: type[BaseException]) -> Callable[..., Any]:
-    real = driver._prune_block
+    real = pruning._prune_block
 
     def dies_in_the_last(runner: Any, *rest: Any) -> Any:
         if runner.index == BLOCKS - 1:
@@ -252,7 +252,7 @@ def test_control_c_is_told_and_the_same_command_goes_on_to_the_same_bytes(
 ) -> None:
     folder, report = tmp_path / "again", tmp_path / "report.json"
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "_prune_block", dying(KeyboardInterrupt))
+        patch.setattr(pruning, "_prune_block", dying(KeyboardInterrupt))
         stopped = run("prune", model, "--out", folder, *SHORT)
     assert stopped.exit_code == 130
     assert "the same command goes on from there" in stopped.output
@@ -317,7 +317,7 @@ def test_a_run_that_waited_for_another_leaves_its_finished_model_alone(
 ) -> None:
     folder, command = tmp_path / "shared", ("prune", model, "--out", tmp_path / "shared", *SHORT)
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "_prune_block", dying(KeyboardInterrupt))
+        patch.setattr(pruning, "_prune_block", dying(KeyboardInterrupt))
         assert run(*command).exit_code == 130  # begun: the second run may start, to go on
     real, finished = cli.prune.load, []
 

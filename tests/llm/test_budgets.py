@@ -20,7 +20,7 @@ import s3tensor as s3
 from s3tensor import cli, llm
 from s3tensor.errors import CheckpointError, PatternError
 from s3tensor.io import pretrained as hf
-from s3tensor.llm import budgets, driver
+from s3tensor.llm import budgets, run
 from s3tensor.pattern import Pattern
 from s3tensor.prune.hessian import Factors
 
@@ -197,7 +197,7 @@ def test_a_broken_off_run_goes_on_with_the_budgets_it_had(
 ) -> None:
     whole = uneven()
     llm.prune_model(whole, batches(), "2:4", budgets=wanted, progress=False)
-    real = driver._prune_block
+    real = run._prune_block
 
     def dies(runner: Any, *rest: Any) -> Any:
         if runner.index == 1:
@@ -212,15 +212,15 @@ def test_a_broken_off_run_goes_on_with_the_budgets_it_had(
         assert report.resumed == 1 and len(report.linears) == 14
         return model
 
-    monkeypatch.setattr(driver, "_prune_block", dies)
+    monkeypatch.setattr(run, "_prune_block", dies)
     with pytest.raises(KeyboardInterrupt):
         resumed(budgets=wanted)
-    monkeypatch.setattr(driver, "_prune_block", real)
+    monkeypatch.setattr(run, "_prune_block", real)
     for other in ({}, {"budgets": {"*.q_proj": "1:4"}}):
         with pytest.raises(CheckpointError, match="budgets"):
             resumed(**other)
     # The allocation is read, not measured anew.
-    monkeypatch.delattr(driver, "mixed_budgets")
+    monkeypatch.delattr(run, "mixed_budgets")
     model = resumed(budgets=wanted)
     assert torch.equal(logits(model), logits(whole))
     for name, value in whole.state_dict().items():

@@ -15,7 +15,8 @@ from torch import nn
 
 import s3tensor as s3
 from s3tensor import llm
-from s3tensor.llm import calibrate, progress, structure, text
+from s3tensor.llm import calibrate, progress, structure
+from s3tensor.text import text
 
 transformers = pytest.importorskip("transformers")
 

@@ -20,7 +20,8 @@ import s3tensor as s3
 from s3tensor import cli, llm
 from s3tensor.io import pretrained as hf
 from s3tensor.io.state import save_state
-from s3tensor.llm import calibrate, driver, recover, structure
+from s3tensor.llm import calibrate, recover, structure
+from s3tensor.llm import run as pruning
 from s3tensor.llm.recover import Recovered, Recovery, recover_block
 from s3tensor.llm.sequences import Sequences
 
@@ -355,17 +356,17 @@ def test_a_killed_run_with_recovery_resumes_to_the_same_bytes(
         return report
 
     whole = run(tmp_path / "whole")
-    real = driver.recover_block
+    real = pruning.recover_block
 
     def dies_in_block_one(runner: calibrate.BlockRunner, *rest: Any) -> Recovered:
         if runner.index == 1:
             raise KeyboardInterrupt
         return real(runner, *rest)
 
-    monkeypatch.setattr(driver, "recover_block", dies_in_block_one)
+    monkeypatch.setattr(pruning, "recover_block", dies_in_block_one)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "broken")
-    monkeypatch.setattr(driver, "recover_block", real)
+    monkeypatch.setattr(pruning, "recover_block", real)
     report = run(tmp_path / "broken")
     assert report.resumed == 1
     for name in ("final", "block-00000.safetensors", "block-00001.safetensors"):
@@ -392,11 +393,11 @@ def test_the_mixed_target_is_the_mean_of_the_dense_blocks_outputs_on_both_stream
     chunks = [calibrate.Chunk(torch.randn(1, 5, 16), [((), {})]) for _ in range(2)]
     dense = [calibrate.Chunk(torch.randn(1, 5, 16), []) for _ in range(2)]
     runner = calibrate.BlockRunner(block, 0, "layers.0", CPU, CPU)
-    streams = driver._Streams(chunks, dense)
-    found = driver._goals(runner, streams, Recovery(target="mixed"))
+    streams = pruning._Streams(chunks, dense)
+    found = pruning._goals(runner, streams, Recovery(target="mixed"))
     for goal, chunk, there in zip(found, chunks, dense, strict=True):
         torch.testing.assert_close(goal, (block(chunk.hidden) + there.hidden).detach() / 2)
-    assert driver._goals(runner, streams, Recovery()) == [chunk.hidden for chunk in dense]
+    assert pruning._goals(runner, streams, Recovery()) == [chunk.hidden for chunk in dense]
 
 
 def test_deterministic_kernels_are_on_for_the_backward_pass_of_attention_alone() -> None:
@@ -629,14 +630,14 @@ def test_a_time_budget_ends_recovery_early_with_the_schedule_at_its_end(
 
 
 def test_the_time_of_a_run_is_shared_out_over_its_blocks() -> None:
-    assert driver._seconds_left(None, [], 4) is None
-    assert driver._seconds_left(Recovery(), [], 4) is None
+    assert pruning._seconds_left(None, [], 4) is None
+    assert pruning._seconds_left(Recovery(), [], 4) is None
     limited = Recovery(seconds=40.0)
     assert Case().recover(seconds=0.0).steps == 0
     done = [llm.BlockRow(0, 1, 0.0, 0.0, 0.0, 0, recovery_seconds=16.0)]
-    assert driver._seconds_left(limited, [], 4) == 10.0
-    assert driver._seconds_left(limited, done, 3) == 8.0
-    assert driver._seconds_left(limited, done * 4, 1) == 0.0
+    assert pruning._seconds_left(limited, [], 4) == 10.0
+    assert pruning._seconds_left(limited, done, 3) == 8.0
+    assert pruning._seconds_left(limited, done * 4, 1) == 0.0
 
 
 def test_progress_tells_steps_loss_and_time_left() -> None:

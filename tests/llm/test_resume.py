@@ -18,7 +18,7 @@ import s3tensor as s3
 from s3tensor import llm
 from s3tensor.files import TEMPORARY
 from s3tensor.io.state import save_state
-from s3tensor.llm import calibrate, driver
+from s3tensor.llm import calibrate, run
 from s3tensor.llm.resume import RunFolder
 
 transformers = pytest.importorskip("transformers")
@@ -36,17 +36,17 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, compress: bool
 ) -> None:
     resumable(tmp_path / "whole", kind, compress=compress)
-    real = driver._prune_block
+    real = run._prune_block
 
     def dies_in_block_two(runner: calibrate.BlockRunner, *rest: object) -> object:
         if runner.index == 2:
             raise _Killed
         return real(runner, *rest)
 
-    monkeypatch.setattr(driver, "_prune_block", dies_in_block_two)
+    monkeypatch.setattr(run, "_prune_block", dies_in_block_two)
     with pytest.raises(_Killed):
         resumable(tmp_path / "broken", kind, compress=compress)
-    monkeypatch.setattr(driver, "_prune_block", real)
+    monkeypatch.setattr(run, "_prune_block", real)
     report = resumable(tmp_path / "broken", kind, compress=compress)
     assert report.resumed == 2
     assert len(report.linears) == (12 if kind == "gpt2" else 21)
@@ -189,14 +189,14 @@ def test_a_folder_of_a_run_with_other_held_out_tokens_is_refused(tmp_path: Path)
 def test_a_folder_that_vanished_is_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = driver._prune_block
+    real = run._prune_block
 
     def vanishing(runner: calibrate.BlockRunner, *rest: object) -> object:
         if runner.index == 1:
             shutil.rmtree(tmp_path / "run")
         return real(runner, *rest)
 
-    monkeypatch.setattr(driver, "_prune_block", vanishing)
+    monkeypatch.setattr(run, "_prune_block", vanishing)
     with pytest.raises(s3.CheckpointError, match=r"vanished during the run"):
         resumable(tmp_path / "run", pruner="wanda")
     assert not (tmp_path / "run").exists()

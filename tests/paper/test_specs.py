@@ -26,6 +26,7 @@ from s3tensor import (
     SparsityBuilder,
     View,
 )
+from s3tensor.mask.projection import tile
 from s3tensor.pattern import BoundPattern
 from s3tensor.testing import bound_patterns, weights
 
@@ -217,7 +218,7 @@ def test_tiles_of_specs_are_tiles_of_the_bound_pattern(bound: BoundPattern, kind
         [scope.block_to_scope(each, merge=True) for each in ids.unbind(-1)], dim=-1
     )
     shape = (bound.scopes, bound.blocks_per_scope, bound.block_size)
-    assert torch.equal(by_scope.reshape(shape), s3.mask.tile(values, bound))
+    assert torch.equal(by_scope.reshape(shape), tile(values, bound))
 
 
 @given(small, layouts)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import s3tensor as s3
 from s3tensor import cli, llm
-from s3tensor.llm import files, text, token_cache
+from s3tensor.text import files, text, token_cache
 
 ROWS = [{"id": 7, "body": "First, line\nand next."}, {"id": 8, "body": "Zweitens: Größe."}]
 BODIES = [str(row["body"]) for row in ROWS]
