@@ -19,10 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 # Each page, and the tables that it must have.
 PAGES = {
-    ROOT / "README.md": ("pruners", "layer_errors", "inference", "finetune"),
+    ROOT / "README.md": ("gains", "inference", "decoder", "pruners"),
     ROOT / "docs" / "benchmarks.md": (
         "inference",
         "inference-NVIDIA-H200",
+        "decoder",
         "pruners",
         "pruners-patterns",
         "layer_errors",
@@ -36,14 +37,45 @@ PAGES = {
 }
 
 
+def gains(stored: dict[str, Any]) -> str:
+    """What 2:4 gains, each line from one benchmark; ``stored`` is the result of bench/pruners.py."""
+    perplexity = {row["method"]: f"{row['perplexity']:.2f}" for row in stored["rows"]}
+    inference, decoder, finetune, training = map(
+        _stored, ("inference", "decoder", "finetune", "training")
+    )
+    speed = [_ratio(inference["rows"], "2:4", batch, "lean_us") for batch in (1, 16)]
+    single = {row["weights"]: row for row in decoder["rows"] if row["batch"] == 1}
+    step = {(row["way"], row["tokens"], row["variant"]): row["ratio"] for row in training["rows"]}
+    lines = [
+        "| | dense | 2:4 | measured on |",
+        "|---|---|---|---|",
+        f"| bytes of a bfloat16 weight | 1 | {_bytes(inference['rows'], '2:4', 'lean_bytes')} | |",
+        f"| speed of a linear layer, 1 to 16 rows of x | 1 | {' to '.join(speed)} | {_where(inference)} |",
+        f"| tokens/s of a compiled decoder, one sequence | {single['dense']['tokens_per_s']:.0f} | "
+        f"{single['2:4']['tokens_per_s']:.0f} ({single['2:4']['ratio']:.2f}x) | {decoder['model']}, "
+        f"{decoder['layers']} layers; {_where(decoder)} |",
+        f"| perplexity after pruning | {perplexity['dense']} | {perplexity['admm']} (SparseGPT: "
+        f"{perplexity['sparsegpt']}) | SmolLM2-135M; {_where(stored)} |",
+        f"| perplexity after pruning with recovery | {perplexity['dense']} | "
+        f"{perplexity['admm + recovery']} | SmolLM2-135M; {_where(stored)} |",
+        f"| perplexity after fine-tuning with distillation | {finetune['dense_perplexity']:.2f} | "
+        f"{finetune['rows'][-1]['perplexity']:.2f} (pruned: {finetune['pruned_perplexity']:.2f}) | "
+        f"SmolLM2-135M; {_where(finetune)} |",
+        "| time of a compiled training step, 16384 tokens | 1 | "
+        f"{step['compiled', 16384, 'ste, transposable, sparse cores']:.2f} | three linear layers, "
+        f"transposable masks, sparse tensor cores; {_where(training)} |",
+    ]
+    return "\n".join(lines)
+
+
 def pruners(stored: dict[str, Any]) -> str:
     """Perplexity of a whole model after each pruner (bench/pruners.py)."""
     calibration = stored["calibration"]
     lines = [
         f"SmolLM2-135M, all linears to {stored['pattern']}, {calibration['samples']} x "
         f"{calibration['seq_len']} calibration tokens, {stored['held_out_tokens']:,} held-out tokens of "
-        f"other topics, {_where(stored)} (`bench/pruners.py`; `admm`, the default, chooses damp, and so does "
-        f"`admm + recovery`; the others have {stored['damp']} if they do not say so):",
+        f"other topics, {_where(stored)} (`bench/pruners.py`; `admm`, the default, and `admm + recovery` "
+        f"choose damp; the others use {stored['damp']} unless they say otherwise):",
         "",
         "| pruner | perplexity | seconds, whole run | seconds in the pruner |",
         "|---|---|---|---|",
@@ -62,7 +94,7 @@ def pruners_patterns(stored: dict[str, Any]) -> str:
     methods = dict.fromkeys(name for rows in tables.values() for name in rows)
     shared = [name for name in methods if sum(name in rows for rows in tables.values()) > 1]
     lines = [
-        f"Perplexity under other patterns, the same model, tokens and device ({_where(stored)}, "
+        f"Perplexity under other patterns, on the same model, tokens and device ({_where(stored)}, "
         "`bench/pruners.py --patterns`):",
         "",
         f"| pruner | {' | '.join(tables)} |",
@@ -98,16 +130,16 @@ def layer_errors(stored: dict[str, Any]) -> str:
 
 
 def synthetic(stored: dict[str, Any]) -> str:
-    """Output errors of a made layer of real width beside the reference's S-OBS (bench/structured_obs.py)."""
+    """Output errors of a synthetic layer, with the reference's S-OBS (bench/structured_obs.py)."""
     rows = {(row["pattern"], row["method"]): row for row in stored["rows"]}
     most = min(row["rows"] for row in stored["rows"])
     lines = [
-        f"A made layer of {stored['shape'][0]} x {stored['shape'][1]}, {stored['samples']:,} correlated, "
-        f"heavy-tailed samples, {_where(stored)} (`bench/structured_obs.py --synthetic`; patterns named as "
-        f"in the S3 paper). Errors are of the first {most} rows, which is what the reference's S-OBS was "
-        "given; its seconds are scaled to all rows:",
+        f"A synthetic layer of {stored['shape'][0]} x {stored['shape'][1]}, {stored['samples']:,} "
+        f"correlated, heavy-tailed samples, {_where(stored)} (`bench/structured_obs.py --synthetic`; "
+        f"patterns named as in the S3 paper). Errors are of the first {most} rows, the only "
+        "ones that the reference's S-OBS pruned; its seconds are scaled to all rows:",
         "",
-        "| pattern | sparsekit S-OBS | sparsegpt | sparsegpt+refit | admm | admm of S-OBS |",
+        "| pattern | sparsekit S-OBS | sparsegpt | sparsegpt+refit | admm | admm / S-OBS |",
         "|---|---|---|---|---|---|",
     ]
     for pattern in dict.fromkeys(row["pattern"] for row in stored["rows"]):
@@ -128,9 +160,9 @@ def inference(stored: dict[str, Any]) -> str:
     batches = sorted({row["batch"] for row in rows})
     shapes = list(dict.fromkeys(f"{row['rows']}x{row['columns']}" for row in rows))
     lines = [
-        f"How often faster than the dense product (cuBLAS, {rows[0]['dtype']}), geometric mean over weights "
-        f"of {', '.join(shapes[:-1])} and {shapes[-1]}, in CUDA graphs, no weight in a cache; "
-        f"{_where(stored)}; a copy moves {stored['copy_gb_per_s']} GB/s (`s3tensor bench`):",
+        f"Speedup over dense (cuBLAS, {rows[0]['dtype']}), geometric mean over weights of "
+        f"{', '.join(shapes[:-1])} and {shapes[-1]}, in CUDA graphs, with cold caches; {_where(stored)}; a "
+        f"device copy runs at {stored['copy_gb_per_s']} GB/s (`s3tensor bench`):",
         "",
         f"| rows of x | {' | '.join(map(str, batches))} |",
         "|---|" + "---|" * len(batches),
@@ -143,7 +175,10 @@ def inference(stored: dict[str, Any]) -> str:
     rival = [_ratio(rows, "2:4", batch, "torch_us") for batch in batches]
     lines.append(f"| 2:4, torch's own tensor | {' | '.join(rival)} |")
     worst = min(row["dense_us"] / row["fast_us"] for row in rows)
-    lines += ["", f"The worst of the {len(rows)} products under `fast` is {worst:.2f} of dense."]
+    lines += [
+        "",
+        f"The slowest of the {len(rows)} products under `fast` has a speedup of {worst:.2f}.",
+    ]
     return "\n".join(lines)
 
 
@@ -176,12 +211,12 @@ def room(stored: dict[str, Any]) -> str:
         f"{stored['samples']:,} samples; errors in %, {stored['steps']:,} swaps of tabu search for each "
         f"({device}torch {stored['versions']['torch']}, `bench/room.py`):",
         "",
-        "| pattern | start | as given | refitted | no swap helps | after the search | of S-OBS |",
+        "| pattern | start | as given | refitted | no swap helps | after the search | relative to S-OBS |",
         "|---|---|---|---|---|---|---|",
     ]
     base = {r["pattern"]: r["as_given"] for r in stored["rows"] if "true_obs" in r["start"]}
     for row in stored["rows"]:
-        start = named.get(row["start"], "a mask at random")
+        start = named.get(row["start"], "a random mask")
         errors = (row["as_given"], row["refitted"], row["descent"], row["search"])
         cells = " | ".join("" if error is None else f"{100 * error:.3f}" for error in errors)
         ratio = row["search"] / base[row["pattern"]]
@@ -205,10 +240,10 @@ def _bytes(rows: list[dict[str, Any]], pattern: str, held: str) -> str:
 def decoder(stored: dict[str, Any]) -> str:
     """A compiled decoder, dense and compressed (bench/decoder.py)."""
     lines = [
-        f"{stored['model']}, {stored['layers']} layers, a static cache, one token a step, compiled and in a "
+        f"{stored['model']}, {stored['layers']} layers, static cache, one token per step, compiled and in a "
         f"CUDA graph, bfloat16; {_where(stored)} (`bench/decoder.py`):",
         "",
-        "| sequences | weights | tokens/s | ms a step | times dense |",
+        "| sequences | weights | tokens/s | ms per step | speedup |",
         "|---|---|---|---|---|",
     ]
     for row in stored["rows"]:
@@ -226,14 +261,14 @@ def loading(stored: dict[str, Any]) -> str:
         "dense": "dense files",
         "compressed": "compressed files",
         "verified": "compressed files, every checksum verified",
-        "afterwards": "dense files, compressed after",
+        "afterwards": "dense files, compressed after loading",
     }
     lines = [
         f"A Llama of {model['parameters'] / 1e6:.0f} M parameters, bfloat16, {stored['pattern']}, on a CPU, "
-        f"torch {stored['torch']}, transformers {stored['transformers']} (`bench/loading.py`); the most "
-        "memory held, pages of files included, while loading and in one pass over 16 tokens after it:",
+        f"torch {stored['torch']}, transformers {stored['transformers']} (`bench/loading.py`); peak memory, "
+        "file pages included, while loading and in one forward pass over 16 tokens after it:",
         "",
-        "| from | MB held by the model | peak MB | seconds |",
+        "| loaded from | MB held by the model | peak MB | seconds |",
         "|---|---|---|---|",
     ]
     for way, row in stored["rows"].items():
@@ -249,12 +284,12 @@ def faults(stored: dict[str, Any]) -> str:
     kills, fuzz = stored["kills"], stored["fuzz"]
     lines = [
         f"`s3tensor prune` of a toy model, killed by SIGKILL at {kills['kills']} random moments and started "
-        f"again with the same command: {kills['results']} results, {kills['equal']} of them equal, byte by "
-        f"byte, to an undisturbed run. Checkpoints with changed bytes, {fuzz['cases']:,} cases, under a "
+        f"again with the same command: {kills['results']} results, {kills['equal']} of them equal, byte for "
+        f"byte, to an uninterrupted run. Checkpoints with changed bytes, {fuzz['cases']:,} cases, under a "
         "limit of 1 GiB of further memory "
         f"({stored['date']}, torch {stored['versions']['torch']}, `bench/faults.py`):",
         "",
-        "| change | cases | refused | loaded as saved | another sound state | faults |",
+        "| change | cases | refused | loaded as saved | another valid state | faults |",
         "|---|---|---|---|---|---|",
     ]
     for kind, found in fuzz["outcomes"].items():
@@ -270,9 +305,9 @@ def training(stored: dict[str, Any]) -> str:
     columns = list(dict.fromkeys((way, tokens) for way, tokens, _ in rows))
     widths = ", ".join(f"{rows}x{columns}" for rows, columns in stored["linears"])
     lines = [
-        f"Time of a step beside dense, for linears of {widths} under {stored['pattern']}, float32 masters, "
-        f"bfloat16 autocast, fused AdamW: medians of {_rounds(stored)} rounds of ten steps, and their range; "
-        f'{_where(stored)} (`bench/training.py`; steps of "refresh 10" include `s3.step`):',
+        f"Time of a training step relative to dense, for linears of {widths} under {stored['pattern']}, "
+        f"float32 masters, bfloat16 autocast, fused AdamW: median of {_rounds(stored)} rounds of ten steps, "
+        f'and range; {_where(stored)} (`bench/training.py`; steps of "refresh 10" include `s3.step`):',
         "",
         f"| | {' | '.join(f'{way}, {tokens} tokens' for way, tokens in columns)} |",
         "|---|" + "---|" * len(columns),
@@ -289,10 +324,11 @@ def _sparse_cores(rows: list[dict[str, Any]]) -> list[str]:
         return []
     lines = [
         "",
-        "One product alone, bfloat16, dense and by sparse tensor cores (cuSPARSELt), for which the weight is "
-        "compressed in each step; and the time that torch takes to compress it:",
+        "One product, bfloat16, dense and on sparse tensor cores (cuSPARSELt), for which the weight is "
+        "compressed in each step; last, the time that torch takes to compress it:",
         "",
-        "| product | dense, ms | sparse, ms | compressing, ms | both, of dense | compressing by torch, ms |",
+        "| product | dense, ms | sparse, ms | compression, ms | sparse + compression, relative to dense | "
+        "compression by torch, ms |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -325,11 +361,11 @@ def finetune(stored: dict[str, Any]) -> str:
     lines = [
         f"{settings['model']}, {stored['pruned_linears']} linears to {settings['pattern']} by "
         f"`{settings['pruner']}`, then {settings['steps']} steps of {settings['batch']} x "
-        f"{settings['seq_len']} tokens, of {stored['tokens']['training']:,} of the calibration topics; "
-        f"perplexity of {stored['tokens']['held_out']:,} held-out tokens of other topics, of the compressed "
-        f"model, saved and reloaded; {_where(stored)} (`examples/finetune.py`{notes}):",
+        f"{settings['seq_len']} tokens, drawn from {stored['tokens']['training']:,} of the calibration "
+        f"topics; perplexity on {stored['tokens']['held_out']:,} held-out tokens of other topics, of the "
+        f"compressed model after saving and reloading; {_where(stored)} (`examples/finetune.py`{notes}):",
         "",
-        "| | perplexity | regained of what pruning lost | step kept | ms a step |",
+        "| | perplexity | loss from pruning recovered | step kept | ms per step |",
         "|---|---|---|---|---|",
         f"| dense | {stored['dense_perplexity']:.2f} | | | |",
         f"| pruned | {stored['pruned_perplexity']:.2f} | | | |",
@@ -352,6 +388,12 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{row['error']:.4f}, {row['seconds']:.2f} s"
 
 
+def _stored(name: str) -> dict[str, Any]:
+    """The stored result of a benchmark."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
 def _where(stored: dict[str, Any]) -> str:
     device = stored["device"]
     threads = "" if "NVIDIA" in device else f", {stored['threads']} threads"
@@ -359,6 +401,7 @@ def _where(stored: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "gains": gains,
     "pruners": pruners,
     "pruners-patterns": pruners_patterns,
     "layer_errors": layer_errors,
@@ -376,7 +419,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "finetune": finetune,
 }
 # Tables that are made from the result of another one; each other has a file of its name.
-SHARED = {"pruners-patterns": "pruners"}
+SHARED = {"gains": "pruners", "pruners-patterns": "pruners"}
 
 
 def rendered(text: str, page: Path, promised: tuple[str, ...]) -> str:
@@ -384,10 +427,10 @@ def rendered(text: str, page: Path, promised: tuple[str, ...]) -> str:
     for name, table in TABLES.items():
         if f"<!-- {name} -->" not in text and name not in promised:
             continue
-        file = RESULTS / f"{SHARED.get(name, name)}.json"
+        stored = SHARED.get(name, name)
         shown = ""
-        if file.exists():
-            shown = table(json.loads(file.read_text(encoding="utf-8"))) + "\n"
+        if (RESULTS / f"{stored}.json").exists():
+            shown = table(_stored(stored)) + "\n"
         block = f"<!-- {name} -->\n{shown}<!-- /{name} -->"
         marked = re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
         text, count = marked.subn(lambda _, block=block: block, text)
