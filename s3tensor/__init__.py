@@ -1,4 +1,9 @@
-"""s3tensor: structured sparsity for PyTorch, from one Pattern to a pruned, compressed, running model."""
+"""Structured sparsity for PyTorch: prune weights to a pattern, store them compressed, run and train them.
+
+Start with :class:`Pattern`, the pruners in :mod:`s3tensor.prune`, :class:`StructuredSparseTensor`,
+:class:`S3Sparse` for training, and :func:`s3tensor.llm.prune_model` for whole models.
+:mod:`s3tensor.paper` has the vocabulary of the S3 paper.
+"""
 
 from __future__ import annotations
 
@@ -66,8 +71,8 @@ if _typing.TYPE_CHECKING:
     from s3tensor.train.schedule import Density
     from s3tensor.train.sparse_cores import sparse_cores_
 
-# Where each name is found when it is first used: patterns and layouts cost no import of torch, and only
-# the functions that need them import transformers, pandas or matplotlib.
+# The module of each name, imported on first use: patterns and layouts need no torch, and only the
+# functions that need them import transformers, pandas or matplotlib.
 _LAZY = {
     name: module
     for module, names in {
@@ -186,5 +191,5 @@ def __dir__() -> list[str]:
     return list(__all__)
 
 
-_moved.watch()  # files name modules as they were called when they were written
+_moved.watch()  # stored files name modules by the names of their time
 _watch()  # AutoModelForCausalLM.from_pretrained loads compressed models

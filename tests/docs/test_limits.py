@@ -136,8 +136,8 @@ CASES: dict[str, list[Callable[..., Any]]] = {
     ],
     "`vmap` over a compressed weight": [lambda: torch.vmap(lambda row: row @ x().t())(weight())],
     "`.numpy()`": [lambda: weight().numpy()],
-    "x of another dtype than the weight": [lambda: F.linear(x().bfloat16(), weight())],
-    "the weight's own gradient, differentiated again": [gradient_of_the_gradient],
+    "x whose dtype differs from the weight's": [lambda: F.linear(x().bfloat16(), weight())],
+    "a second derivative with respect to the weight": [gradient_of_the_gradient],
     "an operator without a rule under `torch.compile(fullgraph=True)`": [relu_compiled],
     "a weight of complex numbers, int8 or fp8": [
         lambda: compress(dense().to(torch.complex64)), lambda: compress(dense().to(torch.int8)),
@@ -152,34 +152,34 @@ CASES: dict[str, list[Callable[..., Any]]] = {
         lambda: compress(torch.full((16, 32), torch.nan)),
         lambda: compress(torch.full((16, 32), torch.inf)),
     ],
-    "int8 values of a weight that is dense, of float64 or of other than two dims": [
+    "int8 values of a dense weight, a float64 weight, or one without exactly two dims": [
         lambda: s3.Int8SparseTensor.from_sparse(dense()),
         lambda: s3.Int8SparseTensor.from_sparse(compress(dense().double())),
         lambda: s3.Int8SparseTensor.from_sparse(
             s3.StructuredSparseTensor.from_dense(torch.ones(8, 4, 3, 3), "filter@0.5")
         ),
     ],
-    "a gradient of a weight with int8 values": [
+    "a gradient with respect to a weight with int8 values": [
         lambda: nn.Parameter(s3.Int8SparseTensor.from_sparse(weight())),
         lambda: s3.Int8SparseTensor.from_sparse(weight()).requires_grad_(),
     ],
-    "embeddings alone": [lambda: s3.sparsify_(nn.Embedding(16, 32), "2:4")],
+    "embeddings alone, by `sparsify_`": [lambda: s3.sparsify_(nn.Embedding(16, 32), "2:4")],
     "convolutions, by `sparsify_`": [lambda: s3.sparsify_(nn.Conv2d(16, 16, 3), "2:4")],
     "a file that was altered": [altered_file],
-    "a pruner that needs a Hessian without one": [
+    "a pruner that needs a Hessian, without one": [
         lambda: s3.prune.admm(dense(), None, "2:4"), lambda: s3.prune.wanda(dense(), None, "2:4"),
     ],
-    "a weight of other than two dims to a pruner": [
+    "a weight without exactly two dims, given to a pruner": [
         lambda: s3.prune.magnitude(torch.ones(2, 4, 8), None, "2:4")
     ],
-    "a pruner that is not there": [lambda: s3.prune.get("nonsense")],
+    "an unknown pruner": [lambda: s3.prune.get("nonsense")],
     "a model without linears in decoder blocks": [
         lambda: s3.llm.prune_model(
             nn.Linear(32, 16), [torch.zeros(1, 8, dtype=torch.int64)], "2:4", progress=False
         )
     ],
     "calibration text that is too short": [short_text],
-    "a folder of a run with other settings": [prune_into],
+    "a `work_dir` of a run with other settings": [prune_into],
     "training a compressed weight by plain SGD": [
         lambda: torch.optim.SGD([trained()], lr=0.1).step()
     ],
