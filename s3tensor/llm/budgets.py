@@ -27,20 +27,24 @@ from s3tensor.prune.scores import wanda
 
 Budgets: TypeAlias = "Literal['mixed'] | Mapping[str, Pattern | str]"
 
-BUDGETS_JSON = "budgets.json"  # in a run's folder: the pattern of each linear, as it was allocated
+BUDGETS_JSON = "budgets.json"  # in a run's folder: the allocated pattern of each linear
 
-_ROWS = 128  # of a weight, on which its sensitivity is measured
+_ROWS = 128  # of a weight, from which its sensitivity is estimated
 _BALANCE = 0.85  # the default of admm
-_SLOTS = 20_000  # most sizes of the budget that the allocation tells apart
+_SLOTS = 20_000  # most sizes of the budget that the allocation distinguishes
 
 
-def parse_budgets(budgets: Budgets | None, model: nn.Module) -> dict[str, Pattern] | None:
+def parse_budgets(
+    budgets: Budgets | None, model: nn.Module, pattern: Pattern
+) -> dict[str, Pattern] | None:
     """Patterns by full name or glob of a linear; None where no names are given.
 
     Raises:
-        PatternError: another word than ``mixed``, a pattern that does not parse, or a name that no linear
-            of the model has.
+        PatternError: another word than ``mixed``, ``mixed`` of a pattern without :func:`choices`, a pattern
+            that does not parse, or a name that no linear of the model has.
     """
+    if budgets == "mixed":
+        choices(pattern)
     if budgets is None or budgets == "mixed":
         return None
     if not isinstance(budgets, Mapping):
@@ -51,7 +55,7 @@ def parse_budgets(budgets: Budgets | None, model: nn.Module) -> dict[str, Patter
     names = [name for name, module in model.named_modules() if is_linear(module)]
     for key in budgets:
         if not any(name == key or fnmatchcase(name, key) for name in names):
-            # Within the blocks: the head is no linear to prune.
+            # An example from within the blocks: lm_head is not pruned.
             prefix = f"{decoder_blocks(model)[0]}." if names else ""
             within = next((name for name in reversed(names) if name.startswith(prefix)), None)
             example = f", which has {within}" if within else ""
@@ -69,10 +73,10 @@ def pattern_of(name: str, named: Mapping[str, Pattern] | None, pattern: Pattern)
 
 
 def choices(pattern: Pattern) -> list[Pattern]:
-    """The pattern with less and more kept, itself among them, in that order; only ``keep`` differs.
+    """The pattern and its variants with less and more kept, in order of ``keep``, which alone differs.
 
-    One block less and more in each scope (1:4, 2:4, 3:4); of a density d, d less and more a fifth and two
-    fifths of what is left to 0 or 1.
+    One block less and more in each scope (1:4, 2:4, 3:4); for a density, one and two fifths of its distance
+    to 0 or 1, whichever is nearer, less and more.
 
     Raises:
         PatternError: a scope without room for another budget, such as one of two blocks.
@@ -94,7 +98,7 @@ def choices(pattern: Pattern) -> list[Pattern]:
 
 
 def _spelt(pattern: Pattern, keep: int | float) -> Pattern:
-    """The pattern with another ``keep``, by its short name where it has one."""
+    """The pattern with another ``keep``, under its short name where it has one."""
     made = Pattern(pattern.view, dict(pattern.sizes), pattern.block, pattern.scope, keep)
     name = re.sub(r"[0-9]+(:[0-9]+)$|(?<=@)[0-9.]+$", rf"{keep:g}\1", pattern.name)
     try:
@@ -105,7 +109,7 @@ def _spelt(pattern: Pattern, keep: int | float) -> Pattern:
 
 
 def kept_weights(pattern: Pattern, shape: tuple[int, int]) -> int:
-    """Weights that a pattern keeps of a shape."""
+    """How many weights a pattern keeps in a shape."""
     bound = pattern.bind(shape)
     return bound.keep * bound.block_size * bound.scopes
 
@@ -116,10 +120,10 @@ def sensitivities(
     hessian: Tensor,  # (K, K), undamped
     patterns: Sequence[Pattern],  # that differ in ``keep`` alone
 ) -> list[float]:
-    """Squared relative output error that each pattern would cost, about, without pruning the weight.
+    """Estimates of the squared relative output error of each pattern, without pruning the weight.
 
-    On at most 128 rows, evenly spaced: the mask of the largest blocks in the scales of ADMM (where ADMM
-    starts), with its exact weights. The inverse of the Hessian is made once.
+    From at most 128 rows, evenly spaced: the mask that ADMM starts from, the largest blocks in its scales,
+    with exact weights. The Hessian is inverted once.
     """
     group = row_group(patterns[0].bind((weight.shape[0], weight.shape[1])))
     groups = len(weight) // group
@@ -142,15 +146,15 @@ def gain(
     runner: BlockRunner,
     layer: LinearLayer,
     chunk: Chunk,  # on its way into the block
-    expected: Tensor,  # what the dense block makes of it
+    expected: Tensor,  # the dense block's output for it
     hessian: Tensor,  # (K, K), undamped, of the linear's inputs
     pattern: Pattern,
 ) -> float:
-    """What a linear's squared relative error costs its block: the same of the block's output, over it.
+    """Ratio of the squared relative error of the block's output to that of the linear which causes it.
 
-    Each token's error is taken relative to that token, and the mean over tokens, so that the few tokens of
-    huge activations do not hide the others. Measured by pruning the linear alone, by Wanda, for one pass
-    over the chunk.
+    The block's error is relative to each token and averaged over tokens, so that a few tokens of huge
+    activations do not hide the others. Measured by pruning the linear alone, by Wanda, for one pass over
+    the chunk.
     """
     dense = layer.weight.clone()
     trial = wanda(dense, hessian, pattern).weight
@@ -174,11 +178,11 @@ def allocate(
     costs: Sequence[Sequence[int]],  # kept weights, likewise
     uniform: Sequence[int],  # an option for each layer: the budget is what these cost together
 ) -> list[int]:
-    """An option for each layer: the least sum of losses whose costs are at most those of ``uniform``.
+    """An option for each layer: the least sum of losses at a total cost of at most that of ``uniform``.
 
     A multiple-choice knapsack, solved exactly by dynamic programming over the budget in units of the
-    costs' greatest common divisor. Where that gives more than 20,000 sizes the unit is coarser and costs
-    are rounded up: never above the budget. ``uniform`` wins where nothing is better.
+    costs' greatest common divisor. If that gives more than 20,000 sizes, the unit is coarser and costs are
+    rounded up, so that the budget holds. ``uniform`` is returned unless another allocation is better.
     """
     least = [min(each) for each in costs]
     room = sum(each[n] for each, n in zip(costs, uniform, strict=True)) - sum(least)
@@ -215,20 +219,16 @@ def allocate(
 
 def mixed_budgets(
     pattern: Pattern,
-    blocks: Sequence[nn.Module],
-    prefix: str,
-    plan: Sequence[Sequence[LinearLayer]],  # the linears to prune, for each block
+    runners: Sequence[BlockRunner],
+    layers: Sequence[Sequence[LinearLayer]],  # to prune, of each block
     chunks: Sequence[Chunk],  # the input of the first block
-    *,
-    device: torch.device,
-    cache: torch.device,
     damp: float,
-    told: Callable[[int, str], None],  # called with the block and what is done
+    progress: Callable[[int, str], None],  # called with the block and what is done
 ) -> dict[str, Pattern]:
     """A pattern for each linear by name: ``pattern`` with less or more kept, as many weights in all.
 
-    What is least is the sum, over linears, of the squared relative error that the pattern costs the output
-    of the linear's block: :func:`sensitivities` times :func:`gain`, in one pass of the dense model over the
+    Minimises the sum, over linears, of the squared relative error that the pattern costs the output of the
+    linear's block: :func:`sensitivities` times :func:`gain`, in one pass of the dense model over the
     calibration tokens and one of a block over a batch for each linear.
     """
     options = choices(pattern)
@@ -236,12 +236,11 @@ def mixed_budgets(
     names: list[str] = []
     losses: list[list[float]] = []
     costs: list[list[int]] = []
-    for index, (block, layers) in enumerate(zip(blocks, plan, strict=True)):
-        runner = BlockRunner(block, index, f"{prefix}.{index}", device, cache)
-        with on_device(block, device):
-            told(index, "sensitivity")
+    for runner, linears in zip(runners, layers, strict=True):
+        with on_device(runner.block, runner.device):
+            progress(runner.index, "sensitivity")
             first = Chunk(stream[0].hidden, stream[0].extras)
-            for layer, hessian, factors in _dense_hessians(runner, layers, stream, damp):
+            for layer, hessian, factors in _dense_hessians(runner, linears, stream, damp):
                 names.append(layer.name)
                 costs.append([kept_weights(option, layer.shape) for option in options])
                 cost = gain(runner, layer, first, stream[0].hidden, hessian, pattern)
@@ -277,17 +276,17 @@ def _dense_hessians(
                 yield layers[number], value, factors
 
 
-def save_budgets(folder: Path, patterns: Mapping[str, Pattern]) -> None:
-    """Write an allocation; ``budgets`` and ``--budgets`` take the file again.
+def save_budgets(path: Path, patterns: Mapping[str, Pattern]) -> None:
+    """Write an allocation as JSON; ``--budgets`` reads the file.
 
     Raises:
         CheckpointError: when it cannot be written.
     """
-    write_json(folder / BUDGETS_JSON, {name: str(pattern) for name, pattern in patterns.items()})
+    write_json(path, {name: str(pattern) for name, pattern in patterns.items()})
 
 
 def load_budgets(path: Path) -> dict[str, Pattern]:
-    """The allocation of a run that goes on.
+    """The allocation of an interrupted run.
 
     Raises:
         CheckpointError: a damaged file.
@@ -297,5 +296,5 @@ def load_budgets(path: Path) -> dict[str, Pattern]:
         return {name: Pattern.parse(text) for name, text in found.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({error}); delete {path.parent} to start anew"
+            f"{path} is damaged ({error}); delete {path.parent} to start again"
         ) from None

@@ -1,8 +1,8 @@
-"""Catch what modules are given, move it between devices, and run blocks over cached inputs."""
+"""Catch the inputs of modules, move them between devices, and run blocks over cached inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -118,21 +118,19 @@ class Chunk:
 def catch_chunks(
     model: nn.Module,
     blocks: Sequence[nn.Module],
-    calibration: Iterable[Tensor],  # of (batch, tokens) int64
+    batches: Sequence[Tensor],  # of (batch, tokens), as :func:`check_batches` gives them
     cache: torch.device | str,
 ) -> list[Chunk]:
-    """Embed every calibration batch and record what each block is called with besides hidden states.
+    """Embed every batch and record what each block is called with besides hidden states.
 
-    The blocks themselves do not compute: each passes its input on, so that masks and position
-    embeddings, which may differ from block to block, are caught at the cost of the embedding alone.
-    A few tokens are run through the whole blocks first, to see that the model is a chain of them.
+    The blocks do not compute: each passes its input on, so that masks and position embeddings, which
+    may differ from block to block, are caught at the cost of the embedding alone. A few tokens are run
+    through the whole model first, to check that it is a chain of these blocks.
 
     Raises:
-        CalibrationError: no batches, or batches that :func:`check_batches` refuses.
         ModelError: a model that does more than pass hidden states from block to block.
         NonFiniteError: NaN or Inf in the embedding of a batch.
     """
-    batches = check_batches(model, list(calibration))
     device = next(model.parameters()).device
     tuples = _probe(model, blocks, batches[0][:1, :_PROBE_TOKENS].to(device))
     chunks: list[Chunk] = []
@@ -146,11 +144,11 @@ def catch_chunks(
 
 
 def check_batches(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
-    """The batches in a dtype that embeddings take; refuses those that the model cannot be run on.
+    """The batches in a dtype that embeddings take.
 
     Raises:
-        CalibrationError: none, not (batch, tokens) of integers, ids beyond the vocabulary, or more
-            tokens than the model has positions.
+        CalibrationError: no batches, not (batch, tokens) of integers, ids beyond the vocabulary, or
+            more tokens than the model has positions.
     """
     if not batches:
         raise CalibrationError(
@@ -196,7 +194,7 @@ def _only_call(blocks: Sequence[nn.Module], index: int, calls: list[Any]) -> _Ca
 
 
 def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-    """A block's hidden states and its other arguments; caches of generation are left out.
+    """A block's hidden states and its other arguments; key-value caches are left out.
 
     Raises:
         ModelError: no tensor comes first, nor one named ``hidden_states``.
@@ -218,12 +216,12 @@ def _is_cache(value: object) -> bool:
 
 @torch.no_grad()
 def _probe(model: nn.Module, blocks: Sequence[nn.Module], batch: Tensor) -> list[bool]:
-    """Whether each block returns a tuple, as older models' do, or its hidden states alone.
+    """Whether each block returns a tuple, as in older models, or its hidden states alone.
 
     Raises:
         ModelError: a block that is given other hidden states than the block before it returned, or
-            arguments that the blocks before it have a part in. What is caught from blocks that do
-            not compute would be wrong then.
+            arguments that depend on the blocks before it: these cannot be caught from blocks that do
+            not compute.
     """
     outs: list[Any] = []
 
@@ -234,7 +232,7 @@ def _probe(model: nn.Module, blocks: Sequence[nn.Module], batch: Tensor) -> list
         catcher = hooks.enter_context(ModuleInputCatcher(blocks, stop=False))
         for block in blocks:
             hooks.callback(block.register_forward_hook(look).remove)
-        model(input_ids=batch, use_cache=False)  # to its end, to see a block that is called again
+        model(input_ids=batch, use_cache=False)  # to its end, in case a block is called again
     true = [_only_call(blocks, index, catcher.inputs[index]) for index in range(len(blocks))]
     tuples = [isinstance(out, tuple) for out in outs]
     caught = _caught(model, blocks, batch, tuples)
@@ -254,7 +252,7 @@ def hidden_of(out: Any) -> Tensor:
 
 
 def equal_arguments(first: Any, second: Any) -> bool:
-    """Equality of nested arguments, NaN equal to itself; objects that are no data count as equal."""
+    """Equality of nested arguments, with NaN equal to itself; only tensors and containers are compared."""
     if first is second:
         return True
     if isinstance(first, Tensor) and isinstance(second, Tensor):
@@ -274,19 +272,18 @@ def equal_arguments(first: Any, second: Any) -> bool:
 class _Shared:
     """Keeps arguments of blocks on a device, equal tensors once.
 
-    The blocks of a model share masks and position embeddings, and batches of one length do: a mask of
-    1024 x 1024 for each of 30 blocks and 128 batches would take 4 GB.
+    Blocks share masks and position embeddings, and so do batches of one length: a mask of 1024 x 1024
+    for each of 30 blocks and 128 batches would take 4 GB.
     """
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = device
         self._kept: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-        self._moved: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # by id, which the first of the two holds
+        # By id, which holding the first of the two keeps unique.
+        self._moved: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(self, value: Any) -> Any:
-        """``value`` with its tensors on the device, those that were kept before in place of equal ones."""
+        """``value`` with its tensors on the device; a tensor equal to a kept one is replaced by that."""
         self._moved.clear()
         return map_tensors(value, self._one)
 
@@ -300,13 +297,13 @@ class _Shared:
         for known in alike:
             if torch.equal(known, tensor):
                 return known
-        if len(alike) < 8:  # beyond, each is of its own kind, and comparing them is for nothing
+        if len(alike) < 8:  # with more, each is likely different, and comparing is wasted
             alike.append(tensor)
         return tensor
 
 
 def has_room(device: torch.device, nbytes: int, share: float) -> bool:
-    """Whether a share of a GPU's free memory holds so many bytes; False for other devices."""
+    """Whether so many bytes fit in a share of a GPU's free memory; False for other devices."""
     if device.type != "cuda":
         return False
     free = torch.cuda.mem_get_info(device)[0]
@@ -316,7 +313,7 @@ def has_room(device: torch.device, nbytes: int, share: float) -> bool:
 
 @contextmanager
 def _passing_on(blocks: Sequence[nn.Module], tuples: Sequence[bool]) -> Iterator[None]:
-    """Blocks whose forward returns the hidden states that it is given, in a tuple where they do so."""
+    """Make blocks return the hidden states that they are given, in a tuple if they return tuples."""
 
     def passing(as_tuple: bool) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -334,6 +331,14 @@ def _passing_on(blocks: Sequence[nn.Module], tuples: Sequence[bool]) -> Iterator
             del block.__dict__["forward"]
 
 
+OnInput = Callable[
+    [int, Tensor | None], object
+]  # index of a layer; its input, None if not of every token
+OnOutput = Callable[
+    [int, Any], Any
+]  # index of a layer and its output; a tensor returned replaces it
+
+
 class BlockRunner:
     """Runs one block over chunks: whole, or only until a layer inside has its input."""
 
@@ -346,129 +351,26 @@ class BlockRunner:
         self.device = device
         self.cache = cache
 
-    def _call(self, chunk: Chunk) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = transfer_to_device(chunk.extras[self.index], self.device)
-        # A copy always: some blocks add to their input in place.
-        return (chunk.hidden.to(self.device, copy=True), *args), kwargs
-
     @torch.no_grad()
-    def output(self, chunk: Chunk) -> Tensor:
+    def output(
+        self,
+        chunk: Chunk,
+        layers: Sequence[nn.Module] = (),
+        on_input: OnInput | None = None,
+        on_output: OnOutput | None = None,
+    ) -> Tensor:
         """The block's output hidden states, on the block's device.
 
+        Args:
+            chunk: the block's input.
+            layers: modules inside the block; at each of their calls, with their index here,
+            on_input: gets the input, or None where it does not hold every token (a routed expert), and
+            on_output: gets the output, and may return a tensor in its place.
+
         Raises:
-            NonFiniteError: NaN or Inf in them, naming the layer from which it came.
+            NonFiniteError: NaN or Inf in the output, naming the layer from which it came.
         """
-        args, kwargs = self._call(chunk)
-        return self._finite(chunk, hidden_of(self.block(*args, **kwargs)))
-
-    @torch.no_grad()
-    def layer_input(self, chunk: Chunk, layer: nn.Module) -> Tensor | None:
-        """The input of ``layer`` inside the block, nothing after it computed; see ``layer_inputs``."""
-        args, kwargs = self._call(chunk)
-        with ModuleInputCatcher(layer) as catcher:
-            catcher.run(self.block, *args, **kwargs)
-        return _whole_input(catcher.inputs[0], chunk)
-
-    @torch.no_grad()
-    def layer_inputs(
-        self, chunk: Chunk, layers: Sequence[nn.Module], keep: bool
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """The block's output, and the input of each layer on the cache device, from one pass.
-
-        The input is ``None`` for a layer that does not see every token: never called, or a routed
-        expert. Without ``keep`` inputs are empty tensors.
-        """
-        args, kwargs = self._call(chunk)
-        inputs: list[Tensor | None] = [None] * len(layers)
-        with ExitStack() as hooks:
-            for index, layer in enumerate(layers):
-
-                def record(_: nn.Module, a: Any, k: Any, index: int = index) -> None:
-                    given = _whole_input([(a, k)], chunk)
-                    if given is not None and inputs[index] is None:
-                        # A copy: what comes after may change it in place, or it is part of more.
-                        inputs[index] = (given if keep else given[:0]).to(self.cache, copy=True)
-
-                hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
-            out = hidden_of(self.block(*args, **kwargs))
-        return self._finite(chunk, out), inputs
-
-    @torch.no_grad()
-    def without(self, chunk: Chunk, layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
-        """The block's output where these layers give zeros, and what the first of them gave.
-
-        The latter is ``None`` for a layer that does not see every token.
-        """
-        args, kwargs = self._call(chunk)
-        calls: list[tuple[Any, Any]] = []
-        gave: list[Tensor] = []
-
-        def zeros(layer: nn.Module, a: Any, k: Any, out: Tensor) -> Tensor:
-            if layers and layer is layers[0]:
-                calls.append((a, k))
-                gave.append(out)
-            return torch.zeros_like(out)
-
-        with ExitStack() as hooks:
-            for layer in layers:
-                hooks.callback(layer.register_forward_hook(zeros, with_kwargs=True).remove)
-            out = hidden_of(self.block(*args, **kwargs))
-        whole = _whole_input(calls, chunk) is not None
-        return self._finite(chunk, out), gave[0] if whole else None
-
-    @torch.no_grad()
-    def added(
-        self, chunk: Chunk, layers: Sequence[nn.Module]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The block's output, what the first of these layers is given, and what all give, summed in float32.
-
-        The latter two are ``None`` when one of them does not see every token.
-        """
-        args, kwargs = self._call(chunk)
-        calls: list[list[tuple[Any, Any]]] = [[] for _ in layers]
-        gave: list[Tensor] = []
-        with ExitStack() as hooks:
-            for index, layer in enumerate(layers):
-
-                def record(_: nn.Module, a: Any, k: Any, out: Tensor, index: int = index) -> None:
-                    calls[index].append((a, k))
-                    gave.append(out.float())
-
-                hooks.callback(layer.register_forward_hook(record, with_kwargs=True).remove)
-            out = hidden_of(self.block(*args, **kwargs))
-        given = [_whole_input(call, chunk) for call in calls]
-        out = self._finite(chunk, out)
-        if any(x is None for x in given):
-            return out, None, None
-        return out, given[0], torch.stack(gave).sum(0)
-
-    @torch.no_grad()
-    def input_groups(self, chunk: Chunk, layers: Sequence[nn.Module]) -> list[list[int]]:
-        """Indices of ``layers`` in order of call, grouped by the tensor they are given.
-
-        Layers that are not called, or not with every token (routed experts), are in no group.
-        """
-        args, kwargs = self._call(chunk)
-        calls: list[tuple[int, Tensor]] = []  # holds the tensors, so that no id is used twice
-        with ExitStack() as hooks:
-            for index, layer in enumerate(layers):
-
-                def record(_: nn.Module, a: Any, k: Any, index: int = index) -> None:
-                    given = _whole_input([(a, k)], chunk)
-                    if given is not None:
-                        calls.append((index, given))
-
-                hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
-            self.block(*args, **kwargs)
-        groups: dict[tuple[int, int], list[int]] = {}
-        seen: set[int] = set()
-        for index, given in calls:
-            if index not in seen:  # a layer that is called twice is calibrated on its first call
-                seen.add(index)
-                groups.setdefault((id(given), given.shape[-1]), []).append(index)
-        return list(groups.values())
-
-    def _finite(self, chunk: Chunk, out: Tensor) -> Tensor:
+        out = self._run(chunk, layers, on_input, on_output)
         if not bool(torch.isfinite(out).all()):
             raise NonFiniteError(
                 f"{self._source(chunk)} gives NaN or Inf on the calibration tokens; load the model in "
@@ -476,34 +378,96 @@ class BlockRunner:
             )
         return out
 
+    @torch.no_grad()
+    def layer_input(self, chunk: Chunk, layer: nn.Module) -> Tensor | None:
+        """The input of ``layer``, with nothing after it computed; None where it does not see every token."""
+        inputs: list[Tensor | None] = []
+
+        def stop(_: int, given: Tensor | None) -> None:
+            inputs.append(given)
+            raise _Caught
+
+        with suppress(_Caught):
+            self._run(chunk, [layer], stop)
+        return inputs[0] if inputs else None
+
+    def layer_inputs(
+        self, chunk: Chunk, layers: Sequence[nn.Module], keep: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The block's output, and the input of each layer on the cache device, from one pass.
+
+        None for a layer that does not see every token. Without ``keep`` the inputs are empty tensors.
+        """
+        inputs: list[Tensor | None] = [None] * len(layers)
+
+        def record(index: int, given: Tensor | None) -> None:
+            if given is not None and inputs[index] is None:
+                # A copy: what comes after may change it in place, or it is part of a larger tensor.
+                inputs[index] = (given if keep else given[:0]).to(self.cache, copy=True)
+
+        return self.output(chunk, layers, record), inputs
+
+    @torch.no_grad()
+    def input_groups(self, chunk: Chunk, layers: Sequence[nn.Module]) -> list[list[int]]:
+        """Indices of ``layers`` in order of call, grouped by the tensor they are given.
+
+        Layers that are not called, or not with every token, are in no group.
+        """
+        inputs: dict[int, Tensor | None] = {}  # of first calls; held, so that ids are unique
+        self._run(chunk, layers, inputs.setdefault)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, given in inputs.items():
+            if given is not None:
+                groups.setdefault((id(given), given.shape[-1]), []).append(index)
+        return list(groups.values())
+
+    def _run(
+        self,
+        chunk: Chunk,
+        layers: Sequence[nn.Module],
+        on_input: OnInput | None = None,
+        on_output: OnOutput | None = None,
+    ) -> Tensor:
+        args, kwargs = transfer_to_device(chunk.extras[self.index], self.device)
+        with ExitStack() as hooks:
+            for index, layer in enumerate(layers):
+
+                def before(_: nn.Module, a: Any, k: Any, index: int = index) -> None:
+                    assert on_input is not None
+                    on_input(index, _whole_input(a, k, chunk))
+
+                def after(_: nn.Module, a: Any, out: Any, index: int = index) -> Any:
+                    assert on_output is not None
+                    return on_output(index, out)
+
+                if on_input is not None:
+                    hook = layer.register_forward_pre_hook(before, with_kwargs=True)
+                    hooks.callback(hook.remove)
+                if on_output is not None:
+                    hooks.callback(layer.register_forward_hook(after).remove)
+            # Always a copy: some blocks add to their input in place.
+            return hidden_of(self.block(chunk.hidden.to(self.device, copy=True), *args, **kwargs))
+
     def _source(self, chunk: Chunk) -> str:
         """Name of the first module in the block whose output is not finite."""
-        found: list[str] = []
+        modules = dict(self.block.named_modules())
+        found: list[int] = []
 
-        def look(name: str) -> Any:
-            def hook(_: nn.Module, args: Any, out: Any) -> None:
-                first = out[0] if isinstance(out, (tuple, list)) and out else out
-                if isinstance(first, Tensor) and not bool(torch.isfinite(first).all()):
-                    found.append(name)
-                    raise _Caught
+        def look(index: int, out: Any) -> None:
+            first = out[0] if isinstance(out, (tuple, list)) and out else out
+            if isinstance(first, Tensor) and not bool(torch.isfinite(first).all()):
+                found.append(index)
+                raise _Caught
 
-            return hook
-
-        args, kwargs = self._call(chunk)
-        with ExitStack() as hooks, suppress(_Caught):
-            for name, module in self.block.named_modules():
-                full = f"{self.name}.{name}" if name else self.name
-                hooks.callback(module.register_forward_hook(look(full)).remove)
-            self.block(*args, **kwargs)
-        return found[0] if found else self.name
+        with suppress(_Caught):
+            self._run(chunk, list(modules.values()), on_output=look)
+        name = list(modules)[found[0]] if found else ""
+        return f"{self.name}.{name}" if name else self.name
 
 
-def _whole_input(calls: list[Any], chunk: Chunk) -> Tensor | None:
-    """The input of a linear's first call when it holds every token of the chunk."""
-    if not calls:
-        return None
-    args, kwargs = calls[0]
-    given = args[0] if args else next(iter(kwargs.values()))
+def _whole_input(args: tuple[Any, ...], kwargs: dict[str, Any], chunk: Chunk) -> Tensor | None:
+    """The input of a call of a linear if it holds every token of the chunk."""
+    given: Tensor = args[0] if args else next(iter(kwargs.values()))
     return given if given.shape[:-1].numel() == chunk.hidden.shape[:-1].numel() else None
 
 

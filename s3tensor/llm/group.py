@@ -1,83 +1,61 @@
-"""Prune the linears of one input together: one Hessian, one factorisation, one weight where that can be."""
+"""Prune the linears of one input together: one Hessian, one factorisation and, if possible, one weight."""
 
 from __future__ import annotations
 
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from s3tensor import prune
-from s3tensor.llm.auto import Shares, chosen
+from s3tensor.llm.auto import choose
 from s3tensor.llm.moments import Moments, merged
+from s3tensor.llm.plan import Plan
 from s3tensor.llm.progress import PruneProgress
-from s3tensor.llm.recover import Recovery, out_of_memory
+from s3tensor.llm.recover import out_of_memory
 from s3tensor.llm.report import LinearRow, PeakMemory
 from s3tensor.llm.structure import LinearLayer
-from s3tensor.pattern import Pattern
 from s3tensor.prune.hessian import Factors, output_error
 from s3tensor.prune.problem import MEMORY_BUDGET, row_stacks
 
 _LEAST_BUDGET = 32 << 20  # bytes of working memory: with fewer a pruner is not tried again
-# Tensors (K, K) and (M, K) that admm, the hungriest pruner, holds besides.
+# Tensors (K, K) and (M, K) that admm, which takes the most memory, holds besides.
 _SQUARES, _WEIGHTS = 8, 5
 
 
-@dataclass(frozen=True)
-class Run:
-    """What stays the same while a model is pruned."""
-
-    patterns: Mapping[str, Pattern]  # of each linear, by full name
-    pruner: str
-    shares: Shares
-    options: dict[str, Any]
-    device: torch.device
-    cache: torch.device
-    compress: bool
-    recovery: Recovery | None
-    parts: Sequence[Sequence[int]]  # calibration batches: all, or those to fit on and to choose by
-
-    @property
-    def dense_target(self) -> bool:
-        return self.shares.alpha > 0
-
-
 def prune_group(
-    group: list[LinearLayer],
-    index: int,
-    parts: list[Moments],  # of the calibration tokens; with shares to choose, of two parts
-    unseen: Tensor | None,  # (K, K), the Hessian of held-out tokens
-    run: Run,
+    group: Sequence[LinearLayer],
+    index: int,  # of the block
+    splits: list[Moments],  # of the calibration tokens
+    held_out: Tensor | None,  # (K, K), the Hessian of held-out tokens
+    plan: Plan,
     bar: PruneProgress,
     memory: PeakMemory,
-    masks: list[tuple[LinearLayer, Tensor]],  # appended to
-) -> list[LinearRow]:
-    """Prune the linears of one input, in place; a row for each.
+) -> list[tuple[LinearRow, LinearLayer, Tensor]]:
+    """Prune the linears of one input, in place; a row and the mask (out_features, in_features) of each.
 
-    ``parts`` is emptied: its sums take two to four squares (K, K), which a pruner should not have to do
-    without.
+    Empties ``splits``: their sums take two to four tensors (K, K), memory that the pruner needs.
     """
-    shares = run.shares
-    if shares.auto:
-        bar.doing(index, f"{' and '.join(sorted(shares.auto))} of {short_names(group)}")
+    coefficients = plan.coefficients
+    if coefficients.auto:
+        bar.doing(index, f"{' and '.join(sorted(coefficients.auto))} of {short_names(group)}")
         weights = [layer.weight for layer in group]
-        shares = chosen(weights, parts[0], parts[1], shares)
-    hessian, drift = merged(parts)
-    parts.clear()
+        coefficients = choose(weights, splits[0], splits[1], coefficients)
+    hessian, drift = merged(splits)
+    splits.clear()
     value, cross, samples = hessian.value(), hessian.cross(), hessian.samples
     del hessian
-    factors = Factors(value, shares.damp)
-    extra: dict[str, Any] = {**run.options}
-    if run.dense_target:
-        extra = {"target": cross, "alpha": shares.alpha, **extra}
+    factors = Factors(value, coefficients.damp)
+    options = dict(plan.options)
+    if plan.dense_target:
+        options = {"target": cross, "alpha": coefficients.alpha, **options}
     if drift is not None:
-        extra["drift"] = shares.beta * drift
-    rows = []
-    for stack in _stacks(group, run):
+        options["drift"] = coefficients.beta * drift
+    results = []
+    for stack in _stacks(group, plan):
         bar.doing(index, short_names(stack))
         weights = [layer.weight for layer in stack]
         size = sum(weight.numel() for weight in weights)
@@ -87,21 +65,20 @@ def prune_group(
             stack,
             weights[0] if len(stack) == 1 else torch.cat(weights),
             factors,
-            run,
-            extra,
+            plan,
+            options,
             lambda done, of, size=size: bar.within(size, done / of),  # type: ignore[misc]
         )
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
+        if plan.device.type == "cuda":
+            torch.cuda.synchronize(plan.device)
         seconds = time.perf_counter() - start
         peak = memory.part()
         heights = [len(weight) for weight in weights]
         pieces = zip(pruned.weight.split(heights), pruned.mask.split(heights), strict=True)
         for layer, weight, (found, mask) in zip(stack, weights, pieces, strict=True):
             error = output_error(found, weight, value)
-            unseen_error = None if unseen is None else output_error(found, weight, unseen)
+            held_out_error = None if held_out is None else output_error(found, weight, held_out)
             layer.copy_weight(found)
-            masks.append((layer, mask))
             row = LinearRow(
                 block=index,
                 name=layer.name,
@@ -112,47 +89,47 @@ def prune_group(
                 samples=samples,
                 density=int(mask.count_nonzero()) / weight.numel(),
                 peak_memory_bytes=peak,
-                pattern=str(run.patterns[layer.name]),
-                held_out_error=unseen_error,
-                alpha=shares.alpha,
-                beta=0.0 if drift is None else shares.beta,
-                damp=shares.damp,
+                pattern=str(plan.patterns[layer.name]),
+                held_out_error=held_out_error,
+                alpha=coefficients.alpha,
+                beta=0.0 if drift is None else coefficients.beta,
+                damp=coefficients.damp,
             )
-            rows.append(row)
+            results.append((row, layer, mask))
             bar.linear(row)
-    return rows
+    return results
 
 
 def _solve(
     stack: Sequence[LinearLayer],
     weight: Tensor,  # (M, K), theirs one above the other
     factors: Factors,
-    run: Run,
-    extra: Mapping[str, Any],
+    plan: Plan,
+    options: Mapping[str, Any],
     progress: Callable[[int, int], None],
 ) -> prune.Pruned:
-    """Call the pruner; where memory runs out again, each time with a quarter of the working memory.
+    """Call the pruner; each time memory runs out, again with a quarter of the working memory.
 
     Raises:
         torch.OutOfMemoryError: with the least working memory too, naming the linears and the estimate.
     """
-    pruner = prune.get(run.pruner)
-    options = dict(extra)
+    pruner = prune.get(plan.pruner)
+    options = dict(options)
     accepts = inspect.signature(pruner).parameters
     if "progress" in accepts:
         options.setdefault("progress", progress)
     budget = int(options.get("memory_budget", MEMORY_BUDGET))
     while True:
         try:
-            return pruner(weight, factors, run.patterns[stack[0].name], **options)
+            return pruner(weight, factors, plan.patterns[stack[0].name], **options)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
         if "memory_budget" not in accepts or budget <= _LEAST_BUDGET:
-            raise torch.OutOfMemoryError(_no_memory(stack, weight, run.device))
+            raise torch.OutOfMemoryError(_no_memory(stack, weight, plan.device))
         budget = max(budget // 4, _LEAST_BUDGET)
         options["memory_budget"] = budget
-        if run.device.type == "cuda":
+        if plan.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
@@ -166,18 +143,18 @@ def _no_memory(stack: Sequence[LinearLayer], weight: Tensor, device: torch.devic
     return (
         f"{', '.join(layer.name for layer in stack)}: out of memory while a weight of {rows} x {columns} "
         f"was pruned. It takes about {need:,} bytes on {device}{free}. The block is dense again and "
-        "finished blocks stay; prune on another device (device='cpu'), or let the calibration tokens wait "
+        "finished blocks stay; prune on another device (device='cpu'), or keep the calibration activations "
         "on the CPU (cache_device='cpu')."
     )
 
 
-def _stacks(group: list[LinearLayer], run: Run) -> list[list[LinearLayer]]:
+def _stacks(group: Sequence[LinearLayer], plan: Plan) -> list[list[LinearLayer]]:
     """Linears of one input that are pruned as one weight: their Hessian is factored once."""
-    if run.pruner not in prune.ROW_WISE or len({layer.weight.dtype for layer in group}) > 1:
+    if plan.pruner not in prune.ROW_WISE or len({layer.weight.dtype for layer in group}) > 1:
         return [[layer] for layer in group]
     stacks = []
-    for pattern in dict.fromkeys(run.patterns[layer.name] for layer in group):
-        alike = [layer for layer in group if run.patterns[layer.name] == pattern]
+    for pattern in dict.fromkeys(plan.patterns[layer.name] for layer in group):
+        alike = [layer for layer in group if plan.patterns[layer.name] == pattern]
         found = row_stacks([layer.shape for layer in alike], pattern)
         stacks += [[alike[i] for i in stack] for stack in found]
     return stacks

@@ -1,4 +1,4 @@
-"""What a user sees while a model is pruned: a bar with the time left, or a line for each block in a log."""
+"""Progress of pruning a model: a bar with the time left, or a line for each block in a log."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PruneProgress:
         self.blocks = blocks
         self.weights = weights
         self.done = 0
-        self.start: float | None = None  # of the first work that tells about the time left
+        self.start: float | None = None  # of the first work that the time left is extrapolated from
         self.console = Console(stderr=True)
         self._live = show and self.console.is_terminal
         self._log = show and not self._live
@@ -55,16 +55,16 @@ class PruneProgress:
         self._bar.stop()
 
     def doing(self, block: int, what: str) -> None:
-        """Say what is being worked on."""
+        """Show what is being worked on."""
         self.start = self.start or time.perf_counter()
         self._bar.update(self._task, description=f"block {block + 1}/{self.blocks} {what}")
 
     def recovery(self, block: int, steps: int, of: int, loss: float, left: float) -> None:
-        """So many steps of a block's recovery are done; the bar alone shows it."""
+        """A step of a block's recovery is done; only shown by the bar."""
         self.doing(block, f"recovery {steps}/{of}, loss {loss:.4f}, {_clock(left)} left")
 
     def within(self, weights: int, share: float) -> None:
-        """So large a share of a linear of so many weights is pruned; the bar alone shows it."""
+        """A share of a linear of so many weights is pruned; only shown by the bar."""
         self._bar.update(self._task, completed=self.done + share * weights)
 
     def linear(self, row: LinearRow) -> None:
@@ -73,7 +73,7 @@ class PruneProgress:
         self._bar.update(self._task, completed=self.done)
 
     def skip(self, weights: int) -> None:
-        """So many weights need no work after all: they tell nothing about the time left."""
+        """So many weights need no work: they do not count for the time left."""
         self.weights -= weights
         self._bar.update(self._task, total=self.weights)
 
@@ -100,7 +100,7 @@ class PruneProgress:
 
 
 def _clock(seconds: float) -> str:
-    """Seconds as a person reads them: ``42 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    """Seconds for people: ``42 s``, ``3 min 20 s``, ``2 h 5 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

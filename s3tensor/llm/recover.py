@@ -1,7 +1,7 @@
-"""Fine-tune what a pruned block keeps towards the dense block's output, on the calibration tokens alone.
+"""Fine-tune a pruned block towards the dense block's output, on the calibration tokens alone.
 
-Pruners fit each linear by itself. Here all kept weights of a block, its biases and its norms move together,
-masks fixed, before the next block is reached, so that later blocks are pruned on the better hidden states.
+Pruners fit each linear by itself. Here all kept weights of a block, its biases and its norms are trained
+together, with fixed masks, before the next block is pruned on the better hidden states.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from s3tensor.prune.linalg import full_precision
 
 Target = Literal["dense", "mixed"]
 Precision = Literal["auto", "float32", "bfloat16"]
-Told = Callable[[int, int, float, float], None]  # steps, of how many, held-out loss, seconds left
+OnStep = Callable[[int, int, float, float], None]  # steps, of how many, held-out loss, seconds left
 
-_CHECKS = 8  # times that the held-out loss is measured in a block, besides at the start
-_FLOOR = 1e-3  # a token's square counts for at least this share of the mean of its sequence
+_CHECKS = 8  # measurements of the held-out loss in a block, besides the first
+_FLOOR = 1e-3  # a token's square counts as at least this share of the mean of its sequence
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,19 @@ class Recovery:
     Attributes:
         steps: steps of Adam for each block; 0 does nothing.
         rate: largest step size, as a share of a tensor's root mean square.
-        batch: calibration sequences of a step.
-        seconds: time for all blocks together; the schedule ends early where it would not do. What is
-            reached then depends on the machine's speed, so that only runs without it repeat bit by bit.
+        batch: calibration sequences in a step.
+        seconds: time limit for all blocks together; the schedule ends early to keep it. The result then
+            depends on the machine's speed: only runs without a limit repeat bit by bit.
         target: ``dense`` is the dense block's output on the dense model's hidden states; ``mixed`` the
-            mean of it and of the dense block's output on the hidden states of the model pruned so far.
+            mean of that and of the dense block's output on the hidden states of the model pruned so far.
         norms: train the block's norms and biases too.
-        held_out: share of the calibration sequences by which the best state is chosen; not trained on.
-        precision: of the products in training. ``auto`` is bfloat16 on CUDA, where the float32 weights
-            and the choice of the best state stay in float32, and float32 elsewhere.
+        held_out: share of the calibration sequences that select the best state and are not trained on.
+        precision: of the products in training. ``auto`` is bfloat16 on CUDA (weights and the selection of
+            the best state stay in float32), and float32 elsewhere.
         seed: of the order of the sequences.
 
     Raises:
-        PrunerError: an option out of range, by its name.
+        PrunerError: a setting out of range, by its name.
     """
 
     steps: int = 300
@@ -88,10 +88,10 @@ class Recovery:
 
     @classmethod
     def of(cls, value: Recovery | int | None) -> Recovery | None:
-        """``value``, or a recovery of so many steps; ``None`` where nothing is to be done.
+        """``value``, or a recovery of so many steps; ``None`` for none or 0 steps.
 
         Raises:
-            PrunerError: steps that are no number of steps.
+            PrunerError: steps that are not an integer >= 0.
         """
         if value is not None and not isinstance(value, Recovery):
             value = cls(steps=value)
@@ -113,7 +113,7 @@ class Recovered:
 
 
 def shared_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> set[int]:
-    """Ids of parameters that a block has in common with another one or with the rest of the model."""
+    """Ids of parameters that a block shares with another one or with the rest of the model."""
     inside = {id(module) for block in blocks for module in block.modules()}
     holders = [set(map(id, block.parameters())) for block in blocks]
     holders.append(
@@ -140,25 +140,24 @@ def recover_block(
     recovery: Recovery,
     seconds: float | None = None,
     fixed: set[int] | frozenset[int] = frozenset(),
-    told: Told | None = None,
+    on_step: OnStep | None = None,
 ) -> Recovered:
     """Train a pruned block, in place, so that its output comes closer to ``targets``; masks stay.
 
     The loss is each token's squared error relative to the square of its target, averaged over tokens.
     Adam runs on float32 copies of the kept weights of the pruned linears and, with ``recovery.norms``,
     of the parameters of one dim, at one step size relative to the root mean square of each tensor, with
-    a warm-up and a cosine decay. The state of the least loss on the held-out sequences is kept: where none
-    is better than the pruned block, that stays as it is, bit for bit. Weights that other parts of the
-    model hold too, and linears that were not pruned, are left alone.
+    a warm-up and a cosine decay. The state of the least loss on the held-out sequences is kept; if none is
+    better than the pruned block, that stays bit for bit. Weights shared with other parts of the model, and
+    linears that were not pruned, do not change.
 
-    Without a time budget, runs of the same settings on the same machine give the same bits; on CUDA
-    where the block's attention is torch's own and its other operators are deterministic, as those of
-    plain transformers are.
+    Without a time limit, runs of the same settings on the same machine give the same bits; on CUDA if the
+    block uses torch's attention and its other operators are deterministic, as in plain transformers.
 
     Args:
         seconds: time for this block.
         fixed: ids of parameters to leave alone, see :func:`shared_parameters`.
-        told: called after each step.
+        on_step: called after each step.
 
     Raises:
         torch.OutOfMemoryError: not even one sequence at a time fits on the device.
@@ -168,7 +167,7 @@ def recover_block(
         with torch.inference_mode(False), torch.enable_grad():
             leaves = _leaves(runner.block, masks, fixed, recovery.norms)
             tuning = _Tuning(runner, leaves, Sequences(runner, chunks, targets), recovery)
-            before, after, steps = tuning.run(start, seconds, told)
+            before, after, steps = tuning.run(start, seconds, on_step)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -188,7 +187,7 @@ def recover_block(
 class _Leaf:
     """A parameter of the block in training: float32, in units of about its own root mean square.
 
-    In such units one step size fits all tensors. The unit is a power of two, so that nothing is rounded.
+    In these units one step size fits all tensors. The unit is a power of two: nothing is rounded.
     """
 
     def __init__(
@@ -198,12 +197,12 @@ class _Leaf:
         self.parameter = parameter
         unit = 2.0 ** round(math.log2(size)) if size > 0 else 1.0
         value = parameter.detach().float()
-        # Zero outside of the mask: there neither values nor gradients pass.
+        # Zero outside the mask: neither values nor gradients pass.
         self.unit: Tensor | float = unit if mask is None else mask.float() * unit
         self.value = (value / unit).requires_grad_()
 
     def weight(self) -> Tensor:
-        """As the block uses it."""
+        """The weight in the block's dtype and units."""
         return (self.value * self.unit).to(self.parameter.dtype)
 
 
@@ -229,14 +228,14 @@ def _leaves(
             seen.add(id(parameter))
             size = _size(parameter)
             if own == "bias" and isinstance(getattr(module, "weight", None), Tensor):
-                size = max(size, _size(module.weight))  # biases may begin at zero
+                size = max(size, _size(module.weight))  # biases may start at zero
             name = f"{prefix}.{own}" if prefix else own
             leaves.append(_Leaf(name, parameter, mask, size))
     return leaves
 
 
 def _size(tensor: Any) -> float:
-    """Root mean square of what is not zero."""
+    """Root mean square of the nonzero values."""
     squares = tensor.detach().float().square()
     return math.sqrt(float(squares.sum()) / max(int(squares.count_nonzero()), 1))
 
@@ -251,16 +250,15 @@ class _Tuning:
         self.leaves = leaves
         self.data = data
         self.recovery = recovery
-        self.micro = recovery.batch  # sequences of one pass; fewer when memory runs out
-        self.train, self.held_out = _parts(len(data), recovery)
+        self.micro = recovery.batch  # sequences in one pass; fewer after memory runs out
+        self.train, self.held_out = _split(len(data), recovery)
         self.order = _order(self.train, (recovery.seed + runner.index) % 2**63)
         low = "cuda" if recovery.precision == "auto" else runner.device.type
         self.low = recovery.precision != "float32" and runner.device.type == low
-        # Mean squares of targets: a token that is nearly zero must not outweigh all others.
-        self.shares = [_share(data.target(index)) for index in range(len(data))]
+        self.token_weights = [_token_weights(data.target(index)) for index in range(len(data))]
 
     def run(
-        self, start: float, seconds: float | None, told: Told | None
+        self, start: float, seconds: float | None, on_step: OnStep | None
     ) -> tuple[float | None, float | None, int]:
         """Loss before, loss after and steps taken; the losses are None when they were not finite."""
         before = self.loss()
@@ -287,8 +285,8 @@ class _Tuning:
                     return None, None, done
                 if loss < best:
                     best, kept = loss, [value.detach().clone() for value in values]
-            if done and told is not None:
-                told(done, steps, loss, max(spent / share - spent, 0.0))
+            if done and on_step is not None:
+                on_step(done, steps, loss, max(spent / share - spent, 0.0))
             if share >= 1.0:
                 break
             adam.param_groups[0]["lr"] = self.recovery.rate * _schedule(share, done, steps)
@@ -302,7 +300,7 @@ class _Tuning:
         return before, best, done
 
     def loss(self) -> float:
-        """On the held-out sequences, as exactly as the block is run."""
+        """On the held-out sequences, in the precision of the block."""
         with full_precision():
             total = self._sum(self.held_out, self._lost)
         return total / self.data.sequences(self.held_out)
@@ -313,7 +311,7 @@ class _Tuning:
                 self.runner.device.type, torch.bfloat16, enabled=self.low, cache_enabled=False
             ):
                 loss = self._loss(part)
-            # All gradients at once, so that a pass that memory runs out in adds to none of them.
+            # All gradients at once: a pass that runs out of memory must not add to some of them.
             grads = torch.autograd.grad(loss, values, allow_unused=True)
             for value, grad in zip(values, grads, strict=True):
                 if grad is not None:
@@ -327,7 +325,7 @@ class _Tuning:
         adam.step()
 
     def _sum(self, rows: Sequence[int], work: Callable[[list[int]], float]) -> float:
-        """Work on rows, so many at a time as fit into memory, and the sum of what it gives."""
+        """The sum of ``work`` over rows, as many at a time as fit in memory."""
         rows = self.data.by_kind(rows)
         total, at = 0.0, 0
         while at < len(rows):
@@ -342,7 +340,7 @@ class _Tuning:
                 self.micro = (len(alike) + 1) // 2
                 alike = []
             if not alike and self.runner.device.type == "cuda":
-                torch.cuda.empty_cache()  # after the error let go of its tensors
+                torch.cuda.empty_cache()  # once the error has released its tensors
             at += len(alike)
         return total
 
@@ -355,11 +353,11 @@ class _Tuning:
         out = self.data.output(rows, weights)
         target = self.data.targets(rows)
         lost = (out.float() - target.float()).square().sum(-1)
-        return (lost * torch.cat([self.shares[row] for row in rows])).mean(-1).sum()
+        return (lost * torch.cat([self.token_weights[row] for row in rows])).mean(-1).sum()
 
 
-def _parts(count: int, recovery: Recovery) -> tuple[list[int], list[int]]:
-    """Sequences to train on and to choose by, the same for every block; of too few, all are both."""
+def _split(count: int, recovery: Recovery) -> tuple[list[int], list[int]]:
+    """Sequences to train on and to select by, the same for every block; fewer than 4 are used for both."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(recovery.seed)).tolist()
     held_out = round(count * recovery.held_out)
     if count < 4:
@@ -369,7 +367,7 @@ def _parts(count: int, recovery: Recovery) -> tuple[list[int], list[int]]:
 
 
 def _order(rows: list[int], seed: int) -> Iterator[int]:
-    """Rows without end, each once in every round."""
+    """Rows in random order without end, each once in every round."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for place in torch.randperm(len(rows), generator=generator).tolist():
@@ -377,20 +375,20 @@ def _order(rows: list[int], seed: int) -> Iterator[int]:
 
 
 def _schedule(share: float, done: int, steps: int) -> float:
-    """Of the rate: up over the first twentieth of the steps, then down by a cosine."""
+    """Factor of the rate: a linear warm-up over the first twentieth of the steps, times a cosine decay."""
     warm = min(1.0, (done + 1) / max(1.0, steps / 20))
     return warm * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
-def _share(target: Tensor) -> Tensor:
-    """One over the square of each token's target, (rows, tokens), float32."""
+def _token_weights(target: Tensor) -> Tensor:
+    """One over the square of each token's target, (rows, tokens), float32; bounded for those near zero."""
     squares = target.float().square().sum(-1)
     least = _FLOOR * squares.mean() + torch.finfo(torch.float32).tiny
     return squares.clamp_min(least).reciprocal()
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error tells that memory ran out, on any device."""
+    """Whether an error means that memory ran out, on any device."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(
         error
     )
@@ -399,9 +397,9 @@ def out_of_memory(error: BaseException) -> bool:
 class _Repeatable(TorchFunctionMode):
     """Attention whose backward pass on CUDA gives the same bits every time.
 
-    By default it adds up in whatever order thread blocks end. The other way is turned on by torch's flag
-    of deterministic algorithms alone, under which cuBLAS is refused unless the environment was set
-    before the first product of the process. So the flag is up just while that pass is launched.
+    By default it sums in whatever order thread blocks end. Only torch's flag of deterministic algorithms
+    changes that, under which cuBLAS is refused unless the environment was set before the first product of
+    the process. So the flag is up only while that pass is launched.
     """
 
     def __init__(self) -> None:
@@ -414,7 +412,7 @@ class _Repeatable(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if func is functional.scaled_dot_product_attention:
             node = out.grad_fn
-            for _ in range(3):  # the output may be a slice of what the kernel gave
+            for _ in range(3):  # the output may be a slice of the kernel's
                 if node and "ScaledDotProduct" in node.name():
                     node.register_prehook(self._raise)
                     node.register_hook(self._lower)
@@ -431,14 +429,14 @@ class _Repeatable(TorchFunctionMode):
 
 @contextmanager
 def _repeatable(device: torch.device) -> Iterator[None]:
-    """Training passes on CUDA that repeat bit by bit where attention is torch's own."""
+    """Make training passes on CUDA repeat bit by bit, with torch's attention."""
     if device.type != "cuda":
         yield
         return
     fixed = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     mode = _Repeatable()
     try:
-        with sdpa_kernel(fixed), mode:  # cuDNN's has no such way
+        with sdpa_kernel(fixed), mode:  # cuDNN's is never deterministic
             yield
     finally:
         mode._lower()  # after an error in the backward pass

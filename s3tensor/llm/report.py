@@ -1,11 +1,11 @@
-"""What pruning a model did: a row for each linear and each block, as text, CSV and pandas frames."""
+"""The report of pruning a model: a row for each linear and each block, as text, CSV and pandas frames."""
 
 from __future__ import annotations
 
 import csv
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,17 +31,16 @@ class LinearRow:
     in_features: int
     # Relative output error on the calibration inputs, sqrt(tr(dW H dW') / tr(W H W')), before recovery.
     error: float
-    seconds: float  # in the pruner; linears that were pruned as one weight share them by size
-    samples: int  # calibration tokens that its Hessian has seen
+    seconds: float  # in the pruner; for linears pruned as one weight, in proportion to size
+    samples: int  # calibration tokens in its Hessian
     density: float
     peak_memory_bytes: int  # while it was pruned, see PeakMemory
     pattern: str = ""
-    held_out_error: float | None = None  # like ``error``, on held-out tokens where there were any
-    # What it was pruned with, given or chosen: the share of the dense target,
+    held_out_error: float | None = None  # like ``error``, on held-out tokens if there were any
+    # Given or chosen, see prune_model:
     alpha: float | None = None
-    # of the residual stream's drift (0 where it does not write into that),
-    beta: float | None = None
-    damp: float | None = None  # and of the mean diagonal
+    beta: float | None = None  # 0 where it does not write into the residual stream
+    damp: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,27 +49,29 @@ class BlockRow:
 
     block: int
     linears: int
-    error: float  # of the hidden states after it against those of the dense model, relative
-    seconds: float  # everything: passes, Hessians, pruners
-    solver_seconds: float  # in the pruners alone
+    error: float  # relative, of its output hidden states against the dense model's
+    seconds: float  # of passes, Hessians, pruners and recovery
+    solver_seconds: float  # of pruners alone
     peak_memory_bytes: int  # while it was pruned, see PeakMemory
     recovery_steps: int = 0
     recovery_seconds: float = 0.0
-    loss_before: float | None = None  # of recovery, on its held-out share: mean over tokens of the
-    loss_after: float | None = None  # squared error relative to the square of the target
+    # Of recovery, on its held-out sequences: mean over tokens of the squared error relative to the target's
+    # square.
+    loss_before: float | None = None
+    loss_after: float | None = None
 
 
 @dataclass
 class PruneReport:
-    """The outcome of :func:`s3tensor.llm.prune_model`.
+    """The outcome of :func:`s3tensor.llm.prune_model`: a sequence of the rows of its pruned linears.
 
     Attributes:
-        pattern: the one that was asked for; with budgets a linear's own stands in its row.
+        pattern: the one asked for; with budgets each linear's row has its own.
         linears: a row for each pruned linear.
         blocks: a row for each finished block.
-        skipped: ``(name, reason)`` of each linear that stayed dense.
-        seconds: wall-clock seconds of the whole run, resumed runs counted from their resumption.
-        resumed: blocks that were taken from an earlier, interrupted run.
+        skipped: ``(name, reason)`` of each weight that stayed dense.
+        seconds: wall-clock seconds of the run; of a resumed run, since it resumed.
+        resumed: how many blocks came from an earlier, interrupted run.
     """
 
     pattern: str
@@ -80,6 +81,12 @@ class PruneReport:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.0
     resumed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.linears)
+
+    def __iter__(self) -> Iterator[LinearRow]:
+        return iter(self.linears)
 
     @property
     def solver_seconds(self) -> float:
@@ -93,7 +100,7 @@ class PruneReport:
 
     @property
     def patterns_text(self) -> str:
-        """The pattern, or with several what each was used for: ``1:4 (3 linears), 2:4 (8 linears)``."""
+        """The pattern, or with several how often each was used: ``1:4 (3 linears), 2:4 (8 linears)``."""
         if set(self.patterns) <= {self.pattern}:
             return self.pattern
         return ", ".join(f"{name} ({count} linears)" for name, count in self.patterns.items())
@@ -113,6 +120,10 @@ class PruneReport:
         seconds = round(sum(row.recovery_seconds for row in self.blocks), 3)
         return {"steps": steps, "seconds": seconds, "loss_before": before, "loss_after": after}
 
+    def to_frame(self) -> pd.DataFrame:
+        """The linears as a pandas frame, a column for each field of :class:`LinearRow`."""
+        return self.frames()[0]
+
     def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The linears and the blocks as pandas frames."""
         import pandas as pd
@@ -123,7 +134,7 @@ class PruneReport:
         )
 
     def summary(self) -> dict[str, Any]:
-        """The figures that matter, for JSON."""
+        """The main figures, for JSON."""
         errors = sorted(row.error for row in self.linears)
         held = sorted(x.held_out_error for x in self.linears if x.held_out_error is not None)
         weights = sum(row.out_features * row.in_features for row in self.linears)
@@ -194,8 +205,8 @@ def _names(kind: type) -> list[str]:
 class PeakMemory:
     """Peaks of memory in bytes, of each part of some work and of all of it.
 
-    On a CUDA device what tensors took there; elsewhere the peak of the whole process since it began,
-    which never falls (0 where the system does not tell).
+    On a CUDA device of the tensors there; elsewhere of the whole process since it started, which never
+    falls (0 where the system does not report it).
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""A run that survives being killed: each finished block is on disk before the next one starts."""
+"""Runs that survive being killed: each finished block is on disk before the next one starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from s3tensor.llm.report import BLOCKS_CSV, LINEARS_CSV, BlockRow, LinearRow, wr
 from s3tensor.tensor.base import Compressed
 
 _RUN = "run.json"
-# What safetensors and tokenizers leave when killed while they write.
+# Left by safetensors and tokenizers when killed while they write.
 _OF_RUST = ".tmp" + "[0-9A-Za-z]" * 6
 
 
@@ -27,7 +27,7 @@ class RunFolder:
 
     Args:
         folder: made if it is not there.
-        settings: what the run depends on. A folder that was begun with others is refused.
+        settings: what the run depends on. A folder started with other settings is refused.
 
     Raises:
         CheckpointError: a folder of another run, or one that cannot be written.
@@ -37,11 +37,12 @@ class RunFolder:
         self.folder = folder
         path = folder / _RUN
         settings = json.loads(json.dumps(settings))  # as it will be read back
-        if path.exists():
+        self.resumes = path.exists()  # an interrupted run
+        if self.resumes:
             _same_settings(path, settings)
             for leftover in (*_leftovers(folder), *folder.glob(_OF_RUST)):
                 leftover.unlink(missing_ok=True)
-            self._write_csv()  # the run may have ended between a block and its rows here
+            self._write_csv()  # the run may have been killed between a block and these
         else:
             write_json(path, settings)
 
@@ -60,7 +61,7 @@ class RunFolder:
         if not (self.folder / _RUN).is_file():
             raise CheckpointError(
                 f"{self.folder} or its {_RUN} vanished during the run; the finished blocks are lost: "
-                "start anew in another folder"
+                "start again in another folder"
             )
         save_state(self._state_path(block), dict(module.state_dict()))
         write_json(
@@ -70,7 +71,7 @@ class RunFolder:
         self._write_csv()
 
     def _write_csv(self) -> None:
-        """The CSV files, anew from every finished block: right whenever the run was broken off."""
+        """Rewrite the CSV files from every finished block: correct whenever the run was interrupted."""
         blocks: list[BlockRow] = []
         linears: list[LinearRow] = []
         for path in sorted(self.folder.glob("block-*.json")):
@@ -94,7 +95,7 @@ class RunFolder:
         expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected:
             raise CheckpointError(
-                f"{path} does not fit the model; delete {self.folder} to start anew"
+                f"{path} does not fit the model; delete {self.folder} to start again"
             )
         return state, row, linears
 
@@ -106,7 +107,7 @@ class RunFolder:
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    """Files whose writing was broken off."""
+    """Files whose writing was interrupted."""
     return list(folder.glob(f".*{TEMPORARY}"))
 
 
@@ -116,12 +117,12 @@ def _read_rows(path: Path) -> tuple[BlockRow, list[LinearRow]]:
         return BlockRow(**rows["block"]), [LinearRow(**linear) for linear in rows["linears"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({error}); delete {path.parent} to start anew"
+            f"{path} is damaged ({error}); delete {path.parent} to start again"
         ) from error
 
 
 def check_out(folder: str | Path) -> None:
-    """Refuse a folder for a new run that holds anything but an unfinished run.
+    """Refuse an output folder that holds anything but an unfinished run.
 
     Raises:
         CheckpointError: a file, or a folder with other things in it.
@@ -138,11 +139,6 @@ def check_out(folder: str | Path) -> None:
         )
 
 
-def unfinished(folder: str | Path) -> bool:
-    """Whether a folder holds a run that was begun."""
-    return (Path(folder) / _RUN).is_file()
-
-
 def forget_run(folder: str | Path) -> None:
     """Delete a finished run's blocks and settings once the model is saved; CSV files stay.
 
@@ -151,8 +147,8 @@ def forget_run(folder: str | Path) -> None:
     """
     folder = Path(folder)
     try:
-        # A block's rows, which say that it is finished, before its tensors, and the last block first: what
-        # is left at any moment are the first blocks of a run. The settings last: until then it may go on.
+        # Last block first, and a block's rows, which mark it as finished, before its tensors: what is left at
+        # any moment is the start of a run. The settings last: until then the run can resume.
         for pattern in ("block-*.json", "block-*.safetensors", _RUN):
             for path in sorted(folder.glob(pattern), reverse=True):
                 path.unlink()
@@ -165,10 +161,10 @@ def _same_settings(path: Path, settings: Mapping[str, Any]) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({error}); delete {path.parent} to start anew"
+            f"{path} is damaged ({error}); delete {path.parent} to start again"
         ) from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is damaged; delete {path.parent} to start anew")
+        raise CheckpointError(f"{path} is damaged; delete {path.parent} to start again")
     for key in sorted({*found, *settings}):
         if found.get(key) != settings.get(key):
             raise CheckpointError(
@@ -178,7 +174,7 @@ def _same_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def fingerprint(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, str]:
-    """Digests of what a run starts from: the model's shapes and a sample of its values, and the tokens."""
+    """Digests of a run's inputs: the model's shapes and a sample of its values, and the tokens."""
     weights = hashlib.sha256()
     for name, parameter in model.named_parameters():
         weights.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
@@ -190,7 +186,7 @@ def fingerprint(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, str]:
 
 
 def tokens_digest(batches: Sequence[Tensor]) -> str:
-    """A digest of token ids; a batch of another integer dtype is the same batch."""
+    """A digest of token ids, whatever their integer dtype."""
     tokens = hashlib.sha256()
     for batch in batches:
         tokens.update(f"{tuple(batch.shape)}".encode())

@@ -1,4 +1,4 @@
-"""Calibration sequences one by one: batches are taken apart, and others put together to train a block on."""
+"""Calibration sequences one by one: batches are split, and rebatched to train a block on."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from s3tensor.llm.calibrate import (
 from s3tensor.prune.linalg import full_precision
 
 _KINDS = (
-    8  # other arguments that are told apart and kept on the device; beyond, each is of its own kind
+    8  # other arguments that are compared and kept on the device; with more, each is its own kind
 )
 _RESIDENT = 0.25  # share of a GPU's free memory that the sequences may take
 
 
 @dataclass
 class _Row:
-    """One sequence, or one batch of them that cannot be taken apart."""
+    """One sequence, or one batch that cannot be split."""
 
     hidden: Tensor  # (1, tokens, hidden), input of the block
     target: Tensor  # (1, tokens, hidden)
@@ -40,8 +40,8 @@ class _Row:
 class Sequences:
     """What a block is trained on: inputs, targets, and the block's other arguments (masks, positions).
 
-    How these arguments depend on the batch is the model's own affair. So a batch is taken apart, and
-    sequences are put together, only where the block's outputs show that they stay the same.
+    How these arguments depend on the batch is up to the model. So a batch is split, and sequences are
+    joined, only where the block's outputs stay the same.
     """
 
     def __init__(
@@ -55,15 +55,15 @@ class Sequences:
         self._calls: list[Any] = []  # for each kind, its other arguments
         self._shapes: list[torch.Size] = []
         self._moved: dict[int, Any] = {}  # those on the device
-        self._joins: dict[int, bool] = {}  # for each kind, whether sequences may be put together
+        self._joins: dict[int, bool] = {}  # for each kind, whether sequences may be joined
         place = _place(runner, chunks, targets)
-        apart: dict[torch.Size, bool] = {}
+        splits: dict[torch.Size, bool] = {}
         for chunk, target in zip(chunks, targets, strict=True):
             shape = chunk.hidden.shape
-            if shape not in apart:
-                apart[shape] = shape[0] > 1 and self._comes_apart(chunk)
+            if shape not in splits:
+                splits[shape] = shape[0] > 1 and self._may_split(chunk)
             call = chunk.extras[runner.index]
-            parts = range(shape[0]) if apart[shape] else (slice(None),)
+            parts = range(shape[0]) if splits[shape] else (slice(None),)
             for part in parts:
                 one = slice(part, part + 1) if isinstance(part, int) else part
                 self._add(
@@ -88,11 +88,11 @@ class Sequences:
         return sum(len(self._rows[row].hidden) for row in rows)
 
     def by_kind(self, rows: Sequence[int]) -> list[int]:
-        """The rows so ordered that those of one kind stand together."""
+        """The rows, sorted by kind."""
         return sorted(rows, key=lambda row: self._rows[row].kind)
 
     def alike(self, rows: Sequence[int]) -> list[int]:
-        """The first of the rows and those after it that may be put together with it."""
+        """The first of the rows and those directly after it that may be joined with it."""
         kind = self._rows[rows[0]].kind
         count = 1
         while count < len(rows) and self._rows[rows[count]].kind == kind:
@@ -102,7 +102,7 @@ class Sequences:
         return list(rows[:count])
 
     def output(self, rows: Sequence[int], weights: Mapping[str, Tensor]) -> Tensor:
-        """The block's output with other weights by their names, (rows, tokens, hidden)."""
+        """The block's output with these weights, by name, in place of its own, (rows, tokens, hidden)."""
         hidden = torch.cat([self._rows[row].hidden.to(self.runner.device) for row in rows])
         return self._run(hidden, self._call(self._rows[rows[0]].kind), weights)
 
@@ -124,7 +124,7 @@ class Sequences:
         if kind in self._moved:
             return self._moved[kind]
         call = transfer_to_device(self._calls[kind], self.runner.device)
-        # Of a caller in inference mode, autograd takes copies alone.
+        # Autograd takes only copies of inference-mode tensors.
         call = map_tensors(call, lambda x: x.clone() if x.is_inference() else x)
         if kind < _KINDS:
             self._moved[kind] = call
@@ -138,11 +138,11 @@ class Sequences:
 
             with full_precision():
                 alone = torch.cat([self.output([row], {}) for row in pair])
-                self._joins[kind] = _gives(joined, alone)
+                self._joins[kind] = _matches(joined, alone)
         return self._joins[kind]
 
-    def _comes_apart(self, chunk: Chunk) -> bool:
-        """Whether the first and the last sequence of a batch give alone what they give in it."""
+    def _may_split(self, chunk: Chunk) -> bool:
+        """Whether the first and the last sequence of a batch give the same output alone."""
         whole, size = chunk.extras[self.runner.index], len(chunk.hidden)
 
         def run(hidden: Tensor, call: Any) -> Tensor:
@@ -156,13 +156,13 @@ class Sequences:
                 def alone(row: int = row) -> Tensor:
                     return run(chunk.hidden[row : row + 1], _sliced(whole, row, size))
 
-                if not _gives(alone, out[row : row + 1]):
+                if not _matches(alone, out[row : row + 1]):
                     return False
         return True
 
 
-def _gives(compute: Any, expected: Tensor) -> bool:
-    """Whether an output is what it should be but for rounding."""
+def _matches(compute: Any, expected: Tensor) -> bool:
+    """Whether an output is as expected up to rounding."""
     try:
         found = compute()
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -176,11 +176,11 @@ def _gives(compute: Any, expected: Tensor) -> bool:
 
 
 def _sliced(call: Any, row: int, size: int) -> Any:
-    """The arguments of one sequence of a batch: of tensors with a dim 0 of its size, that row."""
+    """The arguments of one sequence of a batch: one row of each tensor whose dim 0 is the batch."""
     return map_tensors(call, lambda x: x[row : row + 1] if x.ndim and x.shape[0] == size else x)
 
 
 def _place(runner: BlockRunner, chunks: Sequence[Chunk], targets: Sequence[Tensor]) -> torch.device:
-    """The GPU where there is room enough: in every step sequences would be copied to it else."""
+    """The GPU if it has enough room: otherwise every step copies sequences to it."""
     wanted = sum(chunk.hidden.nbytes for chunk in chunks) + sum(x.nbytes for x in targets)
     return runner.device if has_room(runner.device, wanted, _RESIDENT) else runner.cache

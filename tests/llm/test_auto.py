@@ -17,7 +17,7 @@ from torch import Tensor
 
 import s3tensor as s3
 from s3tensor import llm
-from s3tensor.llm.auto import DAMPS, Shares, chosen, parted
+from s3tensor.llm.auto import DAMPS, Coefficients, choose, split_batches
 from s3tensor.llm.moments import Moments, merged
 from s3tensor.llm.resume import RunFolder
 
@@ -65,8 +65,8 @@ def test_the_chosen_alpha_and_damp_miss_least_on_the_tokens_that_were_kept_apart
     torch.manual_seed(seed)
     weight = torch.randn(3, 6)
     fit, check = Tokens(20, seed + 1, drifts), Tokens(9, seed + 2, drifts)
-    shares = Shares(0.5, beta, 0.01, BOTH)
-    found = chosen([weight], fit.moments(), check.moments(), shares)
+    coefficients = Coefficients(0.5, beta, 0.01, BOTH)
+    found = choose([weight], fit.moments(), check.moments(), coefficients)
     assert found.beta == beta and 0 <= found.alpha <= 1 and found.damp in DAMPS
 
     def missed(alpha: float, damp: float) -> float:
@@ -83,9 +83,9 @@ def test_linears_of_one_input_choose_as_one_weight(seed: int) -> None:
     torch.manual_seed(seed)
     weights = [torch.randn(rows, 6) for rows in (1, 2)]
     fit, check = Tokens(20, seed, False).moments(), Tokens(9, seed + 1, False).moments()
-    shares = Shares(0.5, 0.5, 0.01, BOTH)
-    one = chosen([torch.cat(weights)], fit, check, shares)
-    several = chosen(weights, fit, check, shares)
+    coefficients = Coefficients(0.5, 0.5, 0.01, BOTH)
+    one = choose([torch.cat(weights)], fit, check, coefficients)
+    several = choose(weights, fit, check, coefficients)
     assert several.damp == one.damp and math.isclose(several.alpha, one.alpha, abs_tol=1e-5)
 
 
@@ -96,8 +96,8 @@ def test_where_the_streams_are_the_same_nothing_is_chosen() -> None:
         hessian, x = s3.Hessian(6), torch.randn(count, 6)
         hessian.update(x, x.clone())
         parts.append(Moments(hessian))
-    shares = Shares(0.3, 0.3, 0.02, BOTH)
-    found = chosen([torch.randn(3, 6)], *parts, shares)
+    coefficients = Coefficients(0.3, 0.3, 0.02, BOTH)
+    found = choose([torch.randn(3, 6)], *parts, coefficients)
     assert (found.alpha, found.damp) == (0.3, 0.02)
 
 
@@ -108,18 +108,18 @@ def test_a_damp_that_leaves_the_hessian_singular_is_passed_over() -> None:
     fit, check = s3.Hessian(6), s3.Hessian(6)
     fit.update(x, x * 1.1)
     check.update(torch.randn(9, 6), torch.randn(9, 6))
-    shares = Shares(0.5, 0.5, 0.0, BOTH)  # a damp of 0, which is singular
-    found = chosen([torch.randn(3, 6)], Moments(fit), Moments(check), shares)
+    coefficients = Coefficients(0.5, 0.5, 0.0, BOTH)  # a damp of 0, which is singular
+    found = choose([torch.randn(3, 6)], Moments(fit), Moments(check), coefficients)
     assert found.damp in DAMPS
     with pytest.raises(s3.HessianError, match="not positive definite"):
-        chosen([torch.randn(3, 6)], Moments(fit), Moments(check), Shares(0.5, 0.5, 0.0))
+        choose([torch.randn(3, 6)], Moments(fit), Moments(check), Coefficients(0.5, 0.5, 0.0))
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) > 1))
 def test_parts_hold_every_sequence_once_and_in_order(sizes: list[int]) -> None:
     count = sum(sizes)
     rows = torch.arange(count)[:, None]
-    batches, (fit, check) = parted(rows.split(sizes))
+    batches, (fit, check) = split_batches(rows.split(sizes))
     assert sorted([*fit, *check]) == list(range(len(batches)))
     assert torch.equal(torch.cat(batches), rows)
     kept = torch.cat([batches[i] for i in check])[:, 0].tolist()

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 import s3tensor as s3
 from s3tensor import llm
-from s3tensor.llm import calibrate, run
+from s3tensor.llm import calibrate, plan
 
 transformers = pytest.importorskip("transformers")
 
@@ -466,13 +466,14 @@ def test_activations_wait_on_the_gpu_where_it_has_room(monkeypatch: pytest.Monke
         asked.append((device, nbytes, share))
         return nbytes < 10**6
 
-    monkeypatch.setattr(run, "has_room", has_room)
+    monkeypatch.setattr(plan, "has_room", has_room)
     blocks = llm.decoder_blocks(family("llama"))[1]
-    plan = [(llm.structure.prunable_layers(b, "", s3.Pattern.parse("2:4"), None)) for b in blocks]
+    pattern = s3.Pattern.parse("2:4")
+    planned = [plan.BlockPlan(b, "", *llm.prunable_layers(b, "", pattern)) for b in blocks]
     cuda = torch.device("cuda", 0)
     few, many = token_batches((2, 24), (1, 7)), token_batches((64, 60))
-    assert run._cache(cuda, plan, few) == cuda
-    assert run._cache(cuda, plan, many) == CPU
+    assert plan.choose_cache(cuda, planned, few) == cuda
+    assert plan.choose_cache(cuda, planned, many) == CPU
     # Six linears have 32 inputs, down has 64, of float32; hidden states are counted as wide as that.
     assert asked == [(cuda, n * 4 * (6 * 32 + 64 + 4 * 64), 0.5) for n in (55, 3840)]
 

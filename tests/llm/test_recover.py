@@ -266,7 +266,7 @@ def test_the_loss_is_the_relative_squared_error_of_tokens_of_the_block_that_is_l
 
 @given(st.integers(4, 200), st.floats(0.01, 0.5), st.integers(0, 99))
 def test_no_sequence_is_both_trained_on_and_held_out(count: int, share: float, seed: int) -> None:
-    train, held_out = recover._parts(count, Recovery(held_out=share, seed=seed))
+    train, held_out = recover._split(count, Recovery(held_out=share, seed=seed))
     assert sorted(train + held_out) == list(range(count))
     assert 1 <= len(held_out) <= max(1, round(count * share))
     assert train
@@ -394,10 +394,10 @@ def test_the_mixed_target_is_the_mean_of_the_dense_blocks_outputs_on_both_stream
     dense = [calibrate.Chunk(torch.randn(1, 5, 16), []) for _ in range(2)]
     runner = calibrate.BlockRunner(block, 0, "layers.0", CPU, CPU)
     streams = pruning._Streams(chunks, dense)
-    found = pruning._goals(runner, streams, Recovery(target="mixed"))
+    found = pruning._recovery_targets(runner, streams, "mixed")
     for goal, chunk, there in zip(found, chunks, dense, strict=True):
         torch.testing.assert_close(goal, (block(chunk.hidden) + there.hidden).detach() / 2)
-    assert pruning._goals(runner, streams, Recovery()) == [chunk.hidden for chunk in dense]
+    assert pruning._recovery_targets(runner, streams, "dense") == [chunk.hidden for chunk in dense]
 
 
 def test_deterministic_kernels_are_on_for_the_backward_pass_of_attention_alone() -> None:
@@ -642,7 +642,7 @@ def test_the_time_of_a_run_is_shared_out_over_its_blocks() -> None:
 
 def test_progress_tells_steps_loss_and_time_left() -> None:
     told: list[tuple[int, int, float, float]] = []
-    result = Case().recover(Recovery(steps=16, rate=0.01), told=lambda *news: told.append(news))
+    result = Case().recover(Recovery(steps=16, rate=0.01), on_step=lambda *news: told.append(news))
     assert [(done, of) for done, of, _, _ in told] == [(n, 16) for n in range(1, 17)]
     assert told[0][2] == result.loss_before
     assert min(loss for _, _, loss, _ in told) == result.loss_after
