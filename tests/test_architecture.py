@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("llm",),
     ("evaluate",),
     ("cli",),
+    ("__main__",),
 )
 
 # What only these rooms may import, and only inside functions where they are optional.
