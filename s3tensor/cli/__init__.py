@@ -1,7 +1,7 @@
-"""The command line, a file for each command.
+"""The command line, one file per command.
 
-Bad input ends in one line and an exit code: 2 for a command that cannot be meant so, 1 for one that fails,
-130 when it is interrupted.
+Errors are one line on stderr and an exit code: 2 for wrong usage, 1 for a command that fails, 130 for an
+interrupt.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``s3tensor bench``: products by compressed weights beside dense ones, on this machine."""
+"""``s3tensor bench``: the speed of compressed weights against dense ones, on this machine."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from s3tensor.pattern import Pattern
 \b
   s3tensor bench
   s3tensor bench --pattern 2:4 --shape 4096x4096 --batch 1 --batch 16
-  s3tensor bench --calibrate    # measure this GPU: what runs is chosen by its times from then on"""
+  s3tensor bench --calibrate    # measure this GPU; later runs choose kernels by these times"""
 )
 @click.option(
     "--pattern",
     "patterns",
     type=PATTERN,
     multiple=True,
-    help="[2:4; with --calibrate all that have kernels]",
+    help="pattern to time [2:4; with --calibrate all that have kernels]",
 )
-@click.option("--shape", "shapes", type=SHAPE, multiple=True, help="ROWSxCOLUMNS of a weight")
-@click.option("--batch", "batches", type=COUNT, multiple=True, help="rows of x")
-@click.option("--dtype", type=click.Choice(DTYPES[1:]), help="[bfloat16, on a CPU float32]")
-@click.option("--device", type=DEVICE, help="[cuda when there is one, else cpu]")
+@click.option("--shape", "shapes", type=SHAPE, multiple=True, help="ROWSxCOLUMNS of the weight")
+@click.option("--batch", "batches", type=COUNT, multiple=True, help="rows of the input")
+@click.option("--dtype", type=click.Choice(DTYPES[1:]), help="[bfloat16; float32 on a CPU]")
+@click.option("--device", type=DEVICE, help="[cuda if available, else cpu]")
 @click.option(
-    "--calibrate", is_flag=True, help="measure every path and store the times for this GPU"
+    "--calibrate", is_flag=True, help="time every kernel and store the times for this GPU"
 )
 @click.option(
-    "--out", "path", type=click.Path(path_type=Path, dir_okay=False), help="write JSON to a file"
+    "--out", "path", type=click.Path(path_type=Path, dir_okay=False), help="write JSON to this file"
 )
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def bench(
@@ -59,18 +59,18 @@ def bench(
     path: Path | None,
     as_json: bool,
 ) -> None:
-    """Time products by compressed weights beside dense ones, on this machine.
+    """Time compressed against dense linear layers on this machine.
 
-    lean is the compressed weight alone, fast may keep a second form of it (set_memory_).
+    lean holds only the compressed weight, fast may hold a second form of it (set_memory_).
     """
     from s3tensor import benchmark
     from s3tensor.files import write_output
 
     place = device or default_device()
     if any(len(shape) != 2 for shape in shapes):
-        raise Refused("a weight to multiply by has two dims, such as 4096x4096")
+        raise Refused("--shape needs two dims, such as 4096x4096")
     if calibrate and not place.startswith("cuda"):
-        raise Refused("--calibrate is for a CUDA device; on a CPU there is nothing to choose")
+        raise Refused("--calibrate needs a CUDA device; on a CPU there is nothing to choose")
     plan = benchmark.Plan(
         tuple(str(pattern) for pattern in patterns)
         or (benchmark.CALIBRATED if calibrate else benchmark.FORMS[:1]),
@@ -87,7 +87,7 @@ def bench(
         check_writable(path)
     if calibrate:
         saved = benchmark.calibrate(plan, say)
-        click.echo(f"times of {place} in {saved}; they are used from now on")
+        click.echo(f"stored times of {place} in {saved}; they are used from now on")
         if path is not None:
             write_output(path, saved.read_text(encoding="utf-8"))
         return

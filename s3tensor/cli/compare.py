@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     help="tokens in a window",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
-@click.option("--device", type=DEVICE, help="[cuda when there is one, else cpu]")
-@click.option("--json", "as_json", is_flag=True, help="print JSON, a row for each model")
+@click.option("--device", type=DEVICE, help="[cuda if available, else cpu]")
+@click.option("--json", "as_json", is_flag=True, help="print JSON, one row per model")
 def compare(
     models: tuple[str, ...],
     text: str,
@@ -58,12 +58,12 @@ def compare(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Compare MODELS of one vocabulary: bytes, density, perplexity, and how alike the first they predict."""
+    """Compare MODELS that share a vocabulary: size, density, perplexity, agreement with the first."""
     from s3tensor import llm
     from s3tensor.evaluate.compare import compare as side_by_side
 
     if len(models) < 2:
-        raise Refused("give two models or more; the others are measured against the first")
+        raise Refused("give two models or more; the first is the reference")
     where = device or default_device()
     loaded = [load(model, dtype) for model in models]
     tokens = llm.tokenize(llm.load_text(text, "held-out"), loaded[0][1])
@@ -80,12 +80,12 @@ def compare(
     out.print(_table(sides, out.width))
     out.print(
         f"{windows.numel():,} held-out tokens of {text}. share: of the first model's bytes; KL: divergence "
-        "of the next token from the first model's, in nats; top-1: how often the likeliest token is the same"
+        "from the first model's next token, in nats; top-1: share of equal most likely next tokens"
     )
 
 
 def _table(sides: list[Side], width: int) -> Table:
-    """A row for each model: names fold where the terminal is narrow, figures stay whole."""
+    """One row per model: names fold on a narrow terminal, figures do not."""
     space = int(width >= 80)
     table = Table(padding=(0, space))
     rows = [
@@ -110,7 +110,7 @@ def _table(sides: list[Side], width: int) -> Table:
             table.add_column(heading, justify="right", no_wrap=True, min_width=widest)
     table.columns[1].justify = table.columns[2].justify = "left"
     least = sum((column.min_width or 0) + 2 * space + 1 for column in table.columns) + 1
-    if least > width:  # its lines wrap; in less room rich would drop columns
+    if least > width:  # lines wrap; otherwise rich would drop columns
         table.width = least
     for row in rows:
         table.add_row(*row)

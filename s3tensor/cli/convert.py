@@ -1,4 +1,4 @@
-"""``s3tensor convert``: between dense files with zeros and compressed ones."""
+"""``s3tensor convert``: between dense weights with zeros and compressed ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from s3tensor.pattern import Pattern
 if TYPE_CHECKING:
     from torch import nn
 
-# What a weight with zeros is tried for: the fewest bytes first, then what runs fastest.
+# Tried on a weight with zeros, in order of bytes, then of speed.
 _LIKELY = ("1:4", "2:8", "rowpair16", "coupled2:4", "pair4:8", "2:4", "4:8")
 
 
@@ -26,20 +26,22 @@ _LIKELY = ("1:4", "2:8", "rowpair16", "coupled2:4", "pair4:8", "2:4", "4:8")
 
 \b
   s3tensor convert sparse --to dense --out plain      # for use without s3tensor
-  s3tensor convert plain --to compressed --out sparse # of a model that any tool pruned
+  s3tensor convert plain --to compressed --out sparse # a model pruned by any tool
   s3tensor convert plain --to compressed --pattern block:16x16@0.5 --out sparse
-  s3tensor convert sparse --to compressed --int8 --out small  # half the bytes again, for small batches"""
+  s3tensor convert sparse --to compressed --int8 --out small  # half the bytes, for small batches"""
 )
 @click.argument("model")
 @click.option("--to", "form", type=click.Choice(["compressed", "dense"]), required=True)
 @click.option(
     "--pattern",
     type=PATTERN,
-    help=f"that weights satisfy [the one of fewest bytes of {', '.join(_LIKELY)}]",
+    help=f"pattern of the weights [the smallest that fits of {', '.join(_LIKELY)}]",
 )
-@click.option("--int8", is_flag=True, help="round compressed values to int8, a scale for each row")
+@click.option(
+    "--int8", is_flag=True, help="round compressed values to int8, with one scale per row"
+)
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
-@click.option("--overwrite", is_flag=True, help="replace a model that is there")
+@click.option("--overwrite", is_flag=True, help="replace an existing model")
 @click.option("--out", "directory", required=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def convert(
@@ -52,13 +54,13 @@ def convert(
     directory: Path,
     as_json: bool,
 ) -> None:
-    """Write MODEL anew, its pruned weights dense or compressed; values stay, but for --int8 and --dtype."""
+    """Rewrite MODEL with dense or compressed weights; only --int8 and --dtype change values."""
     from s3tensor.io import pretrained as hf
     from s3tensor.model.quantize import quantize_
     from s3tensor.tensor.base import Compressed
 
     if int8 and form == "dense":
-        raise click.UsageError("--int8 is of compressed values; take --to compressed with it")
+        raise click.UsageError("--int8 applies to compressed values; use it with --to compressed")
     hf.refuse_existing(directory, overwrite, "give --overwrite")
     loaded, tokenizer = load(model, dtype)
     card = _card(Path(model).expanduser(), directory.expanduser())
@@ -70,19 +72,19 @@ def convert(
         if not found and (pattern is not None or not before):
             wanted = str(pattern) if pattern else ", ".join(_LIKELY)
             raise ModelError(
-                f"no weight of {model} satisfies {wanted}; prune it with s3tensor prune, or name its pattern"
+                f"no weight of {model} satisfies {wanted}; prune it with s3tensor prune, or give its pattern"
             )
         if found:
             words = ", ".join(f"{count} to {name}" for name, count in found.items())
             click.echo(f"compressed {words}", err=as_json)
         elif not rounded:
             raise ModelError(
-                f"{model} is compressed already; --int8 or --dtype would make something else of it"
+                f"{model} is compressed already; use --int8 or --dtype to change its values"
             )
         if int8:
             click.echo(str(quantize_(loaded)), err=as_json)
     if card and (found or int8):
-        card["pattern"] = None  # the weights tell
+        card["pattern"] = None  # read from the weights
     if card and rounded and "pruned_perplexity" in card:
         options = (" --int8" if int8 else "") + (f" --dtype {dtype}" if dtype != "auto" else "")
         card["pruned_perplexity"] += f", before convert{options}"
@@ -106,9 +108,9 @@ def convert(
 
 
 def _card(source: Path, target: Path) -> dict[str, Any] | None:
-    """What the source's card says, and this command; None where neither folder has a card's section.
+    """The source's model card section with this command added; None if neither folder has a section.
 
-    Without one in the source, that of the model which is replaced is replaced too.
+    If only the target, which is replaced, has one, a new section replaces it.
     """
     from s3tensor.io.card import read_card
 
@@ -124,7 +126,7 @@ def _card(source: Path, target: Path) -> dict[str, Any] | None:
 
 
 def _compress(model: nn.Module, pattern: Pattern | None) -> dict[str, int]:
-    """Compress the linears that satisfy a pattern, in place; how many under each."""
+    """Compress the linears that satisfy a pattern, in place; how many for each pattern."""
     from s3tensor.errors import PatternError
     from s3tensor.mask.projection import satisfies
     from s3tensor.model.sparsify import is_conv1d, sparsify_
@@ -135,7 +137,7 @@ def _compress(model: nn.Module, pattern: Pattern | None) -> dict[str, int]:
 
         def fits(module: Any, name: str, candidate: Pattern = candidate) -> bool:
             if isinstance(module.weight, Compressed):
-                return False  # under a pattern before
+                return False  # compressed already
             try:
                 weight = module.weight.detach()
                 upright = weight.t() if is_conv1d(module) else weight

@@ -1,4 +1,4 @@
-"""``s3tensor eval``: perplexity and lm_eval tasks of a model. ``s3tensor lm-eval``: lm_eval's own command."""
+"""``s3tensor eval``: a model's perplexity and lm_eval scores. ``s3tensor lm-eval``: lm_eval's own command."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from s3tensor.cli.group import (
 if TYPE_CHECKING:
     from s3tensor.evaluate.harness import TaskReport
 
-SEQ_LEN = 1024  # tokens in a window of the perplexity, when none are asked for
+SEQ_LEN = 1024  # tokens in a window for perplexity, by default
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What is measured, of one model as of the other."""
+    """What is measured of each model."""
 
     text: str | None  # None: no perplexity
     text_column: str | None
@@ -78,53 +78,51 @@ class _Wanted:
   s3tensor eval sparse --tasks s3_pydoc,s3_pydoc_choice --limit 20
   s3tensor eval sparse --tasks hellaswag,wikitext --against HuggingFaceTB/SmolLM2-135M --out figures.json
 
-Tasks are those of lm_eval (pip install 's3tensor[eval]'), listed by: s3tensor lm-eval ls tasks. Without a
-network there are s3_pydoc (perplexity) and s3_pydoc_choice (accuracy; chance is 0.25).""",
+Tasks are those of lm_eval (pip install 's3tensor[eval]'); list them with: s3tensor lm-eval ls tasks.
+s3_pydoc (perplexity) and s3_pydoc_choice (accuracy; chance is 0.25) need no network.""",
 )
 @click.argument("model")
 @click.option(
     "--text",
-    help="for the perplexity: pydoc, c4, wikitext2, a file or folder of text, or FILE:COLUMN of a table "
+    help="text for perplexity: pydoc, c4, wikitext2, a file or folder of text, or FILE:COLUMN of a table "
     "(.jsonl, .json, .csv, .tsv, .parquet) [pydoc; none with --tasks]",
 )
 @click.option(
     "--text-column",
     metavar="COLUMN",
-    help="the column of a table [text, or the only one that holds text]",
+    help="text column of a table [text, or the only one with text]",
 )
 @click.option(
-    "--samples", type=COUNT, default=16, show_default=True, help="sequences for the perplexity"
+    "--samples", type=COUNT, default=16, show_default=True, help="sequences for perplexity"
 )
 @click.option(
     "--seq-len",
     type=click.IntRange(min=2),
-    help=f"tokens in a window [{SEQ_LEN} for the perplexity, all that the model takes for tasks]",
+    help=f"tokens in a window [{SEQ_LEN} for perplexity, the model's maximum for tasks]",
 )
-@click.option(
-    "--tasks", multiple=True, metavar="A,B", help="tasks, groups or YAML files of lm_eval"
-)
+@click.option("--tasks", multiple=True, metavar="A,B", help="lm_eval tasks, groups or YAML files")
 @click.option(
     "--limit",
     type=click.FloatRange(min=0, min_open=True),
-    help="only so many documents of a task, or a share below 1 [all]",
+    help="documents per task, or a share below 1 [all]",
 )
 @click.option(
-    "--num-fewshot", type=click.IntRange(min=0), help="examples before a question [the task's own]"
+    "--num-fewshot", type=click.IntRange(min=0), help="few-shot examples [set by the task]"
 )
-@click.option("--batch-size", default="1", show_default=True, help="documents at once, or auto")
+@click.option("--batch-size", default="1", show_default=True, help="documents per batch, or auto")
 @click.option(
     "--include-path",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="a folder of YAML files with more tasks",
+    help="folder of YAML files with more tasks",
 )
-@click.option("--against", metavar="MODEL", help="measure this one too and show the change")
+@click.option("--against", metavar="MODEL", help="also evaluate this model, and show the change")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
-@click.option("--device", type=DEVICE, help="[cuda when there is one, else cpu]")
+@click.option("--device", type=DEVICE, help="[cuda if available, else cpu]")
 @click.option(
     "--out",
     "file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="write the figures as JSON",
+    help="write the figures as JSON to this file",
 )
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def evaluate(
@@ -144,7 +142,7 @@ def evaluate(
     file: Path | None,
     as_json: bool,
 ) -> None:
-    """Perplexity of MODEL, pruned or not, on held-out text, or its scores in --tasks of lm_eval."""
+    """Evaluate MODEL, pruned or not: perplexity on held-out text, or --tasks of lm_eval."""
     from s3tensor.files import json_text, write_output
 
     if text is None and not tasks:
@@ -180,7 +178,7 @@ def evaluate(
         table = report.frame(dense[1])
         click.echo(table.to_string(index=False, float_format="%.4f", na_rep=""))
         count = report.settings["limit"]
-        limited = "" if count is None else f"; a trial: --limit {count:g} of each task"
+        limited = "" if count is None else f"; partial: --limit {count:g} for each task"
         err.print(f"lm_eval {report.settings['versions']['lm_eval']}{limited}")
     if file is not None:
         err.print(f"figures in {file}")
@@ -197,7 +195,7 @@ def _names(
     batch_size: str,
     include_path: Path | None,
 ) -> tuple[str, ...]:
-    """The tasks; refused before a model is loaded, what lm_eval does not know and what cannot be meant."""
+    """The tasks; unknown ones and wrong usage are refused before a model is loaded."""
     if not tasks:
         given = {
             "--limit": limit is not None,
@@ -207,7 +205,7 @@ def _names(
         }
         lonely = next((option for option, there in given.items() if there), None)
         if lonely is not None:
-            raise Refused(f"{lonely} is for --tasks; name some, such as --tasks s3_pydoc")
+            raise Refused(f"{lonely} needs --tasks, such as --tasks s3_pydoc")
         return ()
     from s3tensor.evaluate.harness import check_tasks
 
@@ -255,7 +253,7 @@ def _figures(
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def lm_eval(arguments: tuple[str, ...]) -> None:
-    """lm_eval's own command, which here knows compressed models and the tasks of s3tensor."""
+    """Run lm_eval's own command with support for compressed models and the tasks of s3tensor."""
     from s3tensor.evaluate.harness import run_command
 
     status = run_command(arguments)

@@ -1,4 +1,4 @@
-"""The command ``s3tensor``: how its commands end, the types of their arguments, what they share."""
+"""The command ``s3tensor``: exit codes, argument types, and what its commands share."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ err = Console(soft_wrap=True, markup=False, highlight=False, stderr=True)
 
 
 class Refused(click.ClickException):
-    """A command that cannot be meant so, in one line."""
+    """Wrong usage, in one line."""
 
     exit_code = 2
 
 
 class Group(click.Group):
-    """A group whose commands end in one line and an exit code."""
+    """A group whose commands report errors as one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -59,7 +59,7 @@ class Group(click.Group):
             if type(error).__name__ != "OutOfMemoryError":
                 raise
             first = str(error).splitlines()[0]
-            raise click.ClickException(f"{first} Give fewer or shorter sequences") from error
+            raise click.ClickException(f"{first} Use fewer or shorter sequences") from error
         except KeyboardInterrupt:
             err.print("\nstopped")
             raise SystemExit(130) from None
@@ -99,7 +99,7 @@ class _ShapeType(ParamType):
 
 
 class _DeviceType(ParamType):
-    """A device that is there."""
+    """An available device."""
 
     name = "device"
 
@@ -139,7 +139,7 @@ SEED = click.IntRange(0, 2**63 - 1)
 
 
 def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
-    """Defaults of commands from a YAML file: a mapping for each command, options by their long names."""
+    """Read defaults from a YAML file: a mapping for each command, options by their long names."""
     if path is None:
         return
     try:
@@ -176,10 +176,10 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds; 2:4 is a string, not 124, the number of base 60 that YAML 1.1 makes of it.
+    """The contents of a YAML file; 2:4 is a string, not 124 (base 60 in YAML 1.1).
 
     Raises:
-        ValueError: a file that is no YAML, in one line.
+        ValueError: a file that is not YAML, in one line.
     """
     import yaml
 
@@ -193,7 +193,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
 
 
 @click.group(
@@ -210,7 +210,7 @@ def read_yaml(path: Path) -> Any:
   s3tensor compare HuggingFaceTB/SmolLM2-135M sparse
   s3tensor --config run.yaml prune HuggingFaceTB/SmolLM2-135M --out sparse
 
-A configuration gives commands their defaults; what is on the command line counts first:
+A configuration file sets defaults; the command line overrides them:
 
 \b
   prune:
@@ -226,16 +226,16 @@ Completion in bash: eval "$(_S3TENSOR_COMPLETE=bash_source s3tensor)"; zsh and f
     callback=_read_config,
     is_eager=True,
     expose_value=False,
-    help="a YAML file with defaults for the options of commands",
+    help="YAML file with defaults for the options of commands",
 )
 def main() -> None:
-    """Structured sparsity for PyTorch: prune, hold compressed, run, evaluate, compare and picture."""
+    """Structured sparsity for PyTorch: prune, compress, evaluate, compare and draw."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @contextlib.contextmanager
 def as_usage() -> Iterator[None]:
-    """What is refused here is the command's own fault."""
+    """Report errors of s3tensor as wrong usage."""
     try:
         yield
     except S3Error as error:
@@ -278,16 +278,16 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse at the start a file that could not be written at the end."""
+    """Refuse up front a file that could not be written at the end."""
     from s3tensor.files import is_special
 
     if is_special(path):
         if not os.access(path, os.W_OK):
-            raise CheckpointError(f"cannot write {path}: it may not be written to")
+            raise CheckpointError(f"cannot write {path}: permission denied")
         return
     folder = next(p for p in Path(os.path.realpath(path)).parents if p.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise CheckpointError(f"cannot write {path}: {folder} is no folder that can be written")
+        raise CheckpointError(f"cannot write {path}: {folder} is not a writable folder")
 
 
 def default_device() -> str:

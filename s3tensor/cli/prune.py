@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from s3tensor.llm import PruneReport, Recovery
 
-SAMPLES = 128  # calibration sequences when none are asked for, or all that the text has
+SAMPLES = 128  # calibration sequences by default, or fewer if the text has fewer
 
 
 @main.command(
@@ -54,11 +54,15 @@ SAMPLES = 128  # calibration sequences when none are asked for, or all that the 
   s3tensor prune ./model --recover 300 --recover-seconds 600 --out sparse
   s3tensor prune ./model --blocks 2 --samples 4 --eval-samples 0 --out trial --report trial.json
 
-A run that was broken off goes on when the same command is given again."""
+An interrupted run resumes when the same command is given again."""
 )
 @click.argument("model")
 @click.option(
-    "--pattern", type=PATTERN, default="2:4", show_default=True, help="see: s3tensor show --help"
+    "--pattern",
+    type=PATTERN,
+    default="2:4",
+    show_default=True,
+    help="listed by: s3tensor show --help",
 )
 @click.option(
     "--pruner",
@@ -76,12 +80,12 @@ A run that was broken off goes on when the same command is given again."""
 @click.option(
     "--text-column",
     metavar="COLUMN",
-    help="the column of --calibration's table [text, or the only one that holds text]",
+    help="text column of --calibration's table [text, or the only one with text]",
 )
 @click.option(
     "--samples",
     type=COUNT,
-    help=f"calibration sequences [{SAMPLES}, or all that the text has if they are fewer]",
+    help=f"calibration sequences [{SAMPLES}, or fewer if the text has fewer]",
 )
 @click.option(
     "--seq-len",
@@ -93,50 +97,48 @@ A run that was broken off goes on when the same command is given again."""
 @click.option(
     "--alpha",
     type=SHARE,
-    help="weight of the dense model's outputs in the target, 0 to 1, or auto: chosen for each linear by "
-    "calibration sequences that are kept from its fit [0.5 for admm]",
+    help="weight of the dense model's outputs in the target, 0 to 1, or auto: chosen for each linear on "
+    "calibration sequences held back from its fit [0.5 for admm and obs]",
 )
 @click.option(
     "--beta",
     type=float,
-    help="share of the residual stream's drift that linears which write into it take back, 0 to 1 [alpha]",
+    help="share of the residual stream's drift that the linears writing into it correct, 0 to 1 [alpha]",
 )
 @click.option(
     "--damp",
     type=SHARE,
-    help="share of the mean diagonal added to a Hessian, or auto: chosen like --alpha [auto where the pruner "
-    "has a dense target, with an alpha above 0 and 2 sequences or more; else 0.01]",
+    help="share of a Hessian's mean diagonal added to it, or auto: chosen like --alpha [auto with a dense "
+    "target (alpha > 0) and at least 2 sequences; else 0.01]",
 )
 @click.option(
     "--recover",
     type=click.IntRange(min=0),
     metavar="STEPS",
-    help="train what is kept of each block towards the dense block's output, so many steps [0; 300 is "
-    "a good number]",
+    help="steps that train each pruned block towards the dense block's output [0; 300 is a good "
+    "choice]",
 )
 @click.option(
     "--recover-seconds",
     type=click.FloatRange(min=0, min_open=True),
-    help="time for that in all blocks together [no limit]; alone: in at most 300 steps a block",
+    help="time limit for recovery of all blocks [none]; without --recover: up to 300 steps per block",
 )
 @click.option(
     "--budgets",
     metavar="mixed|FILE.yaml",
-    help="mixed: keep more where it costs most and less elsewhere, as many weights in all; or the "
-    "patterns of single linears by name or glob, the rest as --pattern",
+    help="mixed: keep more weights where pruning costs most and fewer elsewhere, at the same total; or a "
+    "file that maps names or globs of linears to patterns, the rest get --pattern",
 )
-@click.option("--blocks", type=COUNT, help="only the first so many decoder blocks")
+@click.option("--blocks", type=COUNT, help="prune only the first N decoder blocks")
 @click.option(
     "--misfit",
     type=click.Choice(["skip", "error"]),
     default="skip",
     show_default=True,
-    help="what to do with a linear that the pattern does not fit",
+    help="linears that the pattern does not fit: leave dense, or fail",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
-@click.option(
-    "--device", type=DEVICE, help="where blocks are pruned [cuda when there is one, else cpu]"
-)
+@click.option("--device", type=DEVICE, help="where blocks are pruned [cuda if available, else cpu]")
 @click.option(
     "--eval-text",
     help="text for perplexity, as for --calibration [the held-out part of the same source]",
@@ -157,17 +159,19 @@ A run that was broken off goes on when the same command is given again."""
     help="dense: plain safetensors with zeros, for use without s3tensor",
 )
 @click.option(
-    "--seed", type=SEED, default=0, show_default=True, help="choice of calibration sequences"
+    "--seed", type=SEED, default=0, show_default=True, help="seed of the calibration sequences"
 )
 @click.option(
     "--out",
     "directory",
     required=True,
     type=click.Path(path_type=Path),
-    help="folder for the pruned model; started again after a break, the run goes on",
+    help="folder for the pruned model; an interrupted run resumes from it",
 )
 @click.option(
-    "--report", type=click.Path(path_type=Path, dir_okay=False), help="write the figures as JSON"
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="write the figures as JSON to this file",
 )
 @click.option("--json", "as_json", is_flag=True, help="print the figures as JSON")
 def prune(
@@ -202,7 +206,7 @@ def prune(
     from s3tensor.io import pretrained as hf
 
     start = time.perf_counter()
-    # What is cheap to refuse is refused before anything is loaded.
+    # Refuse what is cheap to check before anything is loaded.
     with as_usage():
         llm.check_options(pruner, alpha, damp, beta)
         recovery = _recovery(recover, recover_seconds, seed)
@@ -215,8 +219,8 @@ def prune(
     batches, held_out = _texts(
         tokenizer, calibration, samples, seq_len, seed, eval_text, eval_samples, text_column
     )
-    with llm.locked(directory), _says_how_to_go_on():
-        llm.check_out(directory)  # again: another run may have ended here since the first look
+    with llm.locked(directory), _resume_hint():
+        llm.check_out(directory)  # again: another run may have ended here meanwhile
         dense_ppl = perplexity_on(loaded, held_out, seq_len, where, "dense perplexity")
         result = llm.prune_model(
             loaded,
@@ -228,7 +232,9 @@ def prune(
             damp=damp,
             recover=recovery,
             budgets=wanted,
-            held_out=held_out.split(1) if held_out is not None and _few(loaded, batches) else None,
+            held_out=held_out.split(1)
+            if held_out is not None and _few_tokens(loaded, batches)
+            else None,
             device=where,
             blocks=blocks,
             on_misfit=misfit,
@@ -256,7 +262,7 @@ def prune(
             "compressed_bytes": now,
             "total_seconds": round(time.perf_counter() - start, 3),
         }
-        # What is in the folder is of this run, also a model that it was saving when it was killed.
+        # Everything in the folder is of this run, even a model that it was saving when it was killed.
         card = {**figures, "pattern": result.patterns_text}
         card["command"] = shlex.join(["s3tensor", *sys.argv[1:]])
         if held_out is None:
@@ -284,19 +290,19 @@ def _recovery(steps: int | None, seconds: float | None, seed: int) -> Recovery |
 
 
 @contextlib.contextmanager
-def _says_how_to_go_on() -> Iterator[None]:
+def _resume_hint() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        err.print("\nfinished blocks are kept: the same command goes on from there")
+        err.print("\nfinished blocks are kept; the same command resumes from there")
         raise
 
 
 def read_budgets(text: str | None) -> Any:
-    """What ``--budgets`` means to ``prune_model``: the patterns in a file, or the word as it is.
+    """The ``budgets`` of ``prune_model`` from ``--budgets``: the patterns in a file, or the word itself.
 
     Raises:
-        PatternError: no file, one that maps no names to patterns, or a pattern that does not parse.
+        PatternError: no file, one that does not map names to patterns, or a pattern that does not parse.
     """
     if text is None or text == "mixed":
         return text
@@ -319,8 +325,8 @@ def read_budgets(text: str | None) -> Any:
     return found
 
 
-def _few(model: Any, batches: list[Tensor]) -> bool:
-    """Whether there are fewer calibration tokens than a linear of the blocks has inputs."""
+def _few_tokens(model: Any, batches: list[Tensor]) -> bool:
+    """Whether there are fewer calibration tokens than some linear of the blocks has inputs."""
     from s3tensor import llm
 
     pattern = Pattern.parse("unstructured@1")
@@ -339,12 +345,12 @@ def _texts(
     eval_samples: int,
     text_column: str | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Calibration batches of one sequence, and the sequences for perplexity: never the same ones."""
+    """Calibration batches of one sequence, and other sequences for perplexity."""
     from s3tensor import llm
 
     tokens = llm.load_tokens(calibration, tokenizer, column=text_column)
     same = eval_text is None and not llm.has_parts(calibration)
-    # A text without parts of its own gives both: different windows of one random order.
+    # A text without its own parts gives both: different windows in one random order.
     extra = eval_samples if same else 0
     if samples is None:
         samples = max(1, min(SAMPLES, tokens.numel() // seq_len - extra))

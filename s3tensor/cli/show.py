@@ -1,4 +1,4 @@
-"""``s3tensor show``: a pattern in words, figures and a picture."""
+"""``s3tensor show``: a pattern in words, numbers and a picture."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ Examples:
   s3tensor show "block=1,2; scope=1,4; keep=2" --shape 8x32 --out pattern.png"""
 )
 @click.argument("pattern", type=PATTERN)
-@click.option("--shape", type=SHAPE, help="ROWSxCOLUMNS [a small shape that fits]")
+@click.option("--shape", type=SHAPE, help="ROWSxCOLUMNS of the weight [a small shape that fits]")
 @click.option(
-    "--out", "path", type=click.Path(path_type=Path, dir_okay=False), help="write a picture (.png)"
+    "--out",
+    "path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="draw it to this file (.png)",
 )
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def show(pattern: Pattern, shape: tuple[int, ...] | None, path: Path | None, as_json: bool) -> None:
-    """Explain PATTERN in words and figures, and draw it with --out."""
-    from s3tensor import draw as viz
+    """Explain PATTERN in words and numbers, and draw it with --out."""
+    from s3tensor import draw
 
     with as_usage():
-        said = json.dumps(viz.facts(pattern, shape)) if as_json else viz.describe(pattern, shape)
+        said = json.dumps(draw.facts(pattern, shape)) if as_json else draw.describe(pattern, shape)
         click.echo(said)
         if path is not None:
-            viz.save_picture(pattern, shape, path)
+            draw.save_picture(pattern, shape, path)
             click.echo(f"picture in {path}", err=as_json)

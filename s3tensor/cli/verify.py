@@ -1,4 +1,4 @@
-"""``s3tensor verify``: what a folder holds, and whether it is whole."""
+"""``s3tensor verify``: the contents of a folder, and whether they are intact."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from s3tensor.cli.group import main
   s3tensor verify sparse"""
 )
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="print JSON, a row for each weight")
+@click.option("--json", "as_json", is_flag=True, help="print JSON, one row per weight")
 def verify(directory: Path, as_json: bool) -> None:
-    """Check DIRECTORY: every checksum holds, every sparse weight satisfies its pattern."""
+    """Check the checksums in DIRECTORY, and that every sparse weight satisfies its pattern."""
     from s3tensor.io import pretrained as hf
 
     rows = hf.verify(directory)
@@ -28,10 +28,10 @@ def verify(directory: Path, as_json: bool) -> None:
         click.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows]))
         return
     if not rows:
-        click.echo("every checksum holds; the model has no sparse weights")
+        click.echo("all checksums match; the model has no sparse weights")
         return
     patterns = ", ".join(sorted({pattern for _, pattern, _ in rows}))
     density = sum(row[2] for row in rows) / len(rows)
     click.echo(
-        f"every checksum holds; {len(rows)} sparse weights satisfy {patterns}; mean density {density:.4f}"
+        f"all checksums match; {len(rows)} sparse weights satisfy {patterns}; mean density {density:.4f}"
     )

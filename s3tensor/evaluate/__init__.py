@@ -1,4 +1,4 @@
-"""How good a model is: perplexity, tasks of lm_eval, and pruned beside dense."""
+"""Evaluate models: perplexity, tasks of lm_eval, and pruned against dense."""
 
 from s3tensor.evaluate.perplexity import perplexity
 

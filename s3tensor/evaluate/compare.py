@@ -1,4 +1,4 @@
-"""Models side by side: what they take, how sparse they are, how well and how alike they predict."""
+"""Compare models: size, sparsity, perplexity, and agreement of their predictions."""
 
 from __future__ import annotations
 
@@ -20,19 +20,17 @@ from s3tensor.text.text import check_tokens
 
 @dataclass(frozen=True)
 class Side:
-    """One model of a comparison; the last three figures are against the first model."""
+    """One model of a comparison; divergence and agreement are against the first model."""
 
     name: str
     parameters: int
     weight_bytes: int  # in memory, as they are
     sparse_weights: int
     patterns: tuple[str, ...]
-    density: float  # stored share of the sparse weights; 1.0 without any
+    density: float  # share of the sparse weights' values that is stored; 1.0 without any
     perplexity: float
-    divergence: (
-        float  # mean Kullback-Leibler divergence of the next token, first model to this one, nats
-    )
-    agreement: float  # share of positions with the same likeliest token
+    divergence: float  # mean KL(first model || this one) of the next token, in nats
+    agreement: float  # share of positions with the same most likely token
 
 
 @torch.no_grad()
@@ -41,12 +39,10 @@ def compare(
     token_ids: Tensor,  # (windows, tokens) int64
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Side]:
-    """Compare models of one vocabulary on the same tokens.
-
-    Every position but a window's last predicts the next token. The models may be on different devices.
+    """Compare models that share a vocabulary on the same tokens. They may be on different devices.
 
     Args:
-        models: (name, model); the first is what the others are measured against.
+        models: (name, model); the first is the reference.
         token_ids: windows of tokens, (windows, tokens).
         progress: called with (windows done, windows).
 
@@ -74,7 +70,7 @@ def compare(
             if first.shape != logs.shape:
                 raise CalibrationError(
                     f"{name} has {logs.shape[1]} tokens in its vocabulary, {models[0][0]} has "
-                    f"{first.shape[1]}; only models of one vocabulary compare"
+                    f"{first.shape[1]}; only models that share a vocabulary can be compared"
                 )
             apart[place] += float((first.exp() * (first - logs)).sum())
             same[place] += float((first.argmax(1) == logs.argmax(1)).sum())
@@ -99,9 +95,7 @@ def _log_probabilities(name: str, model: nn.Module, window: Tensor) -> Tensor:
     logits = next_token_logits(model, window[None].to(device, torch.int64))
     logs = F.log_softmax(logits[0].float(), -1)
     if not bool(torch.isfinite(logs).all()):
-        raise NonFiniteError(
-            f"{name}: logits hold NaN or Inf; its weights or its dtype are at fault"
-        )
+        raise NonFiniteError(f"{name}: logits hold NaN or Inf; check its weights and its dtype")
     return logs
 
 

@@ -1,4 +1,4 @@
-"""Tasks of lm_eval, through its own Hugging Face model class."""
+"""Tasks of lm_eval, run through its own Hugging Face model class."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from s3tensor.errors import CalibrationError
+from s3tensor.errors import CalibrationError, OptionError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TASKS = Path(__file__).parent / "tasks"  # of our own, as --include_path of lm_eval
+TASKS = Path(__file__).parent / "tasks"  # our own, for lm_eval's --include_path
 _OFFLINE = tuple(sorted(path.stem for path in TASKS.glob("*.yaml")))
 
 
@@ -31,20 +31,20 @@ class TaskScore:
     """One metric of one task or group."""
 
     task: str
-    metric: str  # with its filter behind a comma where that is not "none"
+    metric: str  # followed by a comma and its filter unless that is "none"
     value: float
-    stderr: float | None  # None where lm_eval gives none
+    stderr: float | None  # None if lm_eval gives none
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """What :func:`evaluate_tasks` found, and how."""
+    """The scores of :func:`evaluate_tasks`, one per metric, and the settings behind them."""
 
     scores: list[TaskScore]
     settings: dict[str, Any] = field(default_factory=dict)
 
     def frame(self, against: TaskReport | None = None) -> pd.DataFrame:
-        """Rows of ``task, metric, value, stderr``; with another report, also ``dense`` and ``change``."""
+        """Rows of ``task, metric, value, stderr``; against another report also ``dense`` and ``change``."""
         import pandas as pd
 
         frame = pd.DataFrame([asdict(score) for score in self.scores])
@@ -56,7 +56,7 @@ class TaskReport:
         return frame
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: ``scores``, a row for each metric, and ``settings``."""
+        """For JSON: ``scores``, one row per metric, and ``settings``."""
         return {"scores": [asdict(score) for score in self.scores], "settings": self.settings}
 
 
@@ -74,21 +74,22 @@ def evaluate_tasks(
     """Evaluate a model, pruned or not, on tasks of lm_eval.
 
     Args:
-        model: a causal language model of transformers, where it is to run.
+        model: a causal language model of transformers, on the device to use.
         tokenizer: of the model.
-        tasks: names of tasks, groups or tags, with ``*`` for several, or paths of YAML files; in a sequence,
-            or in one string with commas between them. Ours need no network: ``s3_pydoc`` (perplexity by
-            words and bytes) and ``s3_pydoc_choice`` (accuracy).
-        num_fewshot: examples before a question; default the task's own.
-        limit: only the first so many documents of each task; below 1 a share of them.
+        tasks: names of tasks, groups or tags, globs of them, or paths of YAML files, as a sequence or
+            separated by commas. Ours need no network: ``s3_pydoc`` (perplexity per word and byte) and
+            ``s3_pydoc_choice`` (accuracy).
+        num_fewshot: few-shot examples; default the task's own.
+        limit: evaluate only this many documents of each task, or this share if below 1.
         batch_size: documents in one pass, or ``auto``.
-        seq_len: tokens in a window; default the positions of the model.
+        seq_len: tokens in a window; default the model's maximum.
         include_path: a folder of YAML files with more tasks.
 
     Raises:
-        ImportError: without lm_eval, with the extra that brings it.
-        CalibrationError: an unknown task, or data that can be had neither from the cache nor from the
-            network; a limit, window or batch size that cannot be.
+        ImportError: lm_eval is not installed; names the extra that installs it.
+        OptionError: no task, or a limit, count, window or batch size out of range.
+        CalibrationError: an unknown task, a window longer than the model's maximum, or data that is
+            neither in the cache nor on the network.
     """
     wanted = check_tasks(
         tasks,
@@ -152,8 +153,10 @@ def check_tasks(
     seq_len: int | None = None,
     include_path: str | Path | None = None,
 ) -> list[str]:
-    """The names that tasks stand for, without loading a model or data; arguments and errors of
-    :func:`evaluate_tasks`."""
+    """The names of the tasks, expanded, without loading a model or data.
+
+    Arguments and errors as for :func:`evaluate_tasks`.
+    """
     entries = [tasks] if isinstance(tasks, str) else tasks
     names = [name.strip() for entry in entries for name in entry.split(",") if name.strip()]
     _check_settings(names, limit, num_fewshot, batch_size, seq_len)
@@ -168,9 +171,9 @@ def check_tasks(
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """lm_eval's own command line in this process, where ``quant_method: "s3"`` is registered.
+    """Run lm_eval's own command line in this process, where ``quant_method: "s3"`` is registered.
 
-    ``run`` also knows our tasks, unless another ``--include_path`` is given. Returns the exit status.
+    ``run`` also finds our tasks, unless ``--include_path`` is given. Returns the exit status.
 
     Raises:
         ImportError: without lm_eval.
@@ -201,7 +204,7 @@ def scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[TaskScore]:
             if metric.endswith("_stderr") or isinstance(value, (str, bool)):
                 continue
             if not isinstance(value, (int, float)) or not filtered:
-                continue  # "alias", "sample_len" and the like are no metrics
+                continue  # "alias", "sample_len" and the like are not metrics
             stderr = metrics.get(f"{metric}_stderr,{filtered}")
             shown = metric if filtered == "none" else name
             number = float(stderr) if isinstance(stderr, (int, float)) else None
@@ -228,27 +231,27 @@ def _check_settings(
     seq_len: int | None,
 ) -> None:
     if not names:
-        raise CalibrationError(f"no task named; offline there are {', '.join(_OFFLINE)}")
+        raise OptionError(f"no task given; these need no network: {', '.join(_OFFLINE)}")
     if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit))):
-        raise CalibrationError(f"limit={limit} must be a count of documents, or a share below 1")
+        raise OptionError(f"limit={limit} must be a count of documents, or a share below 1")
     if num_fewshot is not None and num_fewshot < 0:
-        raise CalibrationError(f"num_fewshot={num_fewshot} must be >= 0")
+        raise OptionError(f"num_fewshot={num_fewshot} must be >= 0")
     if not (batch_size == "auto" or (isinstance(batch_size, int) and batch_size >= 1)):
-        raise CalibrationError(f"batch_size={batch_size!r} must be >= 1, or auto")
+        raise OptionError(f"batch_size={batch_size!r} must be >= 1, or auto")
     if seq_len is not None and seq_len < 2:
-        raise CalibrationError(f"seq_len={seq_len} must be >= 2 tokens")
+        raise OptionError(f"seq_len={seq_len} must be >= 2 tokens")
 
 
 @functools.lru_cache(maxsize=1)
 def _all_tasks() -> Any:
-    """A TaskManager of lm_eval's own tasks and ours; its index takes half a minute from a cold disk."""
+    """A TaskManager of lm_eval's own tasks and ours; indexing them takes half a minute on a cold disk."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(TASKS))
 
 
 def _manager(include_path: str | Path | None, names: Sequence[str]) -> Any:
-    """A TaskManager that knows the names, if there is one; without lm_eval's own tasks if it does."""
+    """A TaskManager for the names; without lm_eval's own tasks if ours and the folder's suffice."""
     from lm_eval.tasks import TaskManager
 
     folders = [str(TASKS)] if include_path is None else [str(TASKS), str(include_path)]
@@ -278,14 +281,14 @@ def _load(manager: Any, names: list[str]) -> list[Any]:
     for name in names:
         try:
             built = manager.load([name])
-        except Exception as error:  # data sets fail in many ways; all mean that there is no data
+        except Exception as error:  # data sets fail in many ways, all for want of data
             from datasets.config import HF_DATASETS_CACHE
 
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CalibrationError(
                 f"the data of task {name!r} cannot be had ({reason:.200}); it is neither in the cache "
-                f"{HF_DATASETS_CACHE} nor to be had from the network. Run this once where there is a "
-                f"network and copy the cache, or use {', '.join(_OFFLINE)}, which need none"
+                f"{HF_DATASETS_CACHE} nor on the network. Run this once on a machine with a network and copy "
+                f"the cache, or use {', '.join(_OFFLINE)}, which need none"
             ) from error
         groups = built.get("groups") or {}
         top = groups.get(name)
@@ -295,8 +298,7 @@ def _load(manager: Any, names: list[str]) -> list[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm_eval's advice on arguments that are not used here, and its call of git, whose complaint
-    outside a repository goes to the terminal."""
+    """Suppress lm_eval's advice on unused arguments, and its call of git (noisy outside a repository)."""
     evaluator = importlib.import_module("lm_eval.evaluator")
     logger = logging.getLogger("lm_eval")
     level, git = logger.level, getattr(evaluator, "get_git_commit_hash", None)

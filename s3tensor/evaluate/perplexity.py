@@ -21,14 +21,14 @@ def perplexity(
     batch: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
-    """exp of the mean negative log-likelihood of a token, over windows without overlap.
+    """exp of the mean negative log-likelihood of a token, over non-overlapping windows.
 
     The first token of a window is not predicted. A last window of fewer than ``seq_len`` tokens counts
     when it has at least two.
 
     Args:
-        model: called as ``model(input_ids=..., use_cache=False)``; gives ``.logits`` or a tuple that
-            begins with them, (batch, tokens, vocabulary).
+        model: called as ``model(input_ids=..., use_cache=False)``; returns ``.logits`` or a tuple that
+            starts with them, (batch, tokens, vocabulary).
         token_ids: (tokens,) or (sequences, tokens) int64; sequences are joined.
         seq_len: tokens in a window.
         batch: windows in one forward pass.
@@ -69,9 +69,7 @@ def perplexity(
     finally:
         model.train(was_training)
     if not math.isfinite(total):
-        raise NonFiniteError(
-            "the model's logits hold NaN or Inf; its weights or its dtype are at fault"
-        )
+        raise NonFiniteError("the model's logits hold NaN or Inf; check its weights and its dtype")
     return math.exp(min(total / count, 700.0))
 
 
@@ -79,7 +77,7 @@ def next_token_logits(
     model: nn.Module,
     ids: Tensor,  # (batch, tokens) int64
 ) -> Tensor:  # (batch, tokens, vocabulary)
-    """The logits of a causal language model, which may give a tuple that begins with them."""
+    """The logits of a causal language model, which may return a tuple that starts with them."""
     given = model(input_ids=ids, use_cache=False)
     logits: Tensor = given[0] if isinstance(given, tuple) else given.logits
     return logits

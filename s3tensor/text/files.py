@@ -1,4 +1,4 @@
-"""Text out of local files: plain text, and the text column of a table."""
+"""Text from local files: plain text, and the text column of a table."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from s3tensor.errors import CalibrationError
 
 Columns = dict[str, list[Any]]  # a table: the values of each column
 
-PLAIN = (".txt", ".md")  # what is read of a folder; a single file may have any other name
+PLAIN = (".txt", ".md")  # read from a folder; a single file may have any name
 _GIVE = "give pydoc, c4, wikitext2, a file, FILE:COLUMN of a table, or a folder"
 
 
 def split_column(source: str) -> tuple[Path, str | None]:
-    """``data.jsonl:body`` as path and column; without a column what is given, also where it has a colon."""
+    """``data.jsonl:body`` as path and column; a path may itself contain a colon."""
     path = Path(source)
     front, colon, column = source.rpartition(":")
     if colon and front and column and not path.exists() and _suffix(Path(front)) in _READERS:
@@ -27,17 +27,16 @@ def split_column(source: str) -> tuple[Path, str | None]:
 
 
 def read_texts(source: str, column: str | None = None) -> list[str]:
-    """The documents of a local source, without those that are blank.
+    """The documents of a local source that are not blank.
 
     Args:
         source: a text file of any name, one document; a table (``.jsonl``, ``.json``, ``.csv``, ``.tsv``,
-            ``.parquet``; all but the last also as ``.gz``), a document in a row; or a folder: of its
-            ``.txt`` and ``.md`` files or, where a column is named, of its tables.
-        column: of a table; also written ``FILE:COLUMN``. Default ``text``, or the only one that
-            holds text.
+            ``.parquet``; all but the last also as ``.gz``), one document per row; or a folder, whose
+            ``.txt`` and ``.md`` files are read, or with a column its tables.
+        column: of a table; also written ``FILE:COLUMN``. Default ``text``, or the only one with text.
 
     Raises:
-        CalibrationError: nothing there, no text in it, what cannot be read, a column that is not there.
+        CalibrationError: a source that is missing, unreadable or without text, or a missing column.
     """
     path, named = split_column(source)
     if named is not None and column is not None and named != column:
@@ -97,9 +96,9 @@ def _documents(file: Path, column: str | None) -> list[str]:
     except (OSError, EOFError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CalibrationError(f"{str(file)!r} cannot be read ({reason})") from None
-    except ValueError as error:  # of json, pandas and pyarrow: no such file inside
+    except ValueError as error:  # of json, pandas and pyarrow: another format
         raise CalibrationError(
-            f"{str(file)!r} is no {_suffix(file)[1:]} ({' '.join(str(error).split()):.120})"
+            f"{str(file)!r} is not {_suffix(file)[1:]} ({' '.join(str(error).split()):.120})"
         ) from None
     return _texts_of(table, column, file) if table else []
 
@@ -163,14 +162,14 @@ def _json(file: Path) -> Columns:
     try:
         document = json.loads(text)
     except ValueError as error:
-        if text.lstrip().startswith("{") and "\n" in text.strip():  # rows under the other name
+        if text.lstrip().startswith("{") and "\n" in text.strip():  # JSON lines under this name
             return _json_lines(file)
         raise error from None
     return _by_column(document if isinstance(document, list) else [document])
 
 
 def _by_column(rows: list[Any]) -> Columns:
-    """Rows as columns: objects by their keys, plain strings as ``text``."""
+    """Rows as columns: objects by key, strings as the column ``text``."""
     rows = [{"text": row} if isinstance(row, str) else row for row in rows]
     odd = next((row for row in rows if not isinstance(row, dict)), None)
     if odd is not None:
@@ -183,7 +182,7 @@ def _separated(separator: str) -> Callable[[Path], Columns]:
     def read(file: Path) -> Columns:
         import pandas as pd
 
-        # Empty fields are empty text; a column of numbers is none of text.
+        # Empty fields are empty text; a column of numbers is not text.
         frame = pd.read_csv(
             io.StringIO(_opened(file)), sep=separator, keep_default_na=False, low_memory=False
         )

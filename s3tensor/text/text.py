@@ -12,8 +12,8 @@ from s3tensor.errors import CalibrationError
 from s3tensor.text.files import read_texts
 from s3tensor.text.token_cache import cached
 
-# Parts of the Python documentation topics, by a checksum of the topic's name modulo 10: the split
-# does not move when Python adds a topic.
+# Parts of the Python documentation topics, by a checksum of the topic's name modulo 10, so that a new
+# topic in Python does not move the others.
 _PYDOC_PARTS = {"calibration": range(7), "development": range(7, 8), "held-out": range(8, 10)}
 _WORTH_KEEPING = 2**20  # characters; fewer are tokenized in about a second
 _HUB = {  # name: (repository, configuration, splits by part, column)
@@ -36,7 +36,7 @@ _HUB = {  # name: (repository, configuration, splits by part, column)
 
 
 def has_parts(source: str) -> bool:
-    """Whether a source keeps calibration and held-out text apart; a path does not."""
+    """Whether a source has separate calibration and held-out text; a path does not."""
     return source == "pydoc" or source in _HUB
 
 
@@ -52,12 +52,11 @@ def load_text(
         source: ``pydoc`` (the standard library's documentation topics, offline), ``c4`` or ``wikitext2``
             (through ``datasets``, online or from its cache), or a path: a text file, a table
             (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``), or a folder of ``.txt`` and ``.md``
-            files. ``FILE:COLUMN`` names the column of a table. A path has no parts of its own: all of it
-            is used.
+            files. ``FILE:COLUMN`` names the column of a table. A path has no parts: all of it is used.
         part: ``calibration``, ``development`` or ``held-out``; of pydoc, disjoint sets of topics,
-            without paragraphs that an earlier part has too.
+            without paragraphs of an earlier part.
         documents: at most this many documents of ``c4``.
-        column: of a table or of a folder of tables [``text``, or the only one that holds text].
+        column: of a table or of a folder of tables; default ``text``, or the only one with text.
 
     Raises:
         CalibrationError: an unknown source, part or column, or a source without text.
@@ -77,19 +76,19 @@ def load_tokens(
     documents: int = 4096,
     column: str | None = None,
 ) -> Tensor:  # (tokens,) int64
-    """Tokens of :func:`load_text`, kept on the disk for the next run.
+    """Tokens of :func:`load_text`, cached on disk.
 
-    What is kept is found by the tokenizer, the source and these settings: C4 and WikiText-2 are then
-    read without a network and without ``datasets``. The folder is ``tokens`` under ``S3TENSOR_CACHE``, or
-    under ``s3tensor`` in the system's cache folder; it can be deleted at any time. Texts below a
-    million characters are tokenized each time.
+    The cache's key is the tokenizer, the source and these settings: cached C4 and WikiText-2 need neither
+    a network nor ``datasets``. The folder is ``tokens`` under ``S3TENSOR_CACHE``, or under ``s3tensor`` in
+    the system's cache folder, and can be deleted at any time. Texts of less than a million characters are
+    tokenized each time.
 
     Raises:
         CalibrationError: as :func:`load_text`.
     """
     _check(source, part, column)
     if source in _HUB:
-        # By name: the data set itself is not asked for where its tokens are known.
+        # By name: with cached tokens the data set is not loaded.
         key = repr((_HUB[source], part, documents))
         return cached(
             key, tokenizer, lambda: tokenize(_hub_text(source, part, documents), tokenizer)
@@ -103,8 +102,8 @@ def load_tokens(
 def pydoc_topics(part: str) -> dict[str, str]:
     """The standard library's documentation topics of one part, by name, in order.
 
-    Topics repeat each other, whole sections at times. A paragraph that an earlier part has is left out of
-    the later ones (calibration, development, held-out): what a model is measured on, it was not pruned on.
+    Topics share whole sections. Later parts (in the order calibration, development, held-out) leave out the
+    paragraphs of earlier ones, so that no model is evaluated on what it was pruned on.
     """
     from pydoc_data.topics import topics
 
@@ -119,7 +118,7 @@ def pydoc_topics(part: str) -> dict[str, str]:
 
 
 def _without(text: str, known: str) -> str:
-    """The paragraphs of a text that are not within another, whatever their line breaks."""
+    """The paragraphs of a text that another does not contain, whatever their line breaks."""
     return "\n\n".join(p for p in text.split("\n\n") if _one_line(p) not in known)
 
 
@@ -152,13 +151,13 @@ def _hub_text(source: str, part: str, documents: int) -> str:
             split=split,
             data_files={split: files[split]} if files else None,
         )
-    except Exception as error:  # the library raises many kinds; all mean that there is no data
+    except Exception as error:  # many types, all for want of data
         from datasets.config import HF_DATASETS_CACHE
 
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CalibrationError(
             f"cannot load {source} ({first_line}); it is neither in the cache {HF_DATASETS_CACHE} nor "
-            "to be had from the network: use pydoc or a path to text, or load it once where there is one"
+            "on the network: use pydoc or a path to text, or load it once on a machine with a network"
         ) from error
     text = "\n\n".join(
         data[: min(documents, len(data))]["text"] if source == "c4" else data["text"]
@@ -175,10 +174,10 @@ def tokenize(text: str, tokenizer: Any) -> Tensor:
 
 
 def windows(tokens: Tensor, samples: int, seq_len: int, seed: int = 0) -> Tensor:
-    """``samples`` windows of ``seq_len`` tokens without overlap, (samples, seq_len), in a seeded order.
+    """``samples`` non-overlapping windows of ``seq_len`` tokens, (samples, seq_len), in a seeded order.
 
     Raises:
-        CalibrationError: when the text is too short, with both numbers.
+        CalibrationError: a text that is too short, with both numbers.
     """
     if samples < 1 or seq_len < 2:
         raise CalibrationError(f"samples={samples} must be >= 1 and seq_len={seq_len} >= 2")
@@ -193,7 +192,7 @@ def windows(tokens: Tensor, samples: int, seq_len: int, seed: int = 0) -> Tensor
 
 
 def check_tokens(model: nn.Module, token_ids: Tensor, length: int) -> None:
-    """Refuse token ids that a model has no embedding for, and sequences longer than its positions.
+    """Refuse token ids beyond a model's vocabulary, and sequences longer than its positions.
 
     Raises:
         CalibrationError: with the limit and what was given.

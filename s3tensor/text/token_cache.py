@@ -1,4 +1,4 @@
-"""Tokens of large texts, kept on the disk from one run to the next."""
+"""A cache on disk of the tokens of large texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from s3tensor.errors import CheckpointError
 from s3tensor.files import cache_folder, write_atomically
 
-_FORMAT = "1"  # of what is kept and of how text becomes tokens; another one finds nothing
+_FORMAT = "1"  # of the files and of tokenization; another value misses the cache
 
 
 def cached(
@@ -24,20 +24,20 @@ def cached(
     tokenizer: Any,
     make: Callable[[], Tensor],  # (tokens,) int64
 ) -> Tensor:
-    """What ``make`` gives, from the disk when the same tokenizer has made it under the same key before.
+    """The tokens of ``make``, from disk if the same tokenizer made them under the same key before.
 
-    A file that is damaged is made anew; a folder that cannot be written costs the next run its time and
-    nothing else.
+    A damaged file is made again; a folder that cannot be written only costs time.
 
     Args:
-        key: tells this text from any other: the text itself, or its name and settings.
-        tokenizer: a fast tokenizer of transformers; others, which cannot be told apart, keep nothing.
+        key: identifies the text: the text itself, or its name and settings.
+        tokenizer: a fast tokenizer of transformers; the tokens of others, which have no identity, are not
+            cached.
         make: tokenizes.
     """
     path = token_file(key, tokenizer)
     if path is None:
         return make()
-    with contextlib.suppress(OSError, SafetensorError, KeyError):  # not there, or damaged
+    with contextlib.suppress(OSError, SafetensorError, KeyError):  # missing or damaged
         tokens = load_file(path)["tokens"]
         if tokens.dtype == torch.int32 and tokens.ndim == 1:
             return tokens.long()
@@ -49,7 +49,7 @@ def cached(
 
 
 def token_file(key: str, tokenizer: Any) -> Path | None:
-    """Where the tokens lie; None for a tokenizer that cannot tell what it is."""
+    """Path of the cached tokens; None for a tokenizer without an identity."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if not hasattr(backend, "to_str"):
         return None

@@ -193,7 +193,7 @@ def test_a_folder_that_vanishes_during_the_run_is_one_clear_line(
     monkeypatch.setattr(pruning, "_prune_block", vanishing)
     found = run(model, text, out)
     assert found.exit_code == 1 and "vanished during the run" in found.stderr
-    assert "start anew in another folder" in found.stderr and "Traceback" not in found.output
+    assert "start again in another folder" in found.stderr and "Traceback" not in found.output
 
 
 SLOWLY = """
@@ -235,7 +235,7 @@ def test_control_c_of_a_real_process_leaves_130_one_line_and_the_finished_blocks
         _, errors = process.communicate(timeout=60)
     assert second.exit_code == 1 and "another run is at work" in second.stderr
     assert process.returncode == 130
-    assert "the same command goes on from there" in errors and "Traceback" not in errors
+    assert "the same command resumes from there" in errors and "Traceback" not in errors
     assert [path.name for path in out.glob("block-*.json")] == ["block-00000.json"]
     done = run(model, text, out)
     assert done.exit_code == 0, done.output

@@ -255,7 +255,7 @@ def test_control_c_is_told_and_the_same_command_goes_on_to_the_same_bytes(
         patch.setattr(pruning, "_prune_block", dying(KeyboardInterrupt))
         stopped = run("prune", model, "--out", folder, *SHORT)
     assert stopped.exit_code == 130
-    assert "the same command goes on from there" in stopped.output
+    assert "the same command resumes from there" in stopped.output
     assert "Traceback" not in stopped.output
     assert (folder / "run.json").exists()
     with (folder / "blocks.csv").open() as file:

@@ -270,7 +270,7 @@ def test_yaml_numbers_are_numbers_and_what_has_a_colon_is_not(tmp_path: Path) ->
         ("bunch: {}", "no command 'bunch'; there are bench"),
         ("bench: 3", "bench must map options"),
         ("- bench", "must map commands"),
-        ("a: [", "is no YAML"),
+        ("a: [", "is not YAML"),
         ("bench: {shape: [3x6], pattern: ['2:4'], device: cpu}", "2:4 does not fit"),
     ],
 )

@@ -278,12 +278,12 @@ def test_an_unknown_task_names_those_near_it_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--tasks", ","), "no task named; offline there are s3_pydoc, s3_pydoc_choice"),
+        (("--tasks", ","), "no task given; these need no network: s3_pydoc, s3_pydoc_choice"),
         (("--tasks", "s3_pydoc", "--limit", "2.5"), "a count of documents, or a share"),
         (("--tasks", "s3_pydoc", "--batch-size", "many"), "'many' must be >= 1, or auto"),
         (("--tasks", "s3_pydoc", "--batch-size", "0"), "must be >= 1"),
-        (("--limit", "2"), "--limit is for --tasks"),
-        (("--num-fewshot", "2"), "--num-fewshot is for --tasks"),
+        (("--limit", "2"), "--limit needs --tasks"),
+        (("--num-fewshot", "2"), "--num-fewshot needs --tasks"),
         (("--tasks", "s3_pydoc", "--text-column", "body"), "--text-column needs --text"),
     ],
 )

@@ -66,7 +66,7 @@ def test_parquet_too(tmp_path: Path) -> None:
     pd.DataFrame(ROWS).to_parquet(path)
     assert files.read_texts(f"{path}:body") == BODIES
     path.write_bytes(b"PAR1 and nothing more")
-    with pytest.raises(s3.CalibrationError, match="is no parquet"):
+    with pytest.raises(s3.CalibrationError, match="is not parquet"):
         files.read_texts(str(path))
 
 
