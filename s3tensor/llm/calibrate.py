@@ -134,12 +134,12 @@ def catch_chunks(
     device = next(model.parameters()).device
     tuples = _probe(model, blocks, batches[0][:1, :_PROBE_TOKENS].to(device))
     chunks: list[Chunk] = []
-    shared = _Shared(cache)
+    pool = _Pool(cache)
     for batch in batches:
         calls = _caught(model, blocks, batch.to(device), tuples)
         hidden = calls[0][0].to(cache)
         check_finite(hidden, "the embedding of the calibration tokens")
-        chunks.append(Chunk(hidden, shared.keep([call[1:] for call in calls])))
+        chunks.append(Chunk(hidden, pool.keep([call[1:] for call in calls])))
     return chunks
 
 
@@ -269,7 +269,7 @@ def equal_arguments(first: Any, second: Any) -> bool:
     return isinstance(first, Tensor) == isinstance(second, Tensor)
 
 
-class _Shared:
+class _Pool:
     """Keeps arguments of blocks on a device, equal tensors once.
 
     Blocks share masks and position embeddings, and so do batches of one length: a mask of 1024 x 1024

@@ -98,7 +98,7 @@ def _documents(file: Path, column: str | None) -> list[str]:
         raise CalibrationError(f"{str(file)!r} cannot be read ({reason})") from None
     except ValueError as error:  # of json, pandas and pyarrow: another format
         raise CalibrationError(
-            f"{str(file)!r} is not {_suffix(file)[1:]} ({' '.join(str(error).split()):.120})"
+            f"{str(file)!r} is not valid {_suffix(file)[1:]} ({' '.join(str(error).split()):.120})"
         ) from None
     return _texts_of(table, column, file) if table else []
 

@@ -578,9 +578,10 @@ def test_help_names_every_pruner_and_every_pattern() -> None:
     assert "block:RxC@D" in text
 
 
-def test_a_process_gives_the_exit_code_and_one_line_on_stderr(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["s3tensor", "s3tensor.cli"])
+def test_a_process_gives_the_exit_code_and_one_line_on_stderr(tmp_path: Path, module: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "s3tensor.cli", "verify", str(tmp_path / "nothing")],
+        [sys.executable, "-m", module, "verify", str(tmp_path / "nothing")],
         capture_output=True,
         text=True,
         check=False,

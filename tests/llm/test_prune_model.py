@@ -15,7 +15,7 @@ from torch import nn
 
 import s3tensor as s3
 from s3tensor import llm
-from s3tensor.llm import calibrate, progress, structure
+from s3tensor.llm import calibrate, plan, progress, run, structure
 from s3tensor.text import text
 
 transformers = pytest.importorskip("transformers")
@@ -248,6 +248,23 @@ def test_an_unknown_pruner_and_an_unknown_option_are_refused() -> None:
         llm.prune_model(tiny("llama"), batches(), "2:4", "admm", damp=-1, progress=False)
 
 
+def test_a_plan_leaves_the_model_as_it_is_and_a_run_carries_it_out() -> None:
+    model, expected = tiny("llama"), tiny("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    planned = plan.Plan.of(model, batches(), "2:4", "wanda", blocks=1, progress=False)
+    assert [block.name for block in planned.blocks] == ["model.layers.0"]
+    assert len(planned.patterns) == len(planned.blocks[0].layers) == 7
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    report = run.run(planned)
+    same = llm.prune_model(expected, batches(), "2:4", "wanda", blocks=1, progress=False)
+    assert [row.error for row in report] == [row.error for row in same]
+
+
+def test_an_unknown_way_with_misfits_is_refused() -> None:
+    with pytest.raises(s3.errors.OptionError, match="on_misfit='ignore' must be 'skip' or 'error'"):
+        llm.prune_model(tiny("llama"), batches(), "2:4", on_misfit="ignore", progress=False)  # type: ignore[arg-type]
+
+
 def test_a_compressed_model_is_not_pruned_again() -> None:
     model = tiny("llama")
     llm.prune_model(model, batches(), "2:4", "wanda", progress=False)
@@ -346,6 +363,8 @@ def test_the_report_gives_frames_and_a_summary() -> None:
     linears, blocks = report.frames()
     assert linears["name"].iloc[0] == "model.layers.0.self_attn.q_proj"
     assert len(blocks) == 2
+    assert list(report) == report.linears and len(report) == 14
+    assert report.to_frame().equals(linears)
     assert (linears["density"] == 0.5).all()
     assert (linears["samples"] == 4 * 2 * 24).all()
     assert json.loads(json.dumps(report.summary()))["layers"] == 14

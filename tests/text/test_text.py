@@ -66,7 +66,7 @@ def test_parquet_too(tmp_path: Path) -> None:
     pd.DataFrame(ROWS).to_parquet(path)
     assert files.read_texts(f"{path}:body") == BODIES
     path.write_bytes(b"PAR1 and nothing more")
-    with pytest.raises(s3.CalibrationError, match="is not parquet"):
+    with pytest.raises(s3.CalibrationError, match="is not valid parquet"):
         files.read_texts(str(path))
 
 
@@ -101,9 +101,9 @@ def test_a_folder_gives_its_texts_or_with_a_column_its_tables(tmp_path: Path) ->
         ("a.csv", b"", "holds no text"),
         ("a.csv", b"body\n", "0 columns of text among 'body'"),
         ("a.json", b"[]", "holds no text"),
-        ("a.jsonl", b'{"body": "one"}\n{"body": \n', "is no jsonl .line 2"),
+        ("a.jsonl", b'{"body": "one"}\n{"body": \n', "is not valid jsonl .line 2"),
         ("a.json", b"[1, 2]", "a row is a int"),
-        ("a.csv", b'body\n"open', "is no csv"),
+        ("a.csv", b'body\n"open', "is not valid csv"),
         ("a.jsonl", b"\xff\xfe\x00", "not UTF-8"),
         ("a.jsonl.gz", b"no gzip", "cannot be read"),
         ("a.jsonl.gz", gzip.compress(b'{"body": "cut"}', mtime=0)[:-9], "cannot be read"),
