@@ -219,7 +219,7 @@ def test_a_broken_off_run_goes_on_with_the_budgets_it_had(
     for other in ({}, {"budgets": {"*.q_proj": "1:4"}}):
         with pytest.raises(CheckpointError, match="budgets"):
             resumed(**other)
-    # The allocation is read, not measured anew.
+    # The allocation is read, not measured again.
     monkeypatch.delattr(run, "mixed_budgets")
     model = resumed(budgets=wanted)
     assert torch.equal(logits(model), logits(whole))
@@ -265,7 +265,7 @@ def test_the_command_reads_budgets_from_a_file(tmp_path: Path) -> None:
 
     assert read_budgets(str(file)) == {"*.down_proj": "1:4", "*.q_proj": "3:4"}
     assert read_budgets("mixed") == "mixed" and read_budgets(None) is None
-    for text, words in (("- 1:4\n", "must map"), ("a: [\n", "no YAML"), ("a: 1-4\n", "pattern")):
+    for text, words in (("- 1:4\n", "must map"), ("a: [\n", "not YAML"), ("a: 1-4\n", "pattern")):
         file.write_text(text)
         done = CliRunner().invoke(
             cli.main, ["prune", "model", "--out", str(tmp_path / "x"), "--budgets", str(file)]

@@ -1,4 +1,4 @@
-"""Whole models: structure, calibration, the driver, resuming, and every kind of refusal."""
+"""Whole models: structure, calibration, plan and run, resuming, and every kind of refusal."""
 
 from __future__ import annotations
 

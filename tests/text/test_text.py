@@ -246,7 +246,7 @@ def test_tokens_of_a_data_set_are_kept_by_tokenizer_source_and_settings(
     assert len(kept) == 5 and all(path.suffix == ".safetensors" for path in kept)
 
 
-def test_kept_tokens_that_are_damaged_are_made_anew(
+def test_kept_tokens_that_are_damaged_are_made_again(
     hub: list[tuple[str, str, int]], tmp_path: Path
 ) -> None:
     tokenizer = words_tokenizer()
