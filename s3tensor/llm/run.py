@@ -118,28 +118,9 @@ def prune_model(
         UserWarning: recovery met NaN or Inf in a block, which stays as it was pruned; or there are fewer
             calibration tokens than some linear has inputs.
     """
+    arguments = locals()  # Plan.of takes the same ones
     start = time.perf_counter()
-    plan = Plan.of(
-        model,
-        calibration,
-        pattern,
-        pruner,
-        alpha=alpha,
-        beta=beta,
-        damp=damp,
-        device=device,
-        cache_device=cache_device,
-        blocks=blocks,
-        filter_fn=filter_fn,
-        on_misfit=on_misfit,
-        compress=compress,
-        recover=recover,
-        budgets=budgets,
-        held_out=held_out,
-        work_dir=work_dir,
-        progress=progress,
-        **options,
-    )
+    plan = Plan.of(**arguments.pop("options"), **arguments)
     planning = time.perf_counter() - start
     report = run(plan)
     report.seconds += planning

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import re
 import sys
@@ -258,6 +259,13 @@ def test_a_plan_leaves_the_model_as_it_is_and_a_run_carries_it_out() -> None:
     report = run.run(planned)
     same = llm.prune_model(expected, batches(), "2:4", "wanda", blocks=1, progress=False)
     assert [row.error for row in report] == [row.error for row in same]
+
+
+def test_a_plan_takes_the_arguments_of_prune_model() -> None:
+    one, other = (inspect.signature(f).parameters for f in (llm.prune_model, plan.Plan.of))
+    assert [(p.name, p.kind, p.default) for p in one.values()] == [
+        (p.name, p.kind, p.default) for p in other.values()
+    ]
 
 
 def test_an_unknown_way_with_misfits_is_refused() -> None:
