@@ -1,8 +1,8 @@
-"""Times of products by compressed weights: what a user gets beside dense, and tables to choose paths by.
+"""Times of products by compressed weights: the speedup over dense, and tables to choose paths by.
 
-Each time is a median over CUDA graph replays; a graph runs the product with so many copies of the weight
-that none is found in the cache. On a CPU it is a median over rounds of calls. Weights are random, patterns
-are kept exactly, and every product is compared with float64 before it is timed.
+Each time is a median over CUDA graph replays; a graph rotates through so many copies of the weight that the
+cache holds none of them. On a CPU it is a median over rounds of calls. Weights are random, satisfy their
+pattern exactly, and every product is compared with float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from s3tensor.tensor.sparse import StructuredSparseTensor
 from s3tensor.version import __version__
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-# What a table is measured at: weights of language models of 0.1 to 70 G parameters.
+# Shapes of a table: weights of language models of 0.1 to 70 G parameters.
 SHAPES = (
     *((576, 1536), (1024, 2560), (2048, 2048), (4096, 2560), (9728, 2560)),
     *((4096, 4096), (2560, 9728), (14336, 4096), (4096, 14336), (28672, 8192)),
 )
 FORMS = ("2:4", "coupled2:4", "pair4:8", "rowpair16")
-# Patterns that a table is measured for; of the last ones only with few rows is anything to be chosen.
+# Patterns of a table; for the last ones there is a choice of paths only with few rows.
 CALIBRATED = (*FORMS, "1:4", "4:8", "2:8", "8:16", "block:16x16@0.5", "block:32x32@0.5")
-ROTATE = 400e6  # bytes of weights that a measurement goes through in turn
+ROTATE = 400e6  # bytes of weights that a measurement rotates through
 
 
 @dataclass(frozen=True)
 class Row:
-    """One product as a user gets it: microseconds and bytes of the dense, lean and fast weight."""
+    """One product by ``F.linear``: microseconds and bytes of the dense, lean and fast weight."""
 
     pattern: str
     dtype: str
@@ -66,14 +66,14 @@ class Row:
 
     @property
     def gb_per_s(self) -> float:
-        """Bytes of the compressed weight, x and y in the time of the lean product."""
+        """Bytes of the compressed weight, x and y over the time of the lean product."""
         itemsize = getattr(torch, self.dtype).itemsize
         moved = self.lean_bytes + self.batch * (self.rows + self.columns) * itemsize
         return moved / self.lean_us / 1e3
 
 
 @dataclass(frozen=True)
-class Plan:
+class Suite:
     """What to measure: every pattern on every shape, for every batch."""
 
     patterns: tuple[str, ...]
@@ -99,7 +99,7 @@ class Plan:
         return device
 
     def compile(self) -> None:
-        """Compile all kernels of the plan, in parallel."""
+        """Compile all kernels of the suite, in parallel."""
         dtype, device = getattr(torch, self.dtype), self.torch_device
         compile_kernels(
             [(pattern, shape, batch, dtype) for pattern, shape in self for batch in self.batches],
@@ -107,38 +107,38 @@ class Plan:
         )
 
 
-def run(plan: Plan, say: Callable[[str], Any]) -> dict[str, Any]:
-    """Measure a plan as a user gets it: facts of the machine and a row for each product."""
-    device = plan.torch_device
+def run(suite: Suite, say: Callable[[str], Any]) -> dict[str, Any]:
+    """Measure ``F.linear`` of a suite: facts of the machine and a row for each product."""
+    device = suite.torch_device
     record: dict[str, Any] = {**_machine(device), "rows": []}
     if device.type == "cuda":
-        plan.compile()
+        suite.compile()
         record["copy_gb_per_s"] = round(copy_bandwidth(device) / 1e9)
-    for pattern, shape in plan:
-        say(f"{pattern} on {shape[0]}x{shape[1]} {plan.dtype}")
-        for row in rows(pattern, shape, plan.batches, getattr(torch, plan.dtype), device):
+    for pattern, shape in suite:
+        say(f"{pattern} on {shape[0]}x{shape[1]} {suite.dtype}")
+        for row in rows(pattern, shape, suite.batches, getattr(torch, suite.dtype), device):
             record["rows"].append({**vars(row), "gb_per_s": round(row.gb_per_s)})
     return record
 
 
-def calibrate(plan: Plan, say: Callable[[str], Any]) -> Path:
-    """Measure every path of a plan and store it in the table for this GPU; the file it is in.
+def calibrate(suite: Suite, say: Callable[[str], Any]) -> Path:
+    """Measure every path of a suite, store the times in the table for this GPU, and return its file.
 
-    The table is written after each weight: a run that is broken off keeps what it measured. Cells of other
+    The table is written after each weight, so an interrupted run keeps its measurements. Cells of other
     weights stay in it.
     """
-    device = plan.torch_device
-    plan.compile()
+    device = suite.torch_device
+    suite.compile()
     facts = _machine(device)
     name, capability = str(facts.pop("device")), torch.cuda.get_device_capability(device)
     before = timings.load(name, capability)
     kept = before.cells if before is not None and before.device == name else ()
     call_us = vendor_call_us(device)
-    dtype = getattr(torch, plan.dtype)
-    for pattern, shape in plan:
-        say(f"{pattern} on {shape[0]}x{shape[1]} {plan.dtype}")
-        found = tuple(cells(pattern, shape, plan.batches, dtype, device))
-        weight = pattern, plan.dtype, *shape
+    dtype = getattr(torch, suite.dtype)
+    for pattern, shape in suite:
+        say(f"{pattern} on {shape[0]}x{shape[1]} {suite.dtype}")
+        found = tuple(cells(pattern, shape, suite.batches, dtype, device))
+        weight = pattern, suite.dtype, *shape
         others = (c for c in kept if (c.pattern, c.dtype, c.rows, c.columns) != weight)
         kept = *others, *found
         saved = timings.save(timings.Timings(name, capability, kept, call_us), **facts)
@@ -158,7 +158,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of an elementwise kernel on 2 GB."""
+    """Bytes per second, read plus written, of an elementwise kernel on 2 GB."""
     source = torch.zeros(2**28, device=device)
     target = torch.empty_like(source)
     us = microseconds([partial(torch.neg, source, out=target)], device, 9)
@@ -166,7 +166,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The rows of :func:`run` as text: times in microseconds, and how often faster than dense."""
+    """The rows of :func:`run` as text: times in microseconds and speedup over dense."""
     lines = [
         f"{record['device']}, torch {record['versions']['torch']}, {record['date']}"
         + (f"; a copy moves {record['copy_gb_per_s']} GB/s" if "copy_gb_per_s" in record else ""),
@@ -286,9 +286,8 @@ def cells(
             check(paths.linear(x, parts, None, path), x, whole, name)
             groups[path] = [partial(paths.linear, x, weight, None, path) for weight in weights]
         us = times(groups, device, repeats)
-        best = min(
-            plans, key=us.__getitem__, default=None
-        )  # cuSPARSELt's default or what it proposes
+        # cuSPARSELt's default plan or the one that it proposes
+        best = min(plans, key=us.__getitem__, default=None)
         if best is not None:
             us["vendor"] = us[best]
         us = {name: time for name, time in us.items() if name not in plans}
@@ -302,8 +301,8 @@ def _proposed(flat: Tensor, weight: paths.Weight) -> list[tuple[int, int, int]]:
     search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
     if search is None:
         return []
-    # The search of float16 kills the CUDA context (cuSPARSELt 0.8.0, an H200). What it looks for is a time,
-    # so the same bits are given to it as bfloat16.
+    # The search in float16 kills the CUDA context (cuSPARSELt 0.8.0, an H200). It only measures time, so it
+    # gets the same bits as bfloat16.
     assert weight.vendor is not None
     vendor, x = weight.vendor.view(torch.bfloat16), flat.view(torch.bfloat16)
     algorithm, split, mode = search(vendor, x.t(), None, None, None, True)[:3]
@@ -311,7 +310,7 @@ def _proposed(flat: Tensor, weight: paths.Weight) -> list[tuple[int, int, int]]:
 
 
 def vendor_call_us(device: torch.device) -> float:
-    """Microseconds of the host for one eager call of cuSPARSELt, which plans anew each time."""
+    """Host microseconds of one eager call of cuSPARSELt, which plans again each time."""
     weight = random_weight("2:4", (512, 512), torch.bfloat16, device)
     if not paths.can_vendor(weight.bound, weight.dtype, device):
         return 2000.0
@@ -333,7 +332,7 @@ def vendor_call_us(device: torch.device) -> float:
 def random_weight(
     pattern: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> StructuredSparseTensor:
-    """A random weight that satisfies the pattern, in the order that its device likes."""
+    """A random weight that satisfies the pattern, in the packed order that suits the device."""
     bound = Pattern.parse(pattern).bind(shape)
     return StructuredSparseTensor.from_dense(_random(bound, dtype, device), pattern)
 
@@ -365,7 +364,7 @@ def _count(nbytes: int, device: torch.device) -> int:
 
 
 def _twin(weight: paths.Weight, path: str) -> paths.Weight:
-    """The weight with a copy of its own of what a path reads."""
+    """The weight with its own copy of what a path reads."""
     if path in ("dense", "vendor"):
         part = getattr(weight, path)
         return replace(weight, **{path: part.clone()})
@@ -382,7 +381,11 @@ def _path(weight: StructuredSparseTensor, batch: int) -> str:
 
 
 def check(y: Tensor, x: Tensor, whole: Tensor, name: str) -> None:
-    """Refuse a product that is further from float64 than one rounding of its sum to the dtype of x."""
+    """Refuse a product that is further from float64 than rounding its sum to the dtype of x explains.
+
+    Raises:
+        ModelError: with the relative error.
+    """
     parts = whole.split(4096)
     exact = torch.cat([x.double() @ part.double().t() for part in parts], 1)
     error = float((y.double() - exact).norm() / exact.norm())
@@ -394,17 +397,18 @@ Calls = Sequence[Callable[[], Any]]
 
 
 def microseconds(calls: Calls, device: torch.device, repeats: int, keep: bool = False) -> float:
-    """Median time of one of the calls, made in turn."""
+    """Median time of one call; the calls take turns."""
     return times({"": calls}, device, repeats, keep)[""]
 
 
 def times(
     groups: Mapping[str, Calls], device: torch.device, repeats: int, keep: bool = False
 ) -> dict[str, float]:
-    """Median time of a call of each group; the groups take turns, so that a GPU that slows down slows all,
-    and every other round in the opposite order, so that none always follows the same one.
+    """Median time in microseconds of a call of each group.
 
-    With ``keep`` the results of a CUDA graph stay alive, so that each of its calls has memory of its own.
+    The groups take turns, so that a GPU that slows down slows all of them, and alternate in order, so that
+    none always follows the same one. With ``keep`` the results of a CUDA graph stay alive, so that each of
+    its calls writes to memory of its own.
     """
     if device.type == "cuda":
         rounds = {name: _recorded(calls, device, keep) for name, calls in groups.items()}
@@ -420,7 +424,7 @@ def times(
 
 
 def _recorded(calls: Calls, device: torch.device, keep: bool) -> Callable[[], float]:
-    """The calls in a CUDA graph, as a function that replays it and gives microseconds for each call."""
+    """The calls in a CUDA graph, as a function that replays it and returns microseconds a call."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -441,7 +445,7 @@ def _recorded(calls: Calls, device: torch.device, keep: bool) -> Callable[[], fl
 def _replay(
     graph: torch.cuda.CUDAGraph, device: torch.device, calls: int, kept: list[Any]
 ) -> float:
-    """Microseconds for each call of a graph, whose results ``kept`` holds."""
+    """Microseconds a call of a graph, whose results ``kept`` holds."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     graph.replay()
@@ -463,7 +467,7 @@ Job = tuple[str, tuple[int, int], int, torch.dtype]
 
 
 def compile_kernels(jobs: Sequence[Job], device: torch.device) -> None:
-    """Fill Triton's cache on disk with what the products need, in parallel processes."""
+    """Compile the kernels of these products into Triton's disk cache, in parallel processes."""
     first: dict[Any, Job] = {}
     for job in jobs:
         first.setdefault(paths.kernel_key(job[0], job[1], job[2], job[3], device), job)

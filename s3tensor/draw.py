@@ -1,8 +1,8 @@
 """Patterns in words and in pictures. Pictures need matplotlib, which is imported when one is drawn.
 
-A picture colours a weight by who decides with whom: one hue a scope, one shade a block, dark lines
-between scopes, white lines between blocks, and hatches where a mask prunes. Hues and shades repeat, but
-not between neighbours.
+A picture shows a weight's blocks and scopes: one hue a scope, one shade a block, dark lines between scopes,
+white lines between blocks, and hatches where a mask prunes. Hues and shades repeat, but not between
+neighbours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from s3tensor.errors import PatternError
 from s3tensor.paper import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec
-from s3tensor.paper.block import Blocks, back
+from s3tensor.paper.block import Blocks
+from s3tensor.paper.grid import back
 from s3tensor.paper.scope import Scopes
 from s3tensor.pattern import BoundPattern, Pattern
 
@@ -34,12 +35,12 @@ Drawable = Pattern | str | BoundPattern | BlockSpec | BlockCoupling | ScopeSpec 
 
 _HUES = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66bbdd", "#ccaa33", "#44aa99", "#dd5566")
 _SHADES = {1: (0.3,), 2: (0.15, 0.45), 3: (0.05, 0.3, 0.5), 4: (0.0, 0.2, 0.38, 0.54)}  # white
-_MOST_CELLS = (64, 128)  # rows and columns that are told apart in one picture
+_MOST_CELLS = (64, 128)  # rows and columns of one picture
 _DIMS = {1: ("weights",), 2: ("rows", "columns"), 4: ("filters", "channels", "height", "width")}
 
 
 def describe(pattern: Pattern | str, shape: tuple[int, ...] | None = None) -> str:
-    """A pattern in words and figures: its parts, its budget, its packed size, and the sizes it fits.
+    """A pattern in words and figures: its parts, its budget, its packed size and the shapes that it fits.
 
     Args:
         pattern: a pattern or its string.
@@ -90,7 +91,7 @@ def describe(pattern: Pattern | str, shape: tuple[int, ...] | None = None) -> st
 
 
 def facts(pattern: Pattern | str, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
-    """What :func:`describe` says, as numbers and lists by name; bytes are of bfloat16.
+    """What :func:`describe` says, as numbers and lists by name; bytes are those of bfloat16.
 
     Example:
         >>> facts("2:4", (8, 16))["index_bytes"]
@@ -124,7 +125,7 @@ def small_shape(pattern: Pattern) -> tuple[int, ...]:
     """The smallest weight of at least 8 rows and 16 columns (8 channels, 3 x 3) that the pattern fits.
 
     Raises:
-        PatternError: when none of up to 2**20 elements does, because of a low density or a high count.
+        PatternError: when none of up to 2**20 elements fits, because of a low density or a high count.
     """
     dims = [pattern.step(dim) for dim in range(len(pattern.rule.inputs))]
     least = {1: (16,), 2: (8, 16), 4: (8, 8, 3, 3)}.get(len(dims), (4,) * len(dims))
@@ -147,7 +148,7 @@ def _by(sizes: Sequence[int]) -> str:
 
 
 def _times(sizes: tuple[int, ...], n: int, unit: str) -> str:
-    """``1x4 blocks``; ``1 weight`` where there is but one."""
+    """``1x4 blocks``, or ``1 weight``."""
     return f"1 {unit}" if n == 1 else f"{_by(sizes)} {unit}s"
 
 
@@ -166,7 +167,7 @@ def _fits(pattern: Pattern) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Panel:
-    """One tensor as cells, of a large one the corner: who decides about each, -1 outside of a view."""
+    """One tensor, or the corner of a large one, as cells: the block and scope of each, -1 outside a view."""
 
     title: str
     shape: tuple[int, ...]
@@ -185,19 +186,19 @@ def draw_layout(
     ax: Axes | Sequence[Axes] | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draw who decides with whom: fill by block, outline by scope, pruned cells hatched.
+    """Draw blocks and scopes: fill by block, outline by scope, pruned cells hatched.
 
     Where cells are wide enough each holds the number of its block in its scope: cells of one hue and
-    one number are kept or pruned together. A convolution is drawn as a grid of its kernels. Of a large
-    weight the corner of 64 x 128 cells is drawn.
+    one number are kept or pruned together. A convolution is drawn as a grid of its kernels, a large weight
+    as its corner of 64 x 128 cells.
 
     Args:
         what: a pattern, its string, a bound pattern; or a block, a scope or a coupling of
-            ``s3tensor.paper``, which brings the shape of its parameters.
+            ``s3tensor.paper``, which has the shape of its parameters.
         shape: of the weight, for a pattern; default a small one that fits.
         mask: bool, True where kept, in the weight's shape; one for each parameter of a coupling.
         ax: axes to draw on, one for each parameter of a coupling; default a new figure.
-        title: in place of the pattern's words, above a single tensor.
+        title: replaces the description above a single tensor.
 
     Returns:
         The figure, ``draw_layout("2:4").savefig("2to4.png")``.
@@ -232,10 +233,10 @@ def draw_layout(
 
 
 def draw_mask(mask: Tensor, ax: Axes | None = None, title: str | None = None) -> Figure:
-    """Draw the mask of a whole layer: the kept share, white to dark, of cells or of squares of them.
+    """Draw the mask of a whole layer: the density of cells, or of squares of cells, from white to dark.
 
     Args:
-        mask: bool, (rows, columns), True where kept; other ranks as :func:`draw_layout` unfolds them.
+        mask: bool, (rows, columns), True where kept; other ranks are unfolded as by :func:`draw_layout`.
         ax: axes to draw on; default a new figure.
         title: default the shape and the density.
 
@@ -276,9 +277,9 @@ def _kept_share(
     kept: Array,  # (rows, columns) bool
     most: int = 384,
 ) -> tuple[Array, int]:
-    """The True share of squares of cells, at most ``most`` of them along a side; and their side.
+    """The True share of squares of cells, at most ``most`` squares a side, and the side of a square.
 
-    The side is a power of two, as the blocks of most patterns are, so that their edges stay sharp.
+    The side is a power of two, like the blocks of most patterns, so that their edges stay sharp.
     """
     side = 2 ** max(0, math.ceil(math.log2(max(kept.shape) / most)))
     rows, columns = (-(-n // side) for n in kept.shape)
@@ -293,7 +294,7 @@ def save_picture(
     path: str | Path,
     mask: Tensor | None = None,
 ) -> None:
-    """Write :func:`draw_layout` of a pattern to a file; the suffix of ``path`` names the format.
+    """Write :func:`draw_layout` of a pattern to a file in the format that the suffix of ``path`` names.
 
     Raises:
         PatternError: as :func:`draw_layout`, or for a suffix that matplotlib does not write.
@@ -330,11 +331,10 @@ def _panels(
 def _of_pattern(bound: BoundPattern, most: tuple[int, int]) -> _Panel:
     index = _corner(bound.shape, most)
     # The tiles are a permuted contiguous tensor, so each of their coordinates is a digit of the index.
-    modes = zip(bound.tiles.shape, bound.tiles.stride, strict=True)
-    digits = [index // d % n for n, d in modes]
-    ndim = len(bound.scope)
-    scope = _number(digits[:ndim], bound.scope_grid)
-    number = _number(digits[ndim : 2 * ndim], bound.scope)
+    scope, number = (
+        _number([index // d % n for n, d in level.modes()], level.shape)
+        for level in bound.levels[:2]
+    )
     name = str(bound) if len(str(bound)) < 40 else _by(bound.shape)
     n, of = bound.blocks_per_scope, _times(bound.block, bound.block_size, "weight")
     return _Panel(
@@ -392,7 +392,7 @@ def _on_param(
     values: Tensor,  # (*spec.grid_shape) ids
     index: Array,
 ) -> Array:
-    """Values of blocks in the cells of the parameter, -1 outside of the view."""
+    """Values of blocks in the cells of the parameter, -1 outside the view."""
     on_view = spec.broadcast_block_to_element(values.contiguous())
     return _take(spec.view.to_param(on_view, fill=-1), index)
 
@@ -460,13 +460,13 @@ def _check_masks(panels: list[_Panel], masks: Sequence[Tensor | None]) -> None:
 
 
 def _figure(grids: list[tuple[int, ...]]) -> tuple[Any, list[Any]]:
-    """A figure with axes for tensors of so many cells: side by side while they are narrow."""
+    """A figure with axes for grids of cells (rows, columns), side by side where they are narrow."""
     side_by_side = len(grids) > 1 and sum(columns for _, columns in grids) <= 64
     across = sum if side_by_side else max
     columns = max(across(columns for _, columns in grids), 16)
     tallest = max(rows for rows, _ in grids)
     inch = min(0.5, max(8.0 / columns, 0.09), max(8.0 / tallest, 0.12))  # of a cell
-    # A title is wider than a few columns, but coupled tensors have titles of two lines.
+    # A title is wider than a few columns; coupled tensors have titles of two lines.
     least = 1.5 if side_by_side else 4.6
     widths = [max(columns * inch, least) + 0.7 for _, columns in grids]
     heights = [max(rows * inch, 0.5) + 1.0 for rows, _ in grids]
@@ -480,7 +480,7 @@ def _figure(grids: list[tuple[int, ...]]) -> tuple[Any, list[Any]]:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure of so many inches, free of matplotlib's global state."""
+    """A figure of this size in inches, without matplotlib's global state."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -510,7 +510,7 @@ def _draw(panel: _Panel, kept: Array | None, ax: Any) -> None:
     inch = min(room.width / columns, room.height / rows) / ax.figure.dpi  # of a cell
     thin = min(1.2, max(0.25, inch * 4))
     if pruned.any():
-        # One polygon for each run of pruned cells: a hatch is drawn in ink, not in cells.
+        # One polygon for each run of pruned cells, so that its hatch is continuous.
         ax.add_collection(
             PolyCollection(
                 list(_runs(pruned)), facecolors="none", edgecolors="#55555588", linewidths=0,
@@ -544,7 +544,7 @@ def _name_axes(ax: Any, shape: tuple[int, ...]) -> None:
     ax.set_ylabel(down, fontsize=8)
     ax.set_xlabel(across, fontsize=8)
     for axis, each in ((ax.xaxis, shape[3:]), (ax.yaxis, shape[2:3])):
-        size = each[0] if len(shape) == 4 else 1  # cells of one tick: a kernel's, in a convolution
+        size = each[0] if len(shape) == 4 else 1  # cells a tick: those of a kernel in a convolution
         low, high = sorted(axis.get_view_interval())
         ticks = int(high - low) // size
         step = 2 ** max(0, math.ceil(math.log2(ticks / 16)))
@@ -566,8 +566,7 @@ def _edges(ids: Array) -> list[list[tuple[float, float]]]:
 
 
 def _boxes(ids: Array) -> Iterator[tuple[int, int, int, int]]:
-    """(row, column, height, width) of the pieces of each id. Blocks are boxes of a strided view, and
-    so are their pieces."""
+    """(row, column, height, width) of the connected pieces of each block, which are boxes too."""
     padded = np.pad(ids, 1, constant_values=-1)
     inside = ids >= 0
     first = inside & (padded[1:-1, :-2] != ids) & (padded[:-2, 1:-1] != ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class S3Error(Exception):
-    """Base of every error that s3tensor raises on purpose."""
+    """Base of the errors that s3tensor raises on purpose, besides ``TypeError`` for what has a wrong type."""
 
 
 class PatternError(S3Error, ValueError):
@@ -16,11 +16,11 @@ class NonFiniteError(S3Error, ValueError):
 
 
 class OptionError(S3Error, ValueError):
-    """An option of a function that is unknown, out of its range, or at odds with another."""
+    """An option that is unknown, out of range, or at odds with another."""
 
 
 class PrunerError(OptionError):
-    """A pruner that is unknown, or an option of one that is out of its range."""
+    """An unknown pruner, or an option of one that is unknown or out of range."""
 
 
 class HessianError(S3Error, ValueError):
@@ -28,7 +28,7 @@ class HessianError(S3Error, ValueError):
 
 
 class NonFiniteHessianError(HessianError, NonFiniteError):
-    """NaN or Inf in a Hessian: caught as either of its bases."""
+    """NaN or Inf in a Hessian; ``except`` catches it as either of its bases."""
 
 
 class CalibrationError(S3Error, ValueError):
@@ -36,12 +36,12 @@ class CalibrationError(S3Error, ValueError):
 
 
 class ModelError(S3Error, ValueError):
-    """A model in which s3tensor finds nothing to prune, or not what a checkpoint describes."""
+    """A model that has nothing to prune, or that is not what a checkpoint describes."""
 
 
 class CheckpointError(S3Error, RuntimeError):
-    """A checkpoint that is missing, truncated, altered, or in the way of a new one."""
+    """A checkpoint that is missing, truncated or altered, or that would be overwritten."""
 
 
 class UnsupportedOpError(S3Error, NotImplementedError):
-    """An operator that has no rule for a compressed tensor; nothing densifies in silence."""
+    """An operator that has no rule for a compressed tensor: it raises rather than densify silently."""

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, locked for one run, and the folder of what is cached."""
+"""Files: atomic writes, the lock of a run's folder, and the cache folder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _LOCKED: set[Path] = set()  # folders that this process holds
 
 
 def write_atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Call ``write(temporary)`` beside ``path``, then put the file in place in one step.
+    """Call ``write(temporary)`` for a file beside ``path``, then rename it to ``path`` in one step.
 
     Raises:
-        CheckpointError: with the system's reason; what was at ``path`` is there still.
+        CheckpointError: with the system's reason; an older file at ``path`` is unchanged.
     """
     temporary = None
     try:
@@ -44,7 +44,7 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)  # gone already when all went well
+                os.unlink(temporary)  # after an error; a success has renamed it
 
 
 def _sync_folder(folder: Path) -> None:
@@ -80,16 +80,16 @@ def lock_file(handle: int) -> None:
 
 
 def json_text(value: Any) -> str:
-    """JSON as it stands in a file: indented, its keys in the order given."""
+    """JSON as it is written to a file: indented, its keys in the order given."""
     return json.dumps(value, indent=2) + "\n"
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write text to a path that a user chose, as a shell's ``>`` would, but atomically where there is a file.
+    """Write text to a path that a user chose, as a shell's ``>`` would, but atomically for a file.
 
-    A symbolic link stays, and what it names is written. A device or a pipe, such as ``/dev/stdout``, is
-    written to and never replaced. The files of a model's folder are not written so: there a link, as into
-    the cache of Hugging Face, is replaced and what it names is left alone.
+    The target of a symbolic link is written and the link stays. A device or a pipe, such as
+    ``/dev/stdout``, is written to and never replaced. The files of a model's folder are not written so:
+    there a link, such as one into the Hugging Face cache, is replaced and its target left alone.
 
     Raises:
         CheckpointError: when it cannot be written, with the system's reason.
@@ -106,7 +106,7 @@ def write_output(path: Path, text: str) -> None:
 
 
 def is_special(path: Path) -> bool:
-    """Whether a path is there and is neither a file nor a folder: a device, a pipe, or a link to one."""
+    """Whether a path exists and is neither a file nor a folder: a device, a pipe, or a link to one."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
@@ -117,15 +117,15 @@ def _umask() -> int:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind when it has none."""
+    """The first line of an error's message, or its class where the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Hold a folder for one run: a second one is refused. Within one process it may be nested.
+    """Hold a folder for one run: a second process is refused. Within one process it may be nested.
 
-    The lock goes with the process that holds it, however that ends.
+    The lock is released when the process ends, however it ends.
 
     Raises:
         CheckpointError: another process holds the folder, or it cannot be written.
@@ -145,7 +145,7 @@ def locked(folder: str | Path) -> Iterator[None]:
         try:
             lock_file(file.fileno())
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(path / LOCK)):
-                raise OSError  # the run that held it ended just now, and took the file with it
+                raise OSError  # the run that held it has just ended and removed the file
         except OSError:
             raise CheckpointError(
                 f"another run is at work in {folder}; wait for it, or choose another folder"
@@ -160,7 +160,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where a user's tables lie: ``S3TENSOR_CACHE``, or ``s3tensor`` in the system's cache folder."""
+    """The folder of a user's tables: ``S3TENSOR_CACHE``, or ``s3tensor`` in the system's cache folder."""
     named = os.environ.get("S3TENSOR_CACHE")
     if named:
         return Path(named)

@@ -1,4 +1,4 @@
-"""Old names of modules, which files written before they moved still hold.
+"""Old names of modules, for files that were written before these moved.
 
 A pickle or a ``torch.save`` names the module of each class that it needs.
 """
@@ -29,13 +29,13 @@ MOVED = {
 
 
 def watch() -> None:
-    """Let the old names be imported."""
+    """Make the old names importable."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())
 
 
 class _Moved(MetaPathFinder, Loader):
-    """Finds a module by its old name: an empty one that hands on what the new one has."""
+    """Finds a module by its old name: an empty module that looks names up in the new one."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -45,7 +45,7 @@ class _Moved(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         new = importlib.import_module(MOVED[module.__name__])
 
-        def hand_on(name: str) -> Any:
+        def look_up(name: str) -> Any:
             return getattr(new, name)
 
-        module.__getattr__ = hand_on  # type: ignore[method-assign]
+        module.__getattr__ = look_up  # type: ignore[method-assign]

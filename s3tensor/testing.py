@@ -1,6 +1,6 @@
 """For tests: Hypothesis strategies of patterns, shapes and weights, and the contract of a pattern.
 
-Whoever adds a preset calls ``assert_contract("name", shape)`` in a test. Needs ``hypothesis``.
+Needs ``hypothesis``. A new preset is tested once its name is in ``PRESETS``, or in ``CONV_PRESETS``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from s3tensor.mask.packing import check_packed, pack, unpack, unpack_mask
 from s3tensor.mask.projection import project, satisfies, tile, untile
 from s3tensor.pattern import BoundPattern, Pattern
 
-PRESETS = (
+PRESETS = (  # on weights of 32 rows and 240 columns, among others
     "2:4",
     "1:3",
     "5:8",
@@ -47,7 +47,7 @@ CONV_PRESETS = (  # on weights of (out_channels, in_channels, height, width)
     "kernel#2/tensor",
 )
 
-# Values that break careless code: ties, both zeros, neighbours, and what over- or underflows when squared.
+# Values that break careless code: ties, both zeros, adjacent floats, and squares that over- or underflow.
 _AWKWARD = (0.0, -0.0, 1.0, -1.0, 1.0000001, 0.5, 3.0, -3.0, 1e-3, 1e-30, -1e-38, 1e30, -3e38)
 
 
@@ -85,7 +85,7 @@ def patterns(draw: st.DrawFn, max_ndim: int = 3) -> Pattern:
 
 @st.composite
 def shapes(draw: st.DrawFn, pattern: Pattern, max_steps: int = 6) -> tuple[int, ...]:
-    """A weight shape that ``pattern`` divides: up to ``max_steps`` times the least one in each dim."""
+    """A weight shape that ``pattern`` divides: up to ``max_steps`` times the smallest in each dim."""
     shape = []
     for dim in range(len(pattern.rule.inputs)):
         step, is_open = pattern.step(dim)

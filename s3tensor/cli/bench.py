@@ -71,7 +71,7 @@ def bench(
         raise Refused("--shape needs two dims, such as 4096x4096")
     if calibrate and not place.startswith("cuda"):
         raise Refused("--calibrate needs a CUDA device; on a CPU there is nothing to choose")
-    plan = benchmark.Plan(
+    suite = benchmark.Suite(
         tuple(str(pattern) for pattern in patterns)
         or (benchmark.CALIBRATED if calibrate else benchmark.FORMS[:1]),
         tuple((shape[0], shape[1]) for shape in shapes)
@@ -82,16 +82,16 @@ def bench(
     )
     say = err.print if err.is_terminal or not as_json else (lambda line: None)
     with as_usage():
-        plan.check()
+        suite.check()
     if path is not None:
         check_writable(path)
     if calibrate:
-        saved = benchmark.calibrate(plan, say)
+        saved = benchmark.calibrate(suite, say)
         click.echo(f"stored times of {place} in {saved}; they are used from now on")
         if path is not None:
             write_output(path, saved.read_text(encoding="utf-8"))
         return
-    record = benchmark.run(plan, say)
+    record = benchmark.run(suite, say)
     click.echo(json.dumps(record) if as_json else benchmark.table(record))
     if path is not None:
         write_output(path, json.dumps(record, indent=1) + "\n")

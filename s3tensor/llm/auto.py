@@ -22,11 +22,11 @@ from torch import Tensor
 from s3tensor import prune
 from s3tensor.errors import HessianError, PrunerError
 from s3tensor.llm.moments import Moments
-from s3tensor.prune.hessian import Factors
+from s3tensor.prune.hessian import DAMP, Factors
 from s3tensor.prune.linalg import full_precision
 
 DEFAULT_ALPHA = 0.5  # docs/pruners.md compares five
-DEFAULT_DAMP = 0.01  # where it is not chosen
+DEFAULT_DAMP = DAMP  # where it is not chosen
 DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # tried by damp="auto"
 _ROWS = 256  # of each weight that are scored, evenly spaced: the error is a sum over rows
 _NOISE = 1e-10  # relative to the square of the outputs: less is rounding

@@ -1,4 +1,4 @@
-"""Masks: which weights a pattern keeps, and how the kept ones are packed."""
+"""Masks: which weights a pattern keeps, and the packed format of the kept weights."""
 
 from s3tensor.mask.projection import project, satisfies
 

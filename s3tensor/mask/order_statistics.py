@@ -20,7 +20,7 @@ def kth_largest(
 ) -> Tensor:
     """The k-th largest value along ``dim``, k from 1 (the largest) to n; ``dim=None`` takes all of x.
 
-    A selection, not a sort. NaN counts as the largest, as in ``torch.topk``.
+    It selects, without a sort. NaN counts as the largest, as in ``torch.topk``.
 
     Example:
         >>> kth_largest(torch.tensor([[3, 1, 2], [6, 5, 4]]), 2, dim=1).tolist()
@@ -45,8 +45,8 @@ def mid_kth_largest(
 ) -> Tensor:
     """A value between the k-th and the next largest, k from 1 to n - 1: ``(x_k + w x_k+1) / (1 + w)``.
 
-    As a threshold it keeps the k largest with a margin on either side, where the k-th value itself
-    leaves none. ``k_weight`` w = 1 is the middle; a smaller w lies nearer to the k-th.
+    As a threshold it separates the k largest with a margin on either side. ``k_weight`` w = 1 is the
+    middle; a smaller w is nearer to the k-th.
 
     Returns:
         floating; the dtype of x where that is floating.
@@ -62,7 +62,7 @@ def mid_kth_largest(
     if not values.dtype.is_floating_point:
         values = values.to(torch.get_default_dtype())
     upper, lower = _select_two(values, k, along)
-    # From the upper value down, so that equal values give themselves and none overflows.
+    # From the upper value down: exact for equal values, and without overflow.
     found = torch.where(
         upper == lower, upper, upper + (lower / 2 - upper / 2) * (2 * k_weight / (1 + k_weight))
     )
@@ -112,7 +112,7 @@ def _select_two(values: Tensor, k: int, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _kernels(values: Tensor) -> Any:
-    """What selects on a GPU, or None; ``kthvalue`` has a gradient, a kernel has none."""
+    """The selection kernels, or None: without a GPU, or where a gradient is needed."""
     differentiated = values.requires_grad and torch.is_grad_enabled()
     return None if differentiated else select_kernels(values)
 

@@ -1,12 +1,12 @@
 """Dense weight and mask to packed values and packed indices, and back.
 
 ``values`` are the kept blocks, (scopes, keep, block_size), in row-major order of view coordinates.
-``indices`` is a uint8 bit stream, least significant bit first, in one of two codes, whichever is
-smaller for the pattern (``BoundPattern.index_code``): the ascending block numbers of each scope
-(``index``, for few of many), or one bit for each block (``bitmap``).
+``indices`` is a uint8 bit stream, least significant bit first, in the smaller of two codes for the
+pattern (``BoundPattern.index_code``): the ascending block numbers of each scope (``index``), or one bit
+for each block (``bitmap``).
 
-The torch code here is the reference, for any pattern on any device. On a CUDA device kernels take its
-place for the patterns of ``form_of`` and for N of M consecutive blocks; they give the same bytes.
+The torch code here is the reference, for any pattern on any device. On CUDA, kernels do the same for the
+patterns of ``form_of`` and for N of M consecutive blocks, and give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from s3tensor.errors import CheckpointError, PatternError
 from s3tensor.mask.projection import blocks_in, count, tile, top_blocks, untile
 from s3tensor.pattern import BoundPattern, Pattern
-from s3tensor.pattern.layout import Layout
+from s3tensor.pattern.layout import Layout, coalesce_together
 
 
 def pack(
@@ -35,7 +35,7 @@ def pack(
         weight: tensor of the bound shape.
         mask: bool tensor of the same shape, True where kept.
         bound: the pattern on that shape.
-        tiled: give both parts in tile order (``kernels/tiles.py``), for a pattern and shape that have one.
+        tiled: values and indices in tile order (``kernels/tiles.py``), for a pattern and shape that have one.
 
     Raises:
         PatternError: a mask of another shape, one that splits a block, or one over the budget.
@@ -93,9 +93,9 @@ def gather(
     dense: Tensor,  # of the bound shape
     indices: Tensor,  # (index_bytes,) uint8
     bound: BoundPattern,
-    tiled: bool = False,  # indices are in tile order, and so will the values be
+    tiled: bool = False,  # the indices are in tile order, and so are the returned values
 ) -> Tensor:  # (scopes, keep, block_size), contiguous
-    """The packed values of ``dense`` at the blocks that ``indices`` record: the adjoint of unpack."""
+    """The packed values of ``dense`` at the blocks that ``indices`` record: the adjoint of :func:`unpack`."""
     values = _gather_by_kernel(dense, indices, bound, tiled)
     if values is not None:
         return values
@@ -113,9 +113,9 @@ def unpack_mask(indices: Tensor, bound: BoundPattern) -> Tensor:
 
 
 def block_numbers(kept: Tensor, keep: int) -> Tensor:
-    """Rising numbers of the kept blocks, (scopes, keep); ``kept`` is (scopes, n), ``keep`` True in each."""
+    """Ascending numbers of the kept blocks, (scopes, keep), from (scopes, n) bool with ``keep`` in each."""
     scopes, n = kept.shape
-    # One flat nonzero: a fifth of the time of masked_select, and no division.
+    # One flat nonzero takes a fifth of the time of masked_select.
     flat = kept.flatten().nonzero().reshape(scopes, keep)
     return flat - torch.arange(0, scopes * n, n, device=kept.device).unsqueeze(-1)
 
@@ -177,7 +177,9 @@ def check_packed(
     sound = _is_sound(indices, bound)
     used = bound.scopes * bound.scope_bits % 8
     if used and int(indices[-1]) >> used:
-        sound = False  # the last byte is filled up with zeros: one selection has one stream
+        sound = (
+            False  # unused bits of the last byte are zeros, so that one selection has one stream
+        )
     if not sound:
         raise CheckpointError(
             f"{name}: the indices do not describe {bound.keep} distinct blocks in every scope of {bound}; "
@@ -186,17 +188,16 @@ def check_packed(
 
 
 def _is_sound(indices: Tensor, bound: BoundPattern) -> bool:
-    """Whether every scope of the stream has ``keep`` distinct blocks, in rising order.
+    """Whether every scope of the stream has ``keep`` distinct blocks, in ascending order.
 
-    Where bytes hold whole scopes, the bytes that occur are counted (one read of the stream, no copy of it)
-    and looked up in a table; where scopes are whole bytes of a bitmap, so are the bits of each byte. On one
-    core that checks 2:4 seven times as fast as unpacking its codes.
+    Where a byte holds whole scopes, a table says which bytes are sound; where a scope is whole bytes of a
+    bitmap, a table counts the bits of each byte. That reads the stream once, without unpacking its codes.
     """
     bits = bound.scope_bits
     if 8 % bits == 0:
         whole = (
             bound.scopes * bits // 8
-        )  # bytes that are filled; the scopes of one more are checked alone
+        )  # full bytes; the scopes in one more are checked by themselves
         found = torch.bincount(indices[:whole], minlength=256) > 0
         rest = bound.scopes - whole * 8 // bits
         table = _sound_bytes(bound).to(indices.device)
@@ -213,14 +214,14 @@ def _is_sound(indices: Tensor, bound: BoundPattern) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _sound_bytes(bound: BoundPattern) -> Tensor:
-    """Which bytes hold sound scopes only, (256,) bool, where a byte holds one or more."""
+    """The byte values whose scopes are all sound, (256,) bool, where a byte holds one or more scopes."""
     per_byte = 8 // bound.scope_bits
     every = torch.arange(256, dtype=torch.uint8)
     return _sound_scopes(every, 256 * per_byte, bound).view(256, per_byte).all(-1)
 
 
 def _sound_scopes(stream: Tensor, scopes: int, bound: BoundPattern) -> Tensor:
-    """Which of the first ``scopes`` of a stream have ``keep`` distinct blocks in rising order: (scopes,)."""
+    """Which of the first ``scopes`` of a stream have ``keep`` distinct, ascending blocks: (scopes,) bool."""
     if bound.index_code == "bitmap":
         bits = _from_bytes(stream, 1, scopes * bound.blocks_per_scope)
         return count(bits.view(scopes, bound.blocks_per_scope).bool()) == bound.keep
@@ -248,9 +249,10 @@ def _over_budget(most: int, bound: BoundPattern) -> PatternError:
 
 @functools.lru_cache(maxsize=1024)
 def form_of(bound: BoundPattern) -> str | None:
-    """The form with a tile order that this pattern is on this matrix, however it is spelled; or None.
+    """The form (a kernel family, such as ``2:4``) that this pattern is on this matrix, or None.
 
-    It is one when both number the same elements alike: then their values and indices are the same bytes.
+    However a pattern is spelled, it is a form when both number the same elements alike: then their values
+    and indices are the same bytes.
 
     Example:
         >>> form_of(Pattern.parse("block:1x2@2:4").bind((8, 16)))
@@ -264,7 +266,7 @@ def form_of(bound: BoundPattern) -> str | None:
         pattern = Pattern.parse(form)
         if all(n % pattern.step(dim)[0] == 0 for dim, n in enumerate(bound.shape)):
             other = pattern.bind(bound.shape)
-            if bound.keep == other.keep and _order(bound) == _order(other):
+            if bound.keep == other.keep and bound.normal_form == other.normal_form:
                 return str(form)
     return None
 
@@ -277,16 +279,14 @@ def columns_of(bound: BoundPattern) -> tuple[int, int] | None:
         >>> columns_of(Pattern.parse("4:8").bind((8, 16))), columns_of(Pattern.parse("2:4").bind((8, 16)))
         ((4, 8), (2, 4))
     """
-    of = bound.blocks_per_scope
-    if len(bound.shape) != 2 or bound.block_size != 1 or not _in_a_row(bound):
-        return None
-    return None if bound.shape[1] % of else (bound.keep, of)
+    run = bound.n_of_m if len(bound.shape) == 2 and bound.is_sequential else None
+    return run if run is not None and bound.shape[1] % run[1] == 0 else None
 
 
 def to_tiles(
     values: Tensor, indices: Tensor, bound: BoundPattern, backwards: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Packed parts in tile order, in their own shapes; ``backwards`` from tile order to canonical order.
+    """Values and indices in tile order, of unchanged shapes; ``backwards`` returns to canonical order.
 
     Raises:
         PatternError: a pattern that has no tile order.
@@ -295,8 +295,8 @@ def to_tiles(
     return _reorder(values, bound, f"{how}_values"), _reorder(indices, bound, f"{how}_codes")
 
 
-def _reorder(part: Tensor, bound: BoundPattern, how: str) -> Tensor:
-    """Values or indices from canonical order to tile order or back, by the function of that name."""
+def _reorder(packed: Tensor, bound: BoundPattern, how: str) -> Tensor:
+    """Values or indices in another order, by the function ``how`` of ``kernels/tiles.py``."""
     from s3tensor.kernels import tiles  # type: ignore[import-not-found]
 
     form = form_of(bound)
@@ -304,34 +304,7 @@ def _reorder(part: Tensor, bound: BoundPattern, how: str) -> Tensor:
         raise PatternError(
             f"{bound} has no tile order; only {', '.join(tiles.FORMS)} have one: leave tiled out"
         )
-    return getattr(tiles, how)(part, form, *bound.shape)
-
-
-def _order(bound: BoundPattern) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """The offset of each scope, block and element, as the fewest (size, stride) modes: a normal form."""
-    sizes = len(bound.scope_grid), len(bound.scope), len(bound.block)
-    modes = list(zip(bound.tiles.shape, bound.tiles.stride, strict=True))
-    parts = []
-    for n in sizes:
-        part: list[tuple[int, int]] = []
-        for size, stride in modes[:n]:
-            if size == 1:
-                continue
-            if part and part[-1][1] == size * stride:
-                part[-1] = part[-1][0] * size, stride
-            else:
-                part.append((size, stride))
-        parts.append(tuple(part))
-        modes = modes[n:]
-    return tuple(parts)
-
-
-@functools.lru_cache(maxsize=1024)
-def _in_a_row(bound: BoundPattern) -> bool:
-    """Whether the weight as it is stored is scope after scope, and each of them block after block."""
-    sizes, order = bound.axes
-    moved = [i for i in order if sizes[i] > 1]
-    return moved == sorted(moved)
+    return getattr(tiles, how)(packed, form, *bound.shape)
 
 
 @functools.lru_cache(maxsize=1)
@@ -439,9 +412,9 @@ def _pack_by_kernel(
 
 
 def _word(t: Tensor, bound: BoundPattern, unpack: Any) -> torch.dtype | None:
-    """The integer of the size of a block, where the kernels of N of M consecutive ones take the pattern."""
+    """The integer dtype of a block's size, where the kernels of N of M consecutive blocks take this."""
     of = bound.blocks_per_scope
-    if not _in_a_row(bound) or not bound.keep < of <= unpack.LARGEST_SCOPE:
+    if not bound.is_sequential or not bound.keep < of <= unpack.LARGEST_SCOPE:
         return None
     if bound.scopes > unpack.MOST_SCOPES:
         return None
@@ -450,7 +423,7 @@ def _word(t: Tensor, bound: BoundPattern, unpack: Any) -> torch.dtype | None:
 
 
 def _as_words(t: Tensor, bound: BoundPattern, unpack: Any) -> Tensor | None:
-    """``t``, flat, in integers of the size of a block; None where the kernels do not take the pattern."""
+    """``t``, flat, as integers of a block's size; None where the kernels do not take the pattern."""
     word = _word(t, bound, unpack)
     if word is None:
         return None
@@ -467,35 +440,32 @@ def _modes(bound: BoundPattern, itemsize: int) -> tuple[tuple[int, int, int, int
     Of each mode, slowest first: its size, and what a step along it adds to the number of the scope, of the
     block in its scope and of the piece in its block.
     """
+    sizes, order = bound.axes  # in the order of memory, slowest first
     grids = bound.scope_grid, bound.scope, bound.block
-    steps = [
-        tuple(step if kind == part else 0 for part in range(3))
-        for kind, grid in enumerate(grids)
-        for step in Layout.row_major(grid).stride
-    ]
-    sizes, order = bound.axes
-    modes: list[tuple[int, int, int, int]] = []
-    for place, size in enumerate(sizes):
-        if size == 1:
-            continue
-        scope, block, inside = steps[order.index(place)]
-        if modes and modes[-1][1:] == (size * scope, size * block, size * inside):
-            size *= modes.pop()[0]
-        modes.append((size, scope, block, inside))
+    numbers = []
+    for level in range(3):
+        own = [
+            Layout.row_major(g).stride if i == level else (0,) * len(g) for i, g in enumerate(grids)
+        ]
+        steps = [step for strides in own for step in strides]
+        by_memory = tuple(steps[order.index(place)] for place in range(len(sizes)))
+        numbers.append(Layout(sizes, by_memory).reversed())
+    scope, block, inside = coalesce_together(*numbers)
+    run, *rest = zip(scope.shape, scope.stride, block.stride, inside.stride, strict=True)
     per_piece = 16 // itemsize
-    if not modes or modes[-1][1:] != (0, 0, 1) or modes[-1][0] % per_piece or itemsize > 16:
+    if run[1:] != (0, 0, 1) or run[0] % per_piece or itemsize > 16:
         return None
-    if any(inside % per_piece for *_, inside in modes[:-1]):
+    if any(step % per_piece for *_, step in rest):
         return None
-    pieces = [(*mode[:3], mode[3] // per_piece) for mode in modes[:-1]]
-    last = modes[-1][0] // per_piece
-    return (*pieces, (last, 0, 0, 1)) if last > 1 else tuple(pieces) or ((1, 0, 0, 0),)
+    pieces = tuple((*mode[:3], mode[3] // per_piece) for mode in reversed(rest))
+    last = run[0] // per_piece
+    return (*pieces, (last, 0, 0, 1)) if last > 1 else pieces or ((1, 0, 0, 0),)
 
 
 def _slots(indices: Tensor, bound: BoundPattern) -> Tensor:
-    """Which of the kept blocks of its scope each block is, or -1: (scopes, blocks_per_scope) int32.
+    """The place of each block among the kept ones of its scope, or -1: (scopes, blocks_per_scope) int32.
 
-    Nothing here waits for the device, as ``block_numbers`` does, so that a CUDA graph can record it.
+    Unlike ``block_numbers`` it never waits for the device, so that a CUDA graph can capture it.
     """
     if bound.index_code == "bitmap":
         kept = _bitmap(indices, bound)
@@ -511,7 +481,7 @@ def _slots(indices: Tensor, bound: BoundPattern) -> Tensor:
 
 def _to_bytes(codes: Tensor, width: int) -> Tensor:
     """Codes of ``width`` bits, (n,), as a stream of bytes, least significant bit first."""
-    if 8 % width:  # codes straddle bytes: go through single bits
+    if 8 % width:  # codes straddle bytes: by single bits
         shift = torch.arange(width, device=codes.device)
         codes = ((codes.long().unsqueeze(-1) >> shift) & 1).to(torch.uint8).flatten()
         width = 1

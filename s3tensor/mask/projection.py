@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s3tensor.errors import NonFiniteError, PatternError
-from s3tensor.pattern import BoundPattern, Pattern
+from s3tensor.pattern import BoundPattern, Pattern, coalesce
 
 # Up to this many competing blocks a rank count (n^2/2 compares of contiguous planes) beats a sort:
 # 0.9 ms against 7.1 ms for the 2:4 mask of a 576x1536 weight on two CPU cores.
@@ -41,7 +41,7 @@ def top_blocks(
     scores: Tensor,  # (scopes, blocks_per_scope)
     keep: int,
 ) -> Tensor:
-    """True at the ``keep`` largest scores of each row; ties go to the lowest index. No NaN."""
+    """True at the ``keep`` largest scores of each row, which hold no NaN; ties go to the lowest index."""
     n = scores.shape[-1]
     if keep >= n:
         return torch.ones_like(scores, dtype=torch.bool)
@@ -51,7 +51,7 @@ def top_blocks(
         if n <= kernels.LONGEST:
             return kernels.top_blocks(scores, keep)
     if n > _RANK_LIMIT:
-        # A selection, not a sort: 0.14 s against 0.48 s for the rows of a 4096x4096 weight.
+        # A selection: 0.14 s against 0.48 s of a sort for the rows of a 4096x4096 weight.
         if kernels is not None:
             least = kernels.kth_largest(scores, keep).unsqueeze(-1)
         else:
@@ -95,7 +95,7 @@ def expand_blocks(
     kept: Tensor,  # (scopes, blocks_per_scope) bool
     bound: BoundPattern,
 ) -> Tensor:
-    """A decision for each block, spread over its elements: a mask of the bound shape."""
+    """One decision a block, spread over its elements: a mask of the bound shape."""
     return untile(kept.unsqueeze(-1).expand(-1, -1, bound.block_size), bound)
 
 
@@ -110,22 +110,23 @@ def project(weight: Tensor, pattern: Pattern | str, scores: Tensor | None = None
     With the default scores ``weight * mask`` is the Euclidean projection of ``weight`` onto the set of
     tensors that satisfy ``pattern`` (S3, section 4: hard thresholding of block norms in each scope).
 
+    On CUDA one kernel, with one read of the weight, serves N:M and the patterns of :func:`stretches`. A
+    CUDA graph can capture it but cannot raise: there NaN and Inf count as the largest.
+
     Args:
         weight: tensor of any floating dtype and any strides.
         pattern: a pattern or its string.
         scores: importance of each element, in the weight's shape, summed per block; default the
             squared weight.
 
-    On CUDA, N:M and its relatives are one kernel, with one read of the weight; it can be captured in a
-    CUDA graph, which cannot raise: NaN and Inf then count as the largest.
-
     Returns:
         bool tensor of the weight's shape, True where kept: exactly ``keep`` blocks of every scope, ties
         broken by the lowest block index, the same on every run.
 
     Raises:
-        PatternError: when the pattern does not fit the shape.
+        PatternError: a pattern that does not fit the shape, or scores of another shape.
         NonFiniteError: NaN or Inf in the weight, or NaN in the scores.
+        TypeError: a weight or scores that are not a tensor, or a complex weight.
     """
     bound = _bind(pattern, weight)
     if scores is None:
@@ -159,16 +160,16 @@ def _bind(pattern: Pattern | str, weight: Tensor) -> BoundPattern:
         raise TypeError(f"a weight is a tensor, got {type(weight).__name__}")
     if weight.is_complex():
         raise TypeError(
-            "complex weights have no order; give the pattern real and imaginary parts apart"
+            "complex weights have no order; project their real and imaginary parts one by one"
         )
     return Pattern.parse(pattern).bind(weight.shape)
 
 
 def _block_norms(weight: Tensor, bound: BoundPattern) -> Tensor:
-    """Euclidean norms of blocks, (scopes, blocks_per_scope), up to one factor; no square leaves the range.
+    """Euclidean norms of blocks, (scopes, blocks_per_scope), up to one factor; no square overflows.
 
-    A float32 squares exactly in float64. A float64 weight is first scaled by a power of two that brings
-    its largest element to about 1, so that only what is below 1e-154 of the largest loses its order.
+    Squares of float32 are exact in float64. A float64 weight is first scaled by a power of two that brings
+    its largest element to about 1, so that only elements below 1e-154 of the largest lose their order.
     """
     magnitude = weight.detach().abs()
     largest = magnitude.amax()
@@ -187,15 +188,15 @@ def _check_finite(finite: bool, bound: BoundPattern) -> None:
 
 def tile_norms(
     tiles: Tensor,  # (..., block_size)
-    largest: Tensor,  # 0-dim, float: the largest magnitude in any of the tiles to be compared
+    largest: Tensor,  # 0-dim, float: the largest magnitude of all tiles to be compared
 ) -> Tensor:
     """Euclidean norms of blocks, (...) float64, up to one factor that ``largest`` sets."""
     if tiles.dtype == torch.float64:
         _, exponent = torch.frexp(largest)
-        half = exponent // 2  # in two steps, as 2**-exponent itself may overflow
+        half = exponent // 2  # in two steps, because 2**-exponent may overflow
         tiles = tiles.ldexp(-half).ldexp(half - exponent)
-    # With dtype given, one pass converts, squares and sums: 0.8 ms against 3.6 ms in three steps
-    # for the column pairs of a 1536x576 weight on two CPU cores.
+    # With dtype given, one pass converts, squares and sums: 0.8 ms against 3.6 ms in three passes for the
+    # column pairs of a 1536x576 weight on two CPU cores.
     return torch.linalg.vector_norm(tiles, dim=-1, dtype=torch.float64)
 
 
@@ -210,7 +211,7 @@ def satisfies(weight: Tensor, pattern: Pattern | str) -> bool:
 
 
 def select_kernels(x: Tensor) -> Any:
-    """The module of the selection kernels where it can take x, once made (rows, n) contiguous; else None."""
+    """The module of the selection kernels where it takes x, made contiguous (rows, n); else None."""
     kernels = _load_kernels() if on_plain_gpu(x) else None
     if kernels is None or x.dtype not in kernels[0].DTYPES or not 0 < x.numel() < 2**31:
         return None
@@ -218,7 +219,7 @@ def select_kernels(x: Tensor) -> Any:
 
 
 def on_plain_gpu(x: Tensor) -> bool:
-    """Whether x is memory of a CUDA device that nothing traces or maps."""
+    """Whether x is plain memory of a CUDA device: no subclass, not traced, not under ``torch.func``."""
     return (
         x.is_cuda
         and not torch.compiler.is_compiling()
@@ -244,7 +245,7 @@ def _load_kernels() -> tuple[Any, Any] | None:
 def _project_by_kernel(weight: Tensor, bound: BoundPattern, look: bool = True) -> Tensor | None:
     """The mask, or None where no kernel takes this weight and pattern.
 
-    Without ``look`` nothing waits for the GPU to find NaN or Inf, which then count as the largest.
+    Without ``look`` nothing waits for the GPU to report NaN or Inf; both count as the largest.
     """
     kernels = _load_kernels() if on_plain_gpu(weight) else None
     layout = None if kernels is None else stretches(bound)
@@ -258,8 +259,9 @@ def _project_by_kernel(weight: Tensor, bound: BoundPattern, look: bool = True) -
         if look and not _is_captured(flags):
             _check_finite(not bool(flags.any()), bound)
         return mask
-    alone = bound.block_size == 1 and layout == {"length": bound.blocks_per_scope}
-    if not alone or bound.blocks_per_scope > select.LONGEST or not dense.is_floating_point():
+    if bound.n_of_m is None or bound.blocks_per_scope > select.LONGEST:
+        return None
+    if not dense.is_floating_point():
         return None
     rows = dense.view(-1, bound.blocks_per_scope)
     if select.refusal(rows) is not None:  # float8, or rows beyond 2**31
@@ -270,28 +272,24 @@ def _project_by_kernel(weight: Tensor, bound: BoundPattern, look: bool = True) -
 
 
 def _is_captured(x: Tensor) -> bool:
-    """Whether a CUDA graph records, so that no result can be looked at."""
+    """Whether a CUDA graph is capturing, so that no result can be read."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=1024)
 def stretches(bound: BoundPattern) -> dict[str, Any] | None:
     """Where the weights of a scope lie, as the arguments of ``kernels.masks.Stretches``; None where they
-    are not a few stretches of memory that one rule finds.
+    are not a few stretches of memory at regular steps.
     """
-    rank = len(bound.scope)
-    modes = list(zip(bound.tiles.shape, bound.tiles.stride, strict=True))
-    grid, inside = _joined(modes[:rank]), _joined(modes[2 * rank :])
-    competing = [mode for mode in modes[rank : 2 * rank] if mode[0] > 1]
-    if competing != sorted(competing, key=lambda mode: -mode[1]):
-        return None  # the first block of a tie is not the first in memory
-    scope = _joined(competing)
-    if len(scope) > 1 or len(inside) > 2 or len(grid) > 2:
+    grid, _, inside = (coalesce(level.by_stride()) for level in bound.levels)
+    competing = bound.normal_form[1]
+    # Ties go to the first block, which must be the first in memory: one mode says that as well.
+    if competing.rank > 1 or inside.rank > 2 or grid.rank > 2:
         return None
     found: dict[str, Any] = {}
-    blocks, step = scope[0] if scope else (1, 1)
-    run = inside[0][0] if inside and inside[0][1] == 1 else 1
-    rest = inside[1:] if run > 1 else inside
+    blocks, step = competing.modes()[0] if competing.size > 1 else (1, 1)
+    run = inside.shape[0] if inside.stride[0] == 1 else 1
+    rest = [mode for mode in inside.modes() if mode[1] > 1]
     if step == run:
         found["length"] = run * blocks
         if run > 1:
@@ -300,28 +298,14 @@ def stretches(bound: BoundPattern) -> dict[str, Any] | None:
             found["count"], found["apart"] = rest[0]
     elif not rest:
         found = {"length": run, "count": blocks, "apart": step, "run": run, "rows": True}
-    if not found or len(rest) > 1 or (grid and grid[0][1] != found["length"]):
+    if not found or len(rest) > 1 or (grid.size > 1 and grid.stride[0] != found["length"]):
         return None
-    if len(grid) == 2:
-        found["span"], found["stride"] = grid[0][0], grid[1][1]
+    if grid.rank == 2:
+        found["span"], found["stride"] = grid.shape[0], grid.stride[1]
     return found
 
 
-def _joined(modes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(size, stride) of the fewest modes that walk the same memory, the fastest first."""
-    joined: list[tuple[int, int]] = []
-    for size, stride in sorted(modes, key=lambda mode: mode[1]):
-        if size == 1:
-            continue
-        if joined and stride == joined[-1][0] * joined[-1][1]:
-            joined[-1] = (joined[-1][0] * size, joined[-1][1])
-        else:
-            joined.append((size, stride))
-    return joined
-
-
 def run_length(bound: BoundPattern) -> int:
-    """M of an N:M pattern, whose scopes are M neighbours in memory; 0 for all other patterns."""
-    n = bound.blocks_per_scope
-    alone = bound.block_size == 1 and stretches(bound) == {"length": n}
-    return n if alone and n <= 16 else 0
+    """M of an N:M pattern up to 16, whose scopes are M neighbours in memory; 0 for all other patterns."""
+    run = bound.n_of_m
+    return run[1] if run is not None and run[1] <= 16 else 0

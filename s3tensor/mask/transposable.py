@@ -15,7 +15,7 @@ from s3tensor.mask.projection import run_length
 from s3tensor.pattern import BoundPattern, Pattern
 
 _SIDE = 4
-_TILES = 2**18  # looked at in one go: 0.2 GB of sums
+_TILES = 2**18  # tiles scored at once: 0.2 GB of sums
 
 
 @functools.lru_cache(maxsize=8)
@@ -36,10 +36,10 @@ def transposable(
 ) -> Tensor:
     """The best mask under which the weight and its transpose both satisfy an N:4 pattern.
 
-    In each 4x4 tile every row and every column keeps N. Of all such masks, 90 for 2:4, the one of the
-    largest sum of scores is taken: with the default scores the Euclidean projection, exactly (I. Hubara et
-    al., arXiv 2102.08124, approximate it by 2). Then both products of a backward pass have a weight that
-    sparse tensor cores could take.
+    In each 4x4 tile every row and every column keeps N. Of all such masks, 90 for 2:4, it takes the one of
+    the largest sum of scores: with the default scores the exact Euclidean projection (I. Hubara et al.,
+    arXiv 2102.08124, approximate it within a factor of 2). Sparse tensor cores can then run both products
+    of a backward pass.
 
     Args:
         weight: any floating dtype, any strides.
@@ -81,7 +81,7 @@ def _best(given: Tensor, keep: int, squared: bool) -> Tensor:
     sums_of = every.double().t().contiguous()
     best = torch.empty(len(flat), dtype=torch.int64, device=given.device)
     for start in range(0, len(flat), _TILES):
-        # In float64 a square of float32 is exact and a sum of 8 nearly so: TF32 would choose otherwise.
+        # In float64 a square of float32 is exact and a sum of 8 nearly so; TF32 would change the choice.
         part = flat[start : start + _TILES].double()
         if squared:
             part = _in_range(part, given.dtype).square()
@@ -91,7 +91,7 @@ def _best(given: Tensor, keep: int, squared: bool) -> Tensor:
 
 
 def _in_range(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tiles in float64, each scaled so that squares neither vanish nor overflow, as those of float64 may."""
+    """Tiles in float64; those of a float64 weight are scaled, so that squares neither vanish nor overflow."""
     if dtype != torch.float64:
         return part
     largest = part.abs().amax(1, keepdim=True)
@@ -99,7 +99,7 @@ def _in_range(part: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _kernel(given: Tensor, keep: int) -> Any:
-    """The module of the kernel where it takes a weight or scores, 2:4 on a GPU; else None."""
+    """The kernel's module where it takes this weight or these scores, for 2:4 on a GPU; else None."""
     if keep != 2 or not masks.on_plain_gpu(given) or masks._load_kernels() is None:
         return None
     from s3tensor.kernels import transposable as kernel  # type: ignore[import-not-found]
@@ -108,10 +108,10 @@ def _kernel(given: Tensor, keep: int) -> Any:
 
 
 def check(pattern: Pattern, shape: tuple[int, ...]) -> BoundPattern:
-    """``pattern`` bound to a shape whose tiles can be transposable.
+    """``pattern`` bound to a shape of whole 4x4 tiles.
 
     Raises:
-        PatternError: with what does not fit.
+        PatternError: another pattern than 1:4, 2:4 or 3:4, or a shape that is not whole tiles.
     """
     bound = pattern.bind(shape)
     if run_length(bound) != _SIDE:
@@ -132,7 +132,7 @@ def check(pattern: Pattern, shape: tuple[int, ...]) -> BoundPattern:
 def transposable_mask(weight: Tensor, keep: int) -> Tensor:
     """:func:`transposable` of ``keep``:4 by magnitude, as a forward takes it; bool, the weight's shape.
 
-    For 2:4 on a GPU nobody waits to hear whether the weight is finite; NaN counts as the largest.
+    For 2:4 on a GPU it does not wait to check that the weight is finite; NaN counts as the largest.
     """
     if _kernel(weight, keep) is not None:
         return _best(weight.detach(), keep, squared=True)

@@ -2,8 +2,8 @@
 
 A :class:`View` lays a parameter out, a :class:`BlockSpec` tiles the view, a :class:`ScopeSpec` tiles the
 blocks, and couplings join blocks or scopes of several tensors. All of them read and write the parameters
-through ``torch.as_strided``. What they decide is what :func:`s3tensor.project` decides: both rest on
-:mod:`s3tensor.mask.projection`, and :meth:`ScopeSpec.pattern` turns one into the other.
+through ``torch.as_strided``. They decide as :func:`s3tensor.project` does: both use
+:mod:`s3tensor.mask.projection`, and :meth:`ScopeSpec.pattern` converts a spec to a pattern.
 """
 
 from s3tensor.paper.block import BlockCoupling, Blocks, BlockSpec

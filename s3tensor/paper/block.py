@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import abc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from s3tensor.errors import NonFiniteError, PatternError
 from s3tensor.paper import proximal
-from s3tensor.paper.view import View, check_disjoint
-from s3tensor.pattern.layout import as_ints
+from s3tensor.paper.grid import Coupling, Grid, back, grid_first, whole_dims
+from s3tensor.paper.view import View
 
 Values = Tensor | Mapping["BlockSpec", Tensor] | None
 """One value for each element: a tensor in the view's shape, one such tensor for each ``BlockSpec`` of a
 coupling, or None for the parameters' own data."""
 
-Leaf = TypeVar("Leaf")  # a spec of one tensor: BlockSpec or ScopeSpec
 
+class Blocks(Grid["BlockSpec"]):
+    """A grid of blocks. What writes, writes to the parameters in place, outside autograd."""
 
-class Blocks(abc.ABC):
-    """A grid of blocks. Everything that writes, writes to the parameters in place, outside of autograd."""
-
-    name: str | None
-
-    @property
-    @abc.abstractmethod
-    def grid_shape(self) -> tuple[int, ...]:
-        """Number of blocks along each dim."""
-
-    @property
-    @abc.abstractmethod
-    def members(self) -> tuple[tuple[BlockSpec, tuple[int, ...]], ...]:
-        """Each ``BlockSpec``, with the axis order that takes its grid to :attr:`grid_shape`."""
+    cell: ClassVar[str] = "block"
 
     @property
     def grid_ndim(self) -> int:
@@ -45,10 +32,6 @@ class Blocks(abc.ABC):
     def blocks(self) -> Iterator[BlockSpec]:
         """The ``BlockSpec`` of each tensor."""
         return (spec for spec, _ in self.members)
-
-    def parameters(self) -> list[View]:
-        """The view of each tensor."""
-        return [spec.view for spec in self.blocks()]
 
     def numblk(self) -> int:
         """Blocks in the grid."""
@@ -62,17 +45,13 @@ class Blocks(abc.ABC):
         """Elements in all blocks."""
         return self.numblk() * self.numel_per_block()
 
-    def nnz(self, eps: float = 1e-8) -> int:
-        """Elements of a magnitude above ``eps``."""
-        return sum(int((spec.view.data.abs() > eps).sum()) for spec in self.blocks())
-
     def tiles(self, values: Values = None) -> Tensor:
         """The elements of each block side by side: (*grid_shape, numel_per_block), a copy or a view."""
-        parts = [
+        tiles = [
             spec.block_view(spec.given(values), merge=True).permute(*order, len(order))
             for spec, order in self.members
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
 
     def norms(self, values: Values = None, p: float = 2.0) -> Tensor:
         """p-norm of each block, (*grid_shape), for any p >= 0 and ``inf``; over all coupled tensors."""
@@ -104,8 +83,8 @@ class Blocks(abc.ABC):
         self,
         mask: Tensor,  # (*grid_shape) bool
     ) -> None:
-        """Zero every block where ``mask`` is **True**, whatever it holds."""
-        mask = self._per_block(mask, "mask")
+        """Zero every block where ``mask`` is **True**."""
+        mask = self._per_cell(mask, "mask")
         if mask.dtype != torch.bool:
             raise PatternError(f"a mask is bool, True where a block is zeroed, got {mask.dtype}")
         with torch.no_grad():
@@ -118,7 +97,7 @@ class Blocks(abc.ABC):
         multiplier: Tensor,  # (*grid_shape)
     ) -> None:
         """Multiply every element of a block by its block's factor."""
-        multiplier = self._per_block(multiplier, "multiplier")
+        multiplier = self._per_cell(multiplier, "multiplier")
         with torch.no_grad():
             for spec, order in self.members:
                 spread = spec.broadcast_block_to_element(back(multiplier, order), fake=True)
@@ -136,7 +115,7 @@ class Blocks(abc.ABC):
             values: elements whose norms decide; default the data itself.
         """
         norms = self.norms(values)
-        self.apply_mask(norms < self._per_block(thresholds, "thresholds").to(norms.device))
+        self.apply_mask(norms < self._per_cell(thresholds, "thresholds").to(norms.device))
 
     def soft_threshold(
         self,
@@ -146,7 +125,7 @@ class Blocks(abc.ABC):
         atol: float = 0.0,
         eps: float | None = None,
     ) -> None:
-        """The proximal step of ``t ||block||``: shrink every block's norm by its threshold, at least to 0.
+        """The proximal step of ``t ||block||``: shrink every block's norm by its threshold, down to 0.
 
         Args:
             block_thresholds: t, one for each block.
@@ -160,11 +139,11 @@ class Blocks(abc.ABC):
         Raises:
             PatternError: see :func:`s3tensor.paper.proximal.conditioned_soft_threshold`.
         """
-        thresholds = self._per_block(block_thresholds, "thresholds")
+        thresholds = self._per_cell(block_thresholds, "thresholds")
         tiles = self.tiles()
         thresholds = thresholds.to(tiles.device)
         if conditioners is None:
-            # From float64 once: a float32 factor would round where a small block is almost pruned.
+            # Rounded once, from float64: a float32 factor is inexact where a block is almost pruned.
             self._write(tiles.double() * proximal.shrinkage(tiles, thresholds).unsqueeze(-1))
             return
         curved = self.tiles(conditioners).to(tiles.device).double()
@@ -177,7 +156,7 @@ class Blocks(abc.ABC):
         block_masks: Tensor,  # (*grid_shape) bool
     ) -> dict[BlockSpec, Tensor]:
         """A decision for each block spread over its elements: a mask in each view's shape."""
-        block_masks = self._per_block(block_masks, "block_masks")
+        block_masks = self._per_cell(block_masks, "block_masks")
         return {
             spec: spec.broadcast_block_to_element(back(block_masks, order))
             for spec, order in self.members
@@ -206,17 +185,6 @@ class Blocks(abc.ABC):
                 own = back(part, (*order, len(order)))
                 spec.block_view().copy_(own.unflatten(-1, spec.shape))
 
-    def _per_block(self, values: Tensor, what: str) -> Tensor:
-        """``values`` in the grid's shape; a single one serves every block."""
-        if not isinstance(values, Tensor):
-            values = torch.as_tensor(values)
-        if values.ndim and values.shape != self.grid_shape:
-            raise PatternError(
-                f"{what} of shape {tuple(values.shape)} for a grid of {self.grid_shape} blocks; give one "
-                "value a block"
-            )
-        return values.detach().expand(self.grid_shape)
-
 
 class BlockSpec(Blocks):
     """One tensor as a grid of blocks.
@@ -240,10 +208,6 @@ class BlockSpec(Blocks):
         self.name = name
         self.shape = whole_dims("block", shape, self.view.shape, "elements of the view")
         self._grid = self.view.layout.divide(self.shape)[0].shape
-
-    @property
-    def grid_shape(self) -> tuple[int, ...]:
-        return self._grid
 
     @property
     def members(self) -> tuple[tuple[BlockSpec, tuple[int, ...]], ...]:
@@ -300,8 +264,8 @@ class BlockSpec(Blocks):
         # A split of dims is always a view, of any strides.
         interleaved = given.view(pairs)
         if merge:
-            return _grid_first(interleaved).flatten(self.grid_ndim)
-        return _grid_first(interleaved) if reorder else interleaved
+            return grid_first(interleaved).flatten(self.grid_ndim)
+        return grid_first(interleaved) if reorder else interleaved
 
     def broadcast_block_to_element(
         self,
@@ -313,7 +277,7 @@ class BlockSpec(Blocks):
         With ``fake=True`` nothing is spread: shape (g0, 1, g1, 1, ...), which broadcasts against the
         interleaved :meth:`block_view`.
         """
-        values = self._per_block(block_values, "block values")
+        values = self._per_cell(block_values, "block values")
         pairs = [n for size in self.grid_shape for n in (size, 1)]
         thin = values.reshape(pairs)
         if fake:
@@ -322,17 +286,16 @@ class BlockSpec(Blocks):
         return thin.expand(full).reshape(self.view.shape)
 
     def __repr__(self) -> str:
-        label = f"{self.name}: " if self.name else ""
-        return f"BlockSpec({label}{self.shape}, grid {self.grid_shape}, {self.view})"
+        return self._label(f"{self.shape}, grid {self.grid_shape}, {self.view}")
 
 
-class BlockCoupling(Blocks):
+class BlockCoupling(Coupling["BlockSpec"], Blocks):
     """Blocks of several tensors joined into one block each: they are pruned or kept together.
 
     Args:
         specs: grids of blocks, of disjoint memory.
         orders: for each spec, the permutation of its grid's axes that aligns it with the others;
-            default, and None for one spec, is as they are.
+            default, and None for one spec, is the identity.
         name: for messages.
 
     Example:
@@ -344,7 +307,7 @@ class BlockCoupling(Blocks):
         ((6, 1), 8)
 
     Raises:
-        PatternError: an order that is no permutation, grids that differ, or memory that is shared.
+        PatternError: an order that is not a permutation, grids that differ, or memory that is shared.
     """
 
     def __init__(
@@ -353,21 +316,8 @@ class BlockCoupling(Blocks):
         orders: Sequence[Sequence[int] | None] | None = None,
         name: str | None = None,
     ) -> None:
-        self.name = name
         self.specs = list(specs)
-        self.orders = align("blocks", [spec.grid_shape for spec in self.specs], orders, self.specs)
-        self._members = leaves([spec.members for spec in self.specs], self.orders)
-        self._grid = tuple(self.specs[0].grid_shape[axis] for axis in self.orders[0])
-        check_disjoint(self.parameters())
-        check_devices(self.parameters())
-
-    @property
-    def grid_shape(self) -> tuple[int, ...]:
-        return self._grid
-
-    @property
-    def members(self) -> tuple[tuple[BlockSpec, tuple[int, ...]], ...]:
-        return self._members
+        super().__init__(self.specs, orders, name)
 
     @property
     def data(self) -> dict[BlockSpec, Tensor]:
@@ -388,94 +338,11 @@ class BlockCoupling(Blocks):
         block_values: Tensor,  # (*grid_shape)
     ) -> dict[BlockSpec, Tensor]:
         """A value for each block, spread over its elements, for each tensor in its view's shape."""
-        values = self._per_block(block_values, "block values")
+        values = self._per_cell(block_values, "block values")
         return {
             spec: spec.broadcast_block_to_element(back(values, order))
             for spec, order in self.members
         }
 
     def __repr__(self) -> str:
-        label = f"{self.name}: " if self.name else ""
-        return f"BlockCoupling({label}grid {self.grid_shape}, {list(self.blocks())})"
-
-
-def whole_dims(what: str, shape: Sequence[int], grid: tuple[int, ...], of: str) -> tuple[int, ...]:
-    """``shape`` with -1 filled in, checked to tile ``grid``."""
-    given = as_ints(f"{what} shape", shape, -1)
-    if len(given) != len(grid) or 0 in given:
-        raise PatternError(
-            f"{what} shape {given} must hold an int >= 1, or -1 for the whole dim, for each of the "
-            f"{len(grid)} dims of {grid}"
-        )
-    full = tuple(n if size == -1 else size for size, n in zip(given, grid, strict=True))
-    for dim, (size, n) in enumerate(zip(full, grid, strict=True)):
-        if n % size:
-            raise PatternError(
-                f"{what} shape {given} does not tile {grid} {of}: dim {dim} has {n}, not a multiple of "
-                f"{size}; choose a divisor of {n}, or -1 for the whole dim"
-            )
-    return full
-
-
-def leaves(
-    members: Sequence[Sequence[tuple[Leaf, tuple[int, ...]]]],
-    orders: Sequence[tuple[int, ...]],
-) -> tuple[tuple[Leaf, tuple[int, ...]], ...]:
-    """The specs of single tensors below a coupling, each with its axis order in the coupling's grid."""
-    return tuple(
-        (leaf, tuple(inner[axis] for axis in outer))
-        for group, outer in zip(members, orders, strict=True)
-        for leaf, inner in group
-    )
-
-
-def align(
-    what: str,
-    grids: Sequence[tuple[int, ...]],
-    orders: Sequence[Sequence[int] | None] | None,
-    named: Sequence[object],
-) -> tuple[tuple[int, ...], ...]:
-    """Checked axis orders under which all grids are the same."""
-    if not grids:
-        raise PatternError(f"a coupling of {what} needs at least one")
-    wanted = [None] * len(grids) if orders is None else list(orders)
-    if len(wanted) != len(grids):
-        raise PatternError(f"{len(wanted)} orders for {len(grids)} grids; give one for each")
-    checked: list[tuple[int, ...]] = []
-    for grid, order, spec in zip(grids, wanted, named, strict=True):
-        full = tuple(range(len(grid))) if order is None else as_ints("order", order, 0)
-        if sorted(full) != list(range(len(grid))):
-            raise PatternError(
-                f"order {full} is no permutation of the axes 0 to {len(grid) - 1} of the grid {grid} of "
-                f"{spec}"
-            )
-        aligned = tuple(grid[axis] for axis in full)
-        first = tuple(grids[0][axis] for axis in checked[0]) if checked else aligned
-        if aligned != first:
-            raise PatternError(
-                f"grids of coupled {what} differ: {first} of {named[0]} and {aligned} of {spec}, in "
-                f"order {full}; choose orders, views or shapes that give one grid"
-            )
-        checked.append(full)
-    return tuple(checked)
-
-
-def check_devices(views: Sequence[View]) -> None:
-    """Refuse coupled tensors on several devices."""
-    devices = sorted({str(view.device) for view in views})
-    if len(devices) > 1:
-        raise PatternError(
-            f"coupled tensors lie on {' and '.join(devices)}; move them to one device"
-        )
-
-
-def _grid_first(
-    interleaved: Tensor,  # (g0, b0, g1, b1, ...)
-) -> Tensor:
-    ndim = interleaved.ndim
-    return interleaved.permute(*range(0, ndim, 2), *range(1, ndim, 2))
-
-
-def back(values: Tensor, order: tuple[int, ...]) -> Tensor:
-    """Undo ``permute(order)``."""
-    return values.permute(sorted(range(len(order)), key=order.__getitem__))
+        return self._label(f"grid {self.grid_shape}, {list(self.blocks())}")

@@ -1,4 +1,4 @@
-"""A chain of calls that names blocks, scopes and couplings."""
+"""Blocks, scopes and couplings by name, in a chain of calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Spec = TypeVar("_Spec", Blocks, Scopes)
 
 
 class SparsityBuilder:
-    """Blocks and scopes by name; every ``add`` and ``couple`` returns the builder.
+    """Blocks and scopes by name; each ``add_`` and ``couple_`` method returns the builder.
 
     Example:
         >>> import torch
@@ -32,7 +32,7 @@ class SparsityBuilder:
         6
 
     Raises:
-        PatternError: a name that is taken or unknown, and whatever the specs refuse.
+        PatternError: a name that is taken or unknown, or an error of the specs themselves.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class SparsityBuilder:
         return _find(self._scopes, "scope", name)
 
     def get_all_scopes(self) -> Iterator[Scopes]:
-        """Every scope that decides for itself: those that are part of a coupling are left out."""
+        """Every scope except those that are part of a coupling."""
         return (scope for name, scope in self._scopes.items() if name not in self._coupled)
 
     def _name(self, known: dict[str, _Spec], what: str, name: str, spec: _Spec) -> SparsityBuilder:

@@ -35,11 +35,11 @@ def shrinkage(
     """
     check_thresholds(thresholds)
     values = tiles.double()
-    # Over the largest entry, so that no square leaves the range.
+    # Relative to the largest entry, so that no square overflows.
     largest = values.abs().amax(-1).clamp_min(torch.finfo(torch.float64).tiny)
     size = torch.linalg.vector_norm(values / largest.unsqueeze(-1), dim=-1) * largest
     factor = (1.0 - thresholds.double() / size).clamp_min(0.0)
-    # A block of zeros stays one: 0 / 0 above.
+    # A block of zeros, 0 / 0 above, stays zero.
     return torch.where(size > 0, factor, 0.0)
 
 
@@ -59,7 +59,7 @@ def conditioned_soft_threshold(
     Args:
         tiles: the point, v.
         thresholds: one weight of the norm for each block; 0 leaves the block as it is.
-        conditioners: one curvature for each element; an element without any is set to 0 where t > 0.
+        conditioners: one curvature for each element; an element of curvature 0 becomes 0 where t > 0.
         max_iter: bisections, each of which halves the interval of s.
         atol: stop when every s is known to within this; 0 stops at ``max_iter`` or at rounding.
 
@@ -107,6 +107,10 @@ def conditioned_soft_threshold(
 
 
 def check_thresholds(thresholds: Tensor) -> None:
-    """Refuse thresholds of which one is negative or NaN."""
+    """Refuse a negative or NaN threshold.
+
+    Raises:
+        PatternError: when there is one.
+    """
     if not bool((thresholds >= 0).all()):
         raise PatternError("thresholds must be >= 0; a negative or NaN one has no proximal map")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import abc
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,46 +12,24 @@ from torch import Tensor
 from s3tensor.errors import PatternError
 from s3tensor.mask.order_statistics import kth_largest, mid_kth_largest
 from s3tensor.mask.projection import tile_norms, top_blocks
-from s3tensor.paper.block import (
-    Blocks,
-    BlockSpec,
-    Values,
-    align,
-    back,
-    check_devices,
-    leaves,
-    whole_dims,
-)
-from s3tensor.paper.view import View, check_disjoint
+from s3tensor.paper.block import Blocks, BlockSpec, Values
+from s3tensor.paper.grid import Coupling, Grid, back, grid_first, whole_dims
+from s3tensor.paper.view import View
 from s3tensor.pattern import BoundPattern, Pattern, ViewRule
 from s3tensor.pattern.layout import as_int
 
 
-class Scopes(abc.ABC):
+class Scopes(Grid["ScopeSpec"]):
     """A grid of scopes, in each of which the same number of blocks competes.
 
-    Blocks of a scope are numbered in row-major order; scopes of a coupling one tensor after another.
+    Blocks of a scope are numbered in row-major order; in a coupling, one tensor after another.
     """
 
-    name: str | None
-
-    @property
-    @abc.abstractmethod
-    def grid_shape(self) -> tuple[int, ...]:
-        """Number of scopes along each dim."""
-
-    @property
-    @abc.abstractmethod
-    def members(self) -> tuple[tuple[ScopeSpec, tuple[int, ...]], ...]:
-        """Each ``ScopeSpec``, with the axis order that takes its grid to :attr:`grid_shape`."""
+    cell: ClassVar[str] = "scope"
 
     def blocks(self) -> Iterator[BlockSpec]:
         """The ``BlockSpec`` of each tensor."""
         return (block for scope, _ in self.members for block in scope.block.blocks())
-
-    def parameters(self) -> list[View]:
-        """The view of each tensor."""
-        return [block.view for block in self.blocks()]
 
     def numscp(self) -> int:
         """Scopes in the grid."""
@@ -71,10 +49,6 @@ class Scopes(abc.ABC):
             math.prod(scope.shape) * scope.block.numel_per_block() for scope, _ in self.members
         )
 
-    def nnz(self, eps: float = 1e-8) -> int:
-        """Elements of a magnitude above ``eps``."""
-        return sum(scope.block.nnz(eps) for scope, _ in self.members)
-
     def sparsity_to_nnz(self, sparsity: float) -> int:
         """Blocks to keep in each scope so that at most the share ``sparsity`` of them is pruned.
 
@@ -84,7 +58,7 @@ class Scopes(abc.ABC):
         if not 0.0 <= sparsity <= 1.0:
             raise PatternError(f"sparsity={sparsity} must be the pruned share, from 0 to 1")
         n = self.numblk_per_scope()
-        # 1e-9: 0.7 of 10 leaves 3.0000000000000004.
+        # Minus 1e-9, because 0.7 of 10 leaves 3.0000000000000004.
         return math.ceil(n * (1.0 - sparsity) - 1e-9)
 
     def block_norms(
@@ -128,7 +102,7 @@ class Scopes(abc.ABC):
             self._keep(self._best(nnz, values))
             return
         norms = self.block_norms(values)
-        limit = self._per_scope(torch.as_tensor(thresholds), "thresholds").to(norms.device)
+        limit = self._per_cell(torch.as_tensor(thresholds), "thresholds").to(norms.device)
         self._keep(~(norms < limit.unsqueeze(-1)))
 
     def soft_threshold(
@@ -145,11 +119,11 @@ class Scopes(abc.ABC):
         Args:
             thresholds: one for each scope.
             conditioners: a diagonal metric, one value for each element.
-            scale: times ``sqrt(numel_per_block)``, so that blocks of several sizes are treated alike
-                (Yuan and Lin, 2006).
+            scale: multiply by ``sqrt(numel_per_block)``, so that blocks of different sizes are penalised
+                alike (Yuan and Lin, 2006).
             max_iter, atol, eps: of the bisection with conditioners.
         """
-        limit = self._per_scope(torch.as_tensor(thresholds), "thresholds")
+        limit = self._per_cell(thresholds, "thresholds")
         for scope, order in self.members:
             own = scope.scope_to_block(back(limit, order))
             if scale:
@@ -169,7 +143,10 @@ class Scopes(abc.ABC):
             nnz: blocks to keep in each scope, the best by ``block_scores`` or by norm.
             values: elements whose norms are the scores; default the data itself.
             block_scores: the importance of each block, by scope.
-            block_mask: the decision itself, True where a block is kept; then nothing else is used.
+            block_mask: the decision itself, True where a block is kept; the others are then ignored.
+
+        Raises:
+            PatternError: neither ``nnz`` nor ``block_mask``, NaN in the scores, or a shape that does not fit.
         """
         if block_mask is None:
             if nnz is None:
@@ -211,21 +188,21 @@ class Scopes(abc.ABC):
         self,
         per_block: list[Tensor],  # for each member, its block grid
     ) -> Tensor:
-        parts = [
-            scope.block_to_scope(part, merge=True).permute(*order, len(order))
-            for (scope, order), part in zip(self.members, per_block, strict=True)
+        by_scope = [
+            scope.block_to_scope(values, merge=True).permute(*order, len(order))
+            for (scope, order), values in zip(self.members, per_block, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return by_scope[0] if len(by_scope) == 1 else torch.cat(by_scope, dim=-1)
 
     def _scatter(
         self,
         per_competitor: Tensor,  # (*grid_shape, numblk_per_scope)
     ) -> Iterator[tuple[ScopeSpec, Tensor]]:
-        """Each member with its part, on its block grid."""
+        """Each member with its own values, on its block grid."""
         sizes = [math.prod(scope.shape) for scope, _ in self.members]
-        parts = per_competitor.split(sizes, dim=-1)
-        for (scope, order), part in zip(self.members, parts, strict=True):
-            yield scope, scope.scope_to_block(back(part, (*order, len(order))))
+        split = per_competitor.split(sizes, dim=-1)
+        for (scope, order), own in zip(self.members, split, strict=True):
+            yield scope, scope.scope_to_block(back(own, (*order, len(order))))
 
     def _keep(
         self,
@@ -233,14 +210,6 @@ class Scopes(abc.ABC):
     ) -> None:
         for scope, part in self._scatter(kept):
             scope.block.apply_mask(~part)
-
-    def _per_scope(self, values: Tensor, what: str) -> Tensor:
-        if values.ndim and values.shape != self.grid_shape:
-            raise PatternError(
-                f"{what} of shape {tuple(values.shape)} for a grid of {self.grid_shape} scopes; give one "
-                "value a scope"
-            )
-        return values.detach().expand(self.grid_shape)
 
     def _per_competitor(self, values: Tensor, what: str) -> Tensor:
         full = (*self.grid_shape, self.numblk_per_scope())
@@ -257,7 +226,7 @@ class ScopeSpec(Scopes):
 
     Args:
         block: a :class:`BlockSpec` or a :class:`BlockCoupling`.
-        shape: of a scope, **in blocks**; -1 is the whole dim, and so are trailing dims left out.
+        shape: of a scope, **in blocks**; -1, or a missing trailing entry, is the whole dim.
         name: for messages.
 
     Example:
@@ -285,10 +254,6 @@ class ScopeSpec(Scopes):
         self._grid = tuple(n // size for n, size in zip(grid, self.shape, strict=True))
 
     @property
-    def grid_shape(self) -> tuple[int, ...]:
-        return self._grid
-
-    @property
     def members(self) -> tuple[tuple[ScopeSpec, tuple[int, ...]], ...]:
         return ((self, tuple(range(len(self._grid)))),)
 
@@ -308,22 +273,21 @@ class ScopeSpec(Scopes):
             raise PatternError(
                 f"values of shape {tuple(b.shape)} for a grid of {self.block.grid_shape} blocks"
             )
-        ndim = len(self._grid)
         interleaved = b.reshape(
             [n for pair in zip(self._grid, self.shape, strict=True) for n in pair]
         )
         if not (reorder or merge):
             return interleaved
-        split = interleaved.permute(*range(0, 2 * ndim, 2), *range(1, 2 * ndim, 2))
-        return split.flatten(ndim) if merge else split
+        split = grid_first(interleaved)
+        return split.flatten(len(self._grid)) if merge else split
 
     def scope_to_block(
         self,
         block_values: Tensor,  # (*grid_shape), (*grid_shape, numblk_per_scope) or (*grid_shape, *shape)
     ) -> Tensor:
-        """Values of scopes on the grid of blocks: spread over the blocks of each, or one for each block.
+        """Values of scopes on the grid of blocks: one a scope is spread over its blocks.
 
-        The inverse of :meth:`block_to_scope` in the two latter shapes.
+        For one value a block, in either shape, it is the inverse of :meth:`block_to_scope`.
         """
         ndim, inside = len(self._grid), math.prod(self.shape)
         shape = tuple(block_values.shape)
@@ -347,8 +311,8 @@ class ScopeSpec(Scopes):
         """This structure with a budget, as a :class:`s3tensor.Pattern` of the parameter's shape.
 
         Raises:
-            PatternError: of a coupling; of a view that leaves elements out, or that joins several dims
-                of the parameter in one, which no view rule can say.
+            PatternError: a coupling; a view that leaves elements out, or that joins several dims of the
+                parameter in one, which no view rule describes.
         """
         if not isinstance(self.block, BlockSpec):
             raise PatternError(f"{self.block} spans several tensors; a Pattern is of one")
@@ -362,21 +326,20 @@ class ScopeSpec(Scopes):
         return pattern.bind(tuple(self.block.view.param.shape))
 
     def __repr__(self) -> str:
-        label = f"{self.name}: " if self.name else ""
-        return f"ScopeSpec({label}{self.shape}, grid {self._grid}, {self.block})"
+        return self._label(f"{self.shape}, grid {self._grid}, {self.block}")
 
 
-class ScopeCoupling(Scopes):
+class ScopeCoupling(Coupling["ScopeSpec"], Scopes):
     """Scopes of several tensors joined into one scope each: the blocks of all of them compete.
 
     Args:
         scopes: of disjoint memory.
         orders: for each, the permutation of its grid's axes that aligns it with the others; default,
-            and None for one scope, is as they are.
+            and None for one scope, is the identity.
         name: for messages.
 
     Raises:
-        PatternError: an order that is no permutation, grids that differ, or memory that is shared.
+        PatternError: an order that is not a permutation, grids that differ, or memory that is shared.
     """
 
     def __init__(
@@ -385,23 +348,8 @@ class ScopeCoupling(Scopes):
         orders: Sequence[Sequence[int] | None] | None = None,
         name: str | None = None,
     ) -> None:
-        self.name = name
         self.scopes = list(scopes)
-        self.orders = align(
-            "scopes", [scope.grid_shape for scope in self.scopes], orders, self.scopes
-        )
-        self._members = leaves([scope.members for scope in self.scopes], self.orders)
-        self._grid = tuple(self.scopes[0].grid_shape[axis] for axis in self.orders[0])
-        check_disjoint(self.parameters())
-        check_devices(self.parameters())
-
-    @property
-    def grid_shape(self) -> tuple[int, ...]:
-        return self._grid
-
-    @property
-    def members(self) -> tuple[tuple[ScopeSpec, tuple[int, ...]], ...]:
-        return self._members
+        super().__init__(self.scopes, orders, name)
 
     def kth_largest(
         self, k: int | None = None, values: Values = None, *, nnz: int | None = None
@@ -414,10 +362,7 @@ class ScopeCoupling(Scopes):
         return kth_largest(self.block_norms(values), rank, dim=-1)
 
     def __repr__(self) -> str:
-        label = f"{self.name}: " if self.name else ""
-        return (
-            f"ScopeCoupling({label}grid {self.grid_shape}, {[scope for scope, _ in self.members]})"
-        )
+        return self._label(f"grid {self.grid_shape}, {[scope for scope, _ in self.members]}")
 
 
 def _rule_of(view: View) -> tuple[str | None, Mapping[str, int]]:
@@ -435,7 +380,7 @@ def _rule_of(view: View) -> tuple[str | None, Mapping[str, int]]:
         inside = [dim for dim, m in enumerate(shape) if base[dim] <= d < base[dim] * m]
         if n > 1 and len(inside) == 1:
             groups[inside[0]].append(axis)
-    # An axis of one element lies in any dim: those that need one first.
+    # An axis of one element fits any dim; dims without an axis come first.
     for axis in thin:
         min(groups, key=len).append(axis)
     sizes: dict[str, int] = {}

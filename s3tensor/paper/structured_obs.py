@@ -10,8 +10,8 @@ from torch import Tensor
 from s3tensor.errors import HessianError, PatternError, PrunerError
 from s3tensor.paper import BlockSpec, ScopeSpec
 from s3tensor.paper.view import memory
-from s3tensor.prune.hessian import Factors
-from s3tensor.prune.linalg import full_precision, masked_least_squares
+from s3tensor.prune.hessian import DAMP_PAPER, Factors
+from s3tensor.prune.linalg import full_precision
 from s3tensor.prune.obs import inverse_of, sweep
 from s3tensor.prune.oneshot import one_shot
 from s3tensor.prune.problem import MEMORY_BUDGET, Problem, fit, pose
@@ -21,13 +21,13 @@ from s3tensor.prune.product import Product
 class StructuredOBS:
     """Structured OBS of one linear's weight, in place (S3, arXiv 2604.11315, section 5).
 
-    The functional form is :func:`s3tensor.prune.obs`. A call that raises has written nothing.
+    :func:`s3tensor.prune.obs` is the same without side effects. A call that raises writes nothing.
 
     Args:
         scope: scopes over the blocks of one weight, (out_features, in_features).
         hessian: ``X'X / N`` (K, K) of its inputs, or ``Factors`` made from it, which bring their damping.
         damp: share of the mean diagonal added to the diagonal.
-        inv_h: the damped inverse (K, K), if it is at hand; then nothing is inverted.
+        inv_h: the damped inverse (K, K), where it is known already.
         memory_budget: bytes of working memory.
 
     Example:
@@ -38,16 +38,16 @@ class StructuredOBS:
         64
 
     Raises:
-        PatternError: a scope over several tensors, over a weight that is no matrix, or over a view that
+        PatternError: a scope over several tensors, over a weight that is not a matrix, or over a view that
             no Pattern describes (see :meth:`s3tensor.ScopeSpec.pattern`).
-        HessianError: a Hessian that does not fit or is none.
+        HessianError: an invalid Hessian, or one that does not fit.
     """
 
     def __init__(
         self,
         scope: ScopeSpec,
         hessian: Tensor | Factors,
-        damp: float = 1e-4,
+        damp: float = DAMP_PAPER,
         inv_h: Tensor | None = None,
         memory_budget: int = MEMORY_BUDGET,
     ) -> None:
@@ -63,11 +63,11 @@ class StructuredOBS:
         self._inverse = None if inv_h is None else self._checked(inv_h)
 
     @staticmethod
-    def compute_inverse(hessian: Tensor, damp: float = 1e-4) -> Tensor:
+    def compute_inverse(hessian: Tensor, damp: float = DAMP_PAPER) -> Tensor:
         """The inverse (K, K) of ``hessian + damp mean(diag) I``, for ``inv_h=``.
 
         Raises:
-            HessianError: the damped matrix is singular or indefinite, or no Hessian.
+            HessianError: an invalid Hessian, or a damped matrix that is singular or indefinite.
         """
         with full_precision():
             return inverse_of(Factors(hessian, damp))
@@ -86,10 +86,10 @@ class StructuredOBS:
         Args:
             nnz: blocks to keep in each scope.
             compensate: ``local``, ``full``, ``split`` or ``interleaved``.
-            n_splits: parts of ``interleaved``.
+            n_splits: splits of ``interleaved``.
 
         Raises:
-            PatternError, NonFiniteError: a budget or a weight that does not do.
+            PatternError, NonFiniteError: an invalid budget or weight.
             PrunerError: an unknown option.
         """
         problem = self._pose(nnz)
@@ -122,16 +122,16 @@ class StructuredOBS:
         Args:
             nnz: blocks to keep in each scope.
             ng: scopes of a row that are decided at once; fewer are slower and better.
-            chunk_size: rows at a time, at least those of one scope; it changes memory, and results by
-                rounding only.
+            chunk_size: rows at a time, at least those of one scope; it changes memory, and results only
+                by rounding.
             order: ``left_to_right`` or ``largest_first``, see :func:`s3tensor.prune.obs`.
             scoring: ``independent`` or ``joint``.
-            c_dtype: dtype of the factor that every row keeps; default float32, float64 for a float64
-                weight. The weights are refitted at the end, so a narrow one costs masks, not weights.
+            c_dtype: dtype of the factor of every row; default float32, float64 for a float64 weight. The
+                weights are refitted at the end, so a narrow one affects masks only.
             progress_fn: called with a line of text after every chunk.
 
         Raises:
-            PatternError, NonFiniteError: a budget or a weight that does not do.
+            PatternError, NonFiniteError: an invalid budget or weight.
             PrunerError: an unknown option.
         """
         problem = self._pose(nnz)
@@ -160,9 +160,14 @@ class StructuredOBS:
                 memory_budget=self.memory_budget,
                 progress=tell,
             )
-            for part, _ in problem.chunks(12, self.memory_budget):
-                linear = dense[part] @ matrix
-                result[part] = masked_least_squares(linear, matrix, mask[part], result[part])
+            problem.least_squares(
+                lambda part: dense[part] @ matrix,
+                matrix,
+                mask,
+                result,
+                self.memory_budget,
+                out=result,
+            )
         self._write(problem, result, mask)
 
     def _pose(self, nnz: int) -> Problem:

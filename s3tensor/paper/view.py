@@ -18,9 +18,9 @@ from s3tensor.pattern.layout import Layout, as_ints
 class View:
     """A parameter's elements in another shape and order; nothing is copied.
 
-    Strides count elements of the parameter's memory from its first element on, as in
-    ``torch.as_strided``; for a contiguous parameter that is the row-major index of an element. A
-    parameter that is no contiguous tensor, or a view itself, is most easily split by :meth:`from_rule`.
+    Strides count elements of memory from the parameter's first element, as in ``torch.as_strided``; for a
+    contiguous parameter an offset is the row-major index of an element. To split a parameter that is not
+    contiguous, or another view, use :meth:`from_rule`.
 
     Args:
         param: a parameter, a tensor, or another view.
@@ -62,7 +62,7 @@ class View:
         except PatternError as error:
             raise PatternError(f"view of a parameter of shape {own.shape}: {error}") from None
         if not own.is_compact and (own, 0) != (layout, offset):
-            # Gaps between the parameter's own elements belong to someone else.
+            # Memory between the parameter's own elements belongs to another tensor.
             mine = torch.zeros(own.cosize, dtype=torch.bool)
             torch.as_strided(mine, own.shape, own.stride).fill_(True)
             if not bool(torch.as_strided(mine, self.shape, self.stride, offset).all()):
@@ -74,7 +74,7 @@ class View:
 
     @classmethod
     def from_existing(cls, param: Tensor | View) -> View:
-        """The view of every element where it is, also of a parameter that is not contiguous."""
+        """The view of all elements in the parameter's own shape, also where it is not contiguous."""
         if isinstance(param, View):
             return param
         base = memory(param)
@@ -97,20 +97,15 @@ class View:
         ones = (1,) * len(parsed.outputs)
         bound = Pattern(rule, sizes or {}, ones, ones, 1).bind(tuple(base.shape))
         size = dict(zip(parsed.outputs, bound.view.shape, strict=True))
-        stride: dict[str, int] = {}
-        for dim, group in enumerate(parsed.inputs):
-            step = base.stride(dim)
-            for name in reversed(group):
-                stride[name] = step
-                step *= size[name]
-        return cls(param, bound.view.shape, tuple(stride[name] for name in parsed.outputs))
+        layout = parsed.layout(size, base.stride())
+        return cls(param, layout.shape, layout.stride)
 
     @property
     def data(self) -> Tensor:
         """The elements in the view's shape, live: writing to it writes to the parameter.
 
         Raises:
-            PatternError: when the parameter's memory was laid out anew since the view was made.
+            PatternError: when the parameter's shape or strides changed since the view was made.
         """
         base = memory(self.param)
         if (tuple(base.shape), base.stride()) != self._origin:  # type: ignore[attr-defined]
@@ -186,7 +181,12 @@ class View:
 
 
 def memory(param: Tensor | View) -> Tensor:
-    """The strided tensor that a parameter or view is, sharing memory, outside of autograd."""
+    """The strided tensor of a parameter or view, sharing its memory, outside autograd.
+
+    Raises:
+        TypeError: neither a tensor nor a view.
+        PatternError: an empty or integer tensor, or one without strided memory of its own.
+    """
     if isinstance(param, View):
         return param.data
     if not isinstance(param, Tensor):
@@ -199,7 +199,7 @@ def memory(param: Tensor | View) -> Tensor:
         raise PatternError(
             f"a parameter of dtype {param.dtype} has no norms to threshold; use floats"
         )
-    # Tensors made of others, such as compressed ones, have no memory of their own.
+    # Tensor subclasses made of other tensors, such as compressed weights, have no memory of their own.
     if param.layout != torch.strided or hasattr(param, "__tensor_flatten__"):
         raise PatternError(
             f"a {type(param).__name__} of layout {param.layout} has no strided memory to view; give its "
@@ -209,7 +209,7 @@ def memory(param: Tensor | View) -> Tensor:
 
 
 def check_disjoint(views: Sequence[View]) -> None:
-    """Refuse views that share an element of memory: a decision on it would be two decisions.
+    """Refuse views that share an element of memory, which two blocks would decide.
 
     Raises:
         PatternError: naming the first pair.

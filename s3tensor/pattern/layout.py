@@ -1,10 +1,10 @@
 """Strided layouts: functions from coordinates to offsets, in the vocabulary of CuTe.
 
 A ``Layout`` is a shape and a stride of the same nesting. It maps a coordinate ``(c0, c1, ...)`` to the
-offset ``c0 * d0 + c1 * d1 + ...``. A single integer is read as a colexicographic index (the first mode
-runs fastest), and so is an integer that stands for the coordinate of a nested mode: the layout
+offset ``c0 * d0 + c1 * d1 + ...``. A single integer is a colexicographic index (the first mode runs
+fastest), and so is an integer in place of the coordinate of a nested mode: the layout
 ``((2,2),3):((24,2),8)`` takes ``L(i)``, ``L(c0, c1)`` and ``L((a, b), c1)`` (CuTe, "Layout Algebra").
-As there, a layout is not bounded: past its size the last mode goes on. ``check_bounds`` asks.
+As in CuTe, a layout has no bound: past its size the last mode goes on. ``check_bounds`` refuses that.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any, TypeAlias, Union
 from s3tensor.errors import PatternError
 
 IntTuple: TypeAlias = Union[int, "tuple[IntTuple, ...]"]
-_DEEPEST = 16  # levels of nesting; keeps hostile ones from the interpreter's own limit
+_DEEPEST = 16  # levels of nesting; below the interpreter's recursion limit, whatever a file says
 LARGEST = 2**63 - 1  # the largest size of a tensor
 
 
 def as_int(value: object) -> int | None:
-    """``value`` as a plain int; None for a bool, a float or anything else that does not count."""
+    """``value`` as a plain int; None for a bool, a float or anything else that is not an integer."""
     if isinstance(value, bool):
         return None
     try:
@@ -36,12 +36,15 @@ def as_int(value: object) -> int | None:
 def as_ints(what: str, values: Iterable[int], low: int, high: int = LARGEST) -> tuple[int, ...]:
     """``values`` as a tuple of plain ints from ``low`` to ``high``; the one check of sizes and strides.
 
-    The upper bound is that of a tensor's size, and keeps hostile numbers out of products and messages.
+    Without an upper bound a hostile string could ask for products and messages of any length.
+
+    Raises:
+        PatternError: naming ``what`` and the first entry that is not such an int.
     """
     if isinstance(values, tuple) and all(
         type(value) is int and low <= value <= high for value in values
     ):
-        return tuple(values)  # nearly always, and this is on the way to every operator
+        return tuple(values)  # the usual case, on the path of every operator
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise PatternError(f"{what} must be a tuple of ints, got {values!r:.80}")
     items = tuple(values)
@@ -67,6 +70,13 @@ def _as_int_tuple(what: str, values: Any, low: int, level: int = 1) -> tuple[Any
         if isinstance(item, (tuple, list))
         else as_ints(what, (item,), low)[0]
         for item in values
+    )
+
+
+def _is_flat(values: object, low: int) -> bool:
+    """Whether ``values`` is a tuple of plain ints from ``low`` on, as :func:`as_ints` would return it."""
+    return type(values) is tuple and all(
+        type(value) is int and low <= value <= LARGEST for value in values
     )
 
 
@@ -102,14 +112,20 @@ class Layout:
         True
 
     Raises:
-        PatternError: entries that are no such ints, or a stride that is not nested as the shape is.
+        PatternError: other entries, or a stride that is not nested as the shape is.
     """
 
-    # Of ints where a layout is flat, as every view of a pattern is; a mode may hold an IntTuple.
+    # Ints where a layout is flat, as every view of a pattern is; a nested mode is a tuple.
     shape: tuple[Any, ...]
     stride: tuple[Any, ...]
 
     def __post_init__(self) -> None:
+        if (
+            _is_flat(self.shape, 1)
+            and _is_flat(self.stride, 0)
+            and len(self.shape) == len(self.stride)
+        ):
+            return  # the usual case: nothing to convert
         object.__setattr__(self, "shape", _as_int_tuple("layout shape", self.shape, 1))
         object.__setattr__(self, "stride", _as_int_tuple("layout stride", self.stride, 0))
         if _profile(self.shape) != _profile(self.stride):
@@ -128,7 +144,7 @@ class Layout:
 
     @classmethod
     def of_modes(cls, *modes: Layout) -> Layout:
-        """Layouts side by side, each a mode of the result; ``(c0, c1)`` goes to the sum of theirs.
+        """Layouts side by side, each a mode of the result; their offsets add up.
 
         A layout of one flat mode becomes a flat mode, any other a nested one (CuTe's make_layout).
         """
@@ -150,12 +166,12 @@ class Layout:
     @property
     def size(self) -> int:
         """Number of coordinates."""
-        return math.prod(n for n, _ in self._modes())
+        return math.prod(n for n, _ in self.modes())
 
     @property
     def cosize(self) -> int:
         """One past the largest offset."""
-        return 1 + sum((n - 1) * d for n, d in self._modes())
+        return 1 + sum((n - 1) * d for n, d in self.modes())
 
     def mode(self, index: int) -> Layout:
         """One mode as a layout."""
@@ -164,9 +180,21 @@ class Layout:
         shape, stride = self.shape[index], self.stride[index]
         return Layout(shape, stride) if isinstance(shape, tuple) else Layout((shape,), (stride,))
 
+    def modes(self) -> list[tuple[int, int]]:
+        """(size, stride) of every mode, without nesting."""
+        return list(zip(flatten(self.shape), flatten(self.stride), strict=True))
+
     def flat(self) -> Layout:
         """The same function of an index, without nesting."""
-        return Layout(flatten(self.shape), flatten(self.stride))
+        return _from_modes(self.modes())
+
+    def reversed(self) -> Layout:
+        """The modes from last to first, flat: an index of it is a row-major index of this layout."""
+        return _from_modes(self.modes()[::-1])
+
+    def by_stride(self) -> Layout:
+        """The modes by rising stride, flat: the same offsets, in the order of memory where strides nest."""
+        return _from_modes(sorted(self.modes(), key=lambda mode: mode[1]))
 
     def __call__(self, *coord: IntTuple) -> int:
         """Offset of a coordinate, or of one colexicographic index."""
@@ -175,37 +203,31 @@ class Layout:
         return _offset(coord, self.shape, self.stride)
 
     def coordinate(self, index: int) -> tuple[Any, ...]:
-        """Coordinate of a colexicographic index, nested as the shape is; past ``size`` it runs on."""
+        """Coordinate of a colexicographic index, nested as the shape is, for any index >= 0."""
         return _coordinate(_checked_index(index), self.shape)
 
     def offsets(self) -> list[int]:
-        """Every offset, coordinates in lexicographic (row-major) order: what a view reads, in order."""
+        """Every offset, coordinates in row-major order: what a view reads, in order."""
         offsets = [0]
-        for n, d in self._modes():
+        for n, d in self.modes():
             offsets = [start + c * d for start in offsets for c in range(n)]
         return offsets
 
     @property
     def is_compact(self) -> bool:
         """True when the layout is a bijection onto ``[0, size)``: a permuted, contiguous tensor."""
-        expected = 1
-        for n, d in sorted(self._modes(), key=lambda mode: mode[1]):
-            if n == 1:
-                continue
-            if d != expected:
-                return False
-            expected *= n
-        return True
+        run = coalesce(self.by_stride())
+        return run.rank == 1 and run.cosize == run.size
 
     @property
     def is_injective(self) -> bool:
         """True when no two coordinates below ``size`` share an offset.
 
-        Strides that nest, as those of any sliced or permuted tensor, are told at once. Otherwise two
-        coordinates are looked for whose difference moves nothing, widest stride first; a view has few
-        dims, and no two of them meet by themselves, so that the search is short.
+        Where strides nest, as those of any sliced or permuted tensor, that is enough. Otherwise it
+        searches for two coordinates of equal offset, widest stride first. A view has few dims, and pairs
+        of dims are checked before, so the search is short.
         """
-        modes = sorted((d, n - 1) for n, d in self._modes() if n > 1)
+        modes = sorted((d, n - 1) for n, d in self.modes() if n > 1)
         if any(d == 0 for d, _ in modes):
             return False
         reach = list(itertools.accumulate((d * most for d, most in modes), initial=0))
@@ -263,10 +285,6 @@ class Layout:
     def __str__(self) -> str:
         return f"{_words(self.shape)}:{_words(self.stride)}"
 
-    def _modes(self) -> list[tuple[int, int]]:
-        """(size, stride) of every mode, flat."""
-        return list(zip(flatten(self.shape), flatten(self.stride), strict=True))
-
 
 def _words(values: IntTuple) -> str:
     return f"({','.join(map(_words, values))})" if isinstance(values, tuple) else str(values)
@@ -302,7 +320,7 @@ def _offset(coord: IntTuple, shape: IntTuple, stride: Any) -> int:
 
 
 def coalesce(layout: Layout, by_mode: bool = False) -> Layout:
-    """The same function of an integer in ``[0, size)``, with as few modes as can be.
+    """The same function of an integer in ``[0, size)``, in the fewest modes.
 
     Args:
         layout: any layout.
@@ -314,27 +332,44 @@ def coalesce(layout: Layout, by_mode: bool = False) -> Layout:
     """
     if by_mode:
         return Layout.of_modes(*(coalesce(layout.mode(i)) for i in range(layout.rank)))
-    return _from_modes(_merged([(n, d) for n, d in layout._modes() if n > 1]) or [(1, 0)])
+    return coalesce_together(layout)[0]
 
 
-def _merged(modes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Neighbours in one where the second goes on as the first does."""
-    merged: list[tuple[int, int]] = []
-    for n, d in modes:
-        if merged and merged[-1][0] * merged[-1][1] == d:
-            merged[-1] = (merged[-1][0] * n, merged[-1][1])
+def coalesce_together(*layouts: Layout) -> tuple[Layout, ...]:
+    """Layouts of one flat shape, as the same functions of an integer, in the fewest modes they can share.
+
+    Example:
+        >>> list(map(str, coalesce_together(Layout((2, 3, 4), (1, 2, 6)), Layout((2, 3, 4), (4, 8, 1)))))
+        ['(6,4):(1,6)', '(6,4):(4,1)']
+    """
+    shape = flatten(layouts[0].shape)
+    strides = zip(*(flatten(layout.stride) for layout in layouts), strict=True)
+    steps = [(n, d) for n, d in zip(shape, strides, strict=True) if n > 1]
+    merged = _merged(steps) or [(1, (0,) * len(layouts))]
+    return tuple(_from_modes([(n, d[i]) for n, d in merged]) for i in range(len(layouts)))
+
+
+def _merged(modes: list[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
+    """(size, strides) of modes, neighbours in one where the second continues the first in every stride."""
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    run, ends = 1, None
+    for n, strides in modes:
+        if strides == ends:
+            run *= n
+            merged[-1] = (run, merged[-1][1])
         else:
-            merged.append((n, d))
+            run = n
+            merged.append((n, strides))
+        ends = tuple([run * d for d in merged[-1][1]])
     return merged
 
 
 def composition(outer: Layout, inner: Layout | tuple[Layout | None, ...]) -> Layout:
     """The layout ``R`` with ``R(i) == outer(inner(i))``, in the modes of ``inner``.
 
-    ``R(c0, c1) == outer(inner(c0, c1))`` holds as well: where a mode of ``inner`` falls into several of
-    ``outer`` it becomes a nested mode of the same size. Steps that CuTe asks to divide the modes of
-    ``outer`` are taken here wherever the composition is a layout, unless two carries between modes of
-    ``outer`` happen to cancel.
+    ``R(c0, c1) == outer(inner(c0, c1))`` holds as well: a mode of ``inner`` that spans several modes of
+    ``outer`` becomes a nested mode of the same size. CuTe asks that steps divide the modes of ``outer``;
+    here any steps do whose composition is a layout, unless two carries between modes of ``outer`` cancel.
 
     Args:
         outer: applied last.
@@ -351,19 +386,20 @@ def composition(outer: Layout, inner: Layout | tuple[Layout | None, ...]) -> Lay
     """
     if isinstance(inner, tuple):
         return _by_mode(composition, outer, inner)
-    # The last mode goes on for ever, so a last mode of size 1 still has its stride.
-    flat = outer._modes() or [(1, 0)]
+    # The last mode has no bound, so a last mode of size 1 keeps its stride.
+    flat: list[tuple[int, tuple[int, ...]]]
+    flat = [(n, (d,)) for n, d in outer.modes()] or [(1, (0,))]
     radix = _merged([(n, d) for n, d in flat[:-1] if n > 1] + flat[-1:])
-    composed = _Composition(radix, f"cannot compose {outer} with {inner}")
+    composed = _Composition([(n, d) for n, (d,) in radix], f"cannot compose {outer} with {inner}")
     modes = [composed.mode(n, d) for n, d in zip(inner.shape, inner.stride, strict=True)]
     return Layout(tuple(n for n, _ in modes), tuple(d for _, d in modes))
 
 
 class _Composition:
-    """A layout's coordinates as the digits of a number; each mode composed with it takes some room.
+    """A layout's coordinates as the digits of a number; each mode composed with it uses up some of them.
 
-    ``outer(x + y) == outer(x) + outer(y)`` where the digits of x and y add without a carry. That is
-    what a stride means, within one mode of the result and between two of them.
+    ``outer(x + y) == outer(x) + outer(y)`` where the digits of x and y add without a carry. A stride needs
+    that, within one mode of the result and between two of them.
     """
 
     def __init__(self, radix: list[tuple[int, int]], failure: str) -> None:
@@ -376,24 +412,24 @@ class _Composition:
         if isinstance(n, tuple):
             modes = [self.mode(*pair) for pair in zip(n, d, strict=True)]
             return tuple(size for size, _ in modes), tuple(stride for _, stride in modes)
-        parts = self._split(n, d)
-        if len(parts) == 1:
-            return parts[0]
-        return tuple(size for size, _ in parts), tuple(stride for _, stride in parts)
+        steps = self._split(n, d)
+        if len(steps) == 1:
+            return steps[0]
+        return tuple(size for size, _ in steps), tuple(stride for _, stride in steps)
 
     def _split(self, n: int, d: int) -> list[tuple[int, int]]:
-        parts = []
+        steps = []
         left, step = n, d
         while left > 1:
             digits = self._digits(step)
-            # The longest run of equal steps that no digit carries over.
+            # The longest run of equal steps without a carry.
             bounded = zip(self.radix[:-1], digits[:-1], strict=True)
             run = min([left, *(-(-size // digit) for (size, _), digit in bounded if digit)])
             stride = sum(digit * d for digit, (_, d) in zip(digits, self.radix, strict=True))
             if left % run:
                 raise PatternError(
                     f"{self.failure}: {left} steps of {step} leave a mode after {run}, which does not "
-                    f"divide them"
+                    "divide them"
                 )
             for place, digit in enumerate(digits[:-1]):
                 self.room[place] -= (run - 1) * digit
@@ -402,9 +438,9 @@ class _Composition:
                         f"{self.failure}: {n} steps of {d} run over the mode of {self.radix[place][0]} "
                         "together with the modes before them"
                     )
-            parts.append((run, stride))
+            steps.append((run, stride))
             left, step = left // run, step * run
-        return parts or [(1, 0)]
+        return steps or [(1, 0)]
 
     def _digits(self, index: int) -> list[int]:
         digits = []
@@ -431,8 +467,8 @@ def _by_mode(
 def complement(layout: Layout, size: int) -> Layout:
     """Offsets that ``layout`` leaves out: ``layout(i) + complement(j)`` covers at least ``[0, size)``.
 
-    Every sum of two offsets is met once, strides of the complement rise, and a stride of 0, which adds
-    no offset to ``layout``, asks for nothing.
+    No two such sums are equal, and the strides of the complement rise. Modes of stride 0 add no offset
+    to ``layout`` and are ignored.
 
     Example:
         >>> str(complement(Layout((4,), (2,)), 24))
@@ -444,7 +480,7 @@ def complement(layout: Layout, size: int) -> Layout:
     (size,) = as_ints("complement size", (size,), 1)
     modes: list[tuple[int, int]] = []
     covered = 1
-    for d, n in sorted((d, n) for n, d in layout._modes()):
+    for d, n in sorted((d, n) for n, d in layout.modes()):
         if n == 1 or d == 0:
             continue
         if d % covered:
@@ -464,10 +500,10 @@ def right_inverse(layout: Layout) -> Layout:
         >>> str(right_inverse(Layout((4, 8), (8, 1))))
         '(8,4):(4,1)'
     """
-    flat = layout._modes()
+    flat = layout.modes()
     steps = itertools.accumulate((n for n, _ in flat), operator.mul, initial=1)  # colex indices
-    # From the widest stride down: the furthest that a chain of modes counts from each stride, and the
-    # mode that it begins with. Where two modes have one stride, the larger may lead nowhere.
+    # From the widest stride down: how far a chain of modes counts from each stride, and the mode that it
+    # begins with. Of two modes of one stride, the larger may end the chain sooner.
     best: dict[int, tuple[int, int, int]] = {}
     for (d, n), step in sorted(
         (((d, n), step) for (n, d), step in zip(flat, steps, strict=False)), reverse=True
@@ -492,9 +528,9 @@ def left_inverse(layout: Layout) -> Layout:
         '(2,4,2,2):(8,1,16,4)'
 
     Raises:
-        PatternError: when ``layout`` has no complement, or meets an offset twice.
+        PatternError: when ``layout`` has no complement, or reaches an offset twice.
     """
-    if any(d == 0 and n > 1 for n, d in layout._modes()):
+    if any(d == 0 and n > 1 for n, d in layout.modes()):
         raise PatternError(f"{layout} has no left inverse: a stride of 0 forgets its coordinate")
     return right_inverse(Layout.of_modes(layout, complement(layout, 1)))
 
@@ -505,14 +541,14 @@ def logical_divide(layout: Layout, tiler: Layout | tuple[Layout | None, ...]) ->
     Args:
         layout: what is divided.
         tiler: indices of ``layout`` that form the first tile; or one such layout for each of the first
-            modes of ``layout``, each of which is divided alone, None for a mode that stays.
+            modes of ``layout``, which are then divided one by one, None for a mode that stays.
 
     Example:
         >>> str(logical_divide(Layout((16,), (1,)), Layout((4,), (2,))))
         '(4,(2,2)):(2,(1,8))'
 
     Raises:
-        PatternError: when tiles do not meet every index of ``layout`` once.
+        PatternError: when tiles do not cover every index of ``layout`` once.
     """
     if isinstance(tiler, tuple):
         return _by_mode(logical_divide, layout, tiler)
@@ -526,7 +562,7 @@ def logical_divide(layout: Layout, tiler: Layout | tuple[Layout | None, ...]) ->
 
 
 def logical_product(layout: Layout, tiler: Layout) -> Layout:
-    """Copies of ``layout``, disjoint, laid out as ``tiler``: the modes are the tile and the copies.
+    """Disjoint copies of ``layout``, laid out as ``tiler``: its modes are the tile and the copies.
 
     Example:
         >>> str(logical_product(Layout((2, 2), (4, 1)), Layout((6,), (1,))))
@@ -540,4 +576,5 @@ def logical_product(layout: Layout, tiler: Layout) -> Layout:
 
 
 def _from_modes(modes: list[tuple[int, int]]) -> Layout:
-    return Layout(tuple(n for n, _ in modes), tuple(d for _, d in modes))
+    shape, stride = zip(*modes, strict=True) if modes else ((), ())
+    return Layout(shape, stride)

@@ -1,8 +1,8 @@
 """S3 patterns: a View, a Block and a Scope (A. Ghriss, arXiv 2604.11315, section 3).
 
 ``Pattern`` is the rule without a shape; ``BoundPattern`` is that rule on one weight shape. Both are
-frozen values: hashable, comparable, picklable, so that they can ride in a compiled graph's guards.
-How a pattern is spelled is no part of it: ``2:4`` equals its parts written out.
+frozen values: hashable, comparable, picklable, so that the guards of a compiled graph can hold them.
+Spelling does not matter: ``2:4`` equals its parts written out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from s3tensor.errors import PatternError
-from s3tensor.pattern.layout import LARGEST, Layout, as_int, as_ints
+from s3tensor.pattern.layout import LARGEST, Layout, as_int, as_ints, coalesce
 from s3tensor.pattern.view_rule import LONGEST
 from s3tensor.pattern.view_rule import ViewRule as ViewRule
 
@@ -34,7 +34,7 @@ class Pattern:
         block: shape of the unit that is kept or pruned together, in view elements; -1 is the whole dim.
         scope: shape of the set of blocks that compete, **in blocks**; -1 is the whole dim.
         keep: blocks kept in each scope of n, as a count (int), or as a density d in (0, 1] (float),
-            rounded half up: ``floor(d * n + 0.5)``. So ``1`` is one block and ``1.0`` is all of them.
+            rounded half up: ``floor(d * n + 0.5)``. ``1`` is one block, ``1.0`` is all of them.
 
     Example:
         >>> Pattern.parse("2:4").bind((8, 16)).scope_grid
@@ -54,7 +54,7 @@ class Pattern:
     scope: tuple[int, ...] = (1, -1)
     keep: int | float = 0.5
     name: str = field(default="", init=False, compare=False, repr=False)  # the preset's spelling
-    by_density: bool = field(default=False, init=False, repr=False)  # tells keep=1.0 from keep=1
+    by_density: bool = field(default=False, init=False, repr=False)  # keep=1.0, unlike keep=1
 
     def __post_init__(self) -> None:
         if self.view is not None:  # one spelling for one rule
@@ -143,8 +143,8 @@ class Pattern:
                 "(0, 1])"
             )
 
-    # Nothing in it changes, so a copy is itself: what holds a pattern compares it by identity, which is
-    # quick. torch.compile does so for each weight on each call.
+    # It is immutable, so a copy is itself, and equal patterns are mostly one object: torch.compile compares
+    # the pattern of each weight on each call, and by identity that is quick.
 
     def __copy__(self) -> Pattern:
         return self
@@ -221,7 +221,7 @@ class Pattern:
     def step(self, dim: int) -> tuple[int, bool]:
         """``(step, is_open)``: dim ``dim`` of a weight that fits is a multiple of ``step``.
 
-        It is ``step`` itself where ``is_open`` is False: then every axis of that dim has a given size.
+        Where ``is_open`` is False it is ``step`` itself: every axis of that dim has a given size.
         """
         sizes: dict[str, int] = dict(self.sizes)
         places = zip(self.rule.outputs, self.block, self.scope, strict=True)
@@ -232,7 +232,7 @@ class Pattern:
         }
 
     def bind(self, shape: tuple[int, ...]) -> BoundPattern:
-        """This rule on a weight of ``shape``. The same inputs give the same, cached object.
+        """This pattern on a weight of ``shape``. The same inputs give the same, cached object.
 
         Raises:
             PatternError: naming the dim, the sizes and the remedy, when the pattern does not fit.
@@ -242,7 +242,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class BoundPattern:
-    """A pattern on one weight shape, stored contiguously. Made by :meth:`Pattern.bind`.
+    """A pattern on a contiguous weight of one shape. Made by :meth:`Pattern.bind`.
 
     Blocks of one scope are numbered in row-major order of their view coordinates, and scopes likewise.
     """
@@ -285,14 +285,41 @@ class BoundPattern:
         return self.keep / self.blocks_per_scope
 
     @cached_property
+    def levels(self) -> tuple[Layout, Layout, Layout]:
+        """Offsets of the scopes, of the blocks in a scope and of the elements in a block, by view dim."""
+        blocks, elements = self.view.divide(self.block)
+        scopes, competing = blocks.divide(self.scope)
+        return scopes, competing, elements
+
+    @cached_property
     def tiles(self) -> Layout:
         """The view as ``scope_grid + scope + block`` modes: offset of element e of block b of scope s."""
-        blocks, inside = self.view.divide(self.block)
-        scopes, competing = blocks.divide(self.scope)
+        scopes, competing, elements = self.levels
         return Layout(
-            scopes.shape + competing.shape + inside.shape,
-            scopes.stride + competing.stride + inside.stride,
+            scopes.shape + competing.shape + elements.shape,
+            scopes.stride + competing.stride + elements.stride,
         )
+
+    @cached_property
+    def normal_form(self) -> tuple[Layout, Layout, Layout]:
+        """``levels`` as functions of the number of a scope, block and element, in the fewest modes.
+
+        Patterns of one ``keep`` on one shape pack to the same bytes when these are equal.
+        """
+        scopes, competing, elements = (coalesce(level.reversed()) for level in self.levels)
+        return scopes, competing, elements
+
+    @cached_property
+    def is_sequential(self) -> bool:
+        """Whether memory holds scope after scope, and each of them block after block."""
+        return coalesce(self.tiles.reversed()).rank == 1
+
+    @cached_property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """``(keep, M)`` where M single weights, next to each other in memory, form a scope; else None."""
+        competing, m = self.normal_form[1], self.blocks_per_scope
+        run = self.block_size == 1 and competing.rank == 1 and competing.cosize == m
+        return (self.keep, m) if run else None
 
     @cached_property
     def axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -308,14 +335,14 @@ class BoundPattern:
 
     @cached_property
     def row_period(self) -> int:
-        """Rows (dim 0) in the smallest group that no scope crosses and that the view rule can split.
+        """Rows (dim 0) in the smallest group that no scope crosses and that the view rule can split off.
 
         Rows can be pruned in chunks of whole groups: each chunk is the same pattern on fewer rows.
         """
         row = math.prod(self.shape[1:])
         step, _ = self.pattern.step(0)
-        # On fewer rows only the axis of no given size is shorter. It must be the slowest of its group:
-        # inside another axis it would change what that axis jumps over.
+        # On fewer rows only the axis without a given size is shorter. It must be the slowest of its group:
+        # a faster one would change the stride of the axes before it.
         sizes: dict[str, int] = dict(self.pattern.sizes)
         slowest = next((name for name in self.pattern.rule.inputs[0] if sizes.get(name) != 1), None)
         if slowest is None or slowest in sizes:
@@ -329,7 +356,7 @@ class BoundPattern:
 
     @cached_property
     def index_code(self) -> Literal["none", "index", "bitmap"]:
-        """How kept blocks are recorded: nothing when all are kept, else the cheaper of the other two."""
+        """How kept blocks are recorded: not at all when all are kept, else by the smaller of two codes."""
         if self.keep == self.blocks_per_scope:
             return "none"
         return "index" if self.keep * self.index_bits <= self.blocks_per_scope else "bitmap"
@@ -371,7 +398,7 @@ _PRESETS: dict[str, tuple[re.Pattern[str], str, Preset]] = {}
 def preset(syntax: str, regex: str, meaning: str) -> Callable[[Preset], Preset]:
     """Register a named pattern: the groups of ``regex`` are the arguments of the decorated function.
 
-    ``syntax`` and ``meaning`` are what the grammar shows to a user whose string does not parse.
+    ``syntax`` and ``meaning`` are its line of :func:`grammar`, which a string that does not parse is told.
     """
 
     def register(build: Preset) -> Preset:
@@ -385,9 +412,8 @@ def preset(syntax: str, regex: str, meaning: str) -> Callable[[Preset], Preset]:
 
 def grammar() -> str:
     """Every way to write a pattern, one a line."""
-    forms = {syntax: meaning for syntax, (_, meaning, _) in _PRESETS.items()}
-    width = max(map(len, forms), default=0)
-    named = [f"  {syntax:<{width}}  {meaning}" for syntax, meaning in forms.items()]
+    width = max(map(len, _PRESETS), default=0)
+    named = [f"  {syntax:<{width}}  {meaning}" for syntax, (_, meaning, _) in _PRESETS.items()]
     return "\n".join(
         (
             *named,
@@ -469,7 +495,7 @@ def bind(text: str, shape: Sequence[int]) -> BoundPattern:
     """``Pattern.parse(text).bind(shape)``, cached by the text: for operators, whose pattern is a string.
 
     Raises:
-        PatternError: a string that is no pattern, or a pattern that does not fit the shape.
+        PatternError: a string that is not a pattern, or a pattern that does not fit the shape.
     """
     return _bind_text(text, tuple(int(n) for n in shape))
 
@@ -492,35 +518,28 @@ def _view(pattern: Pattern, shape: tuple[int, ...]) -> Layout:
             f"{pattern} cannot be bound to the empty shape {shape}; every dim must be >= 1"
         )
     sizes = dict(pattern.sizes)
-    whole = Layout.row_major(shape)
-    modes: dict[str, tuple[int, int]] = {}
     for dim, group in enumerate(inputs):
         _check_dim(pattern, shape, dim)
-        given = math.prod(sizes.get(name, 1) for name in group)
-        stride = whole.stride[dim]
-        for name in reversed(group):
-            size = sizes.get(name, shape[dim] // given)
-            modes[name] = (size, stride)
-            stride *= size
-    order = [modes[name] for name in pattern.rule.outputs]
-    return Layout(tuple(size for size, _ in order), tuple(stride for _, stride in order))
+        rest = shape[dim] // math.prod(sizes.get(name, 1) for name in group)
+        sizes |= {name: rest for name in group if name not in sizes}  # at most one of a group
+    return pattern.rule.layout(sizes, Layout.row_major(shape).stride)
 
 
 def _check_dim(pattern: Pattern, shape: tuple[int, ...], dim: int) -> None:
-    """Refuse a dim that the pattern does not divide: the one check of sizes."""
+    """Refuse a dim of a weight that the pattern does not divide."""
     n = shape[dim]
     step, is_open = pattern.step(dim)
     if n == step or (is_open and n % step == 0):
         return
     failure = f"{pattern} does not fit a weight of shape {shape}: dim {dim} has {n} elements, not "
-    parts = " x ".join(_tile_words(pattern, name) for name in pattern.rule.inputs[dim])
+    factors = " x ".join(_tile_words(pattern, name) for name in pattern.rule.inputs[dim])
     if not is_open:
         raise PatternError(
-            f"{failure}{step} ({parts}); leave one of these axes out of sizes so that it follows the "
+            f"{failure}{step} ({factors}); leave one of these axes out of sizes so that it follows the "
             "weight, choose another pattern, or leave this weight dense"
         )
     raise PatternError(
-        f"{failure}a multiple of {step} ({parts}); pad dim {dim} to {-(-n // step) * step}, choose "
+        f"{failure}a multiple of {step} ({factors}); pad dim {dim} to {-(-n // step) * step}, choose "
         "another pattern, or leave this weight dense"
     )
 

@@ -45,7 +45,7 @@ def row_pair_16() -> Pattern:
     "RxC blocks at density D of each row of blocks",
 )
 def blocks(rows: str, columns: str, budget: str, tensor: str | None) -> Pattern:
-    """Dense blocks. By rows of blocks each keeps the same number, so that work is balanced."""
+    """Dense blocks. Each row of blocks keeps the same number, so that work is balanced."""
     block = _block(rows, columns)
     return Pattern(block=block, scope=(-1 if tensor else 1, -1), keep=_keep(budget))
 
@@ -66,7 +66,7 @@ def blocks_n_of_m(rows: str, columns: str, n: str, m: str) -> Pattern:
     "single weights at density D of each row",
 )
 def unstructured(budget: str, tensor: str | None) -> Pattern:
-    """No structure but a budget."""
+    """Single weights with a budget and no other structure."""
     return Pattern(block=(1, 1), scope=(-1 if tensor else 1, -1), keep=_keep(budget))
 
 
@@ -150,8 +150,8 @@ def vnm(v: int, n: int, m: int, columns: int = 4) -> tuple[Pattern, Pattern]:
         >>> str(first), str(second)
         ('block:16x1@4:8', '2:8')
 
-    Project on the first, then on the second: the result satisfies both, and is near, but not always the
-    nearest such weight, because the first choice does not know the second.
+    Project onto the first, then onto the second: the result satisfies both. It is not always the nearest
+    such weight, because the first projection does not know the second pattern.
 
     Raises:
         PatternError: unless 1 <= n <= columns <= m and v >= 1.

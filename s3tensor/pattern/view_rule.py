@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from s3tensor.errors import PatternError
+from s3tensor.pattern.layout import Layout
 
-LONGEST = 1000  # characters of a pattern's string; a hostile one costs no time and no page of error
+LONGEST = (
+    1000  # characters of a pattern's string, so that a hostile one costs neither time nor output
+)
 _AXIS = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -26,7 +29,11 @@ class ViewRule:
 
     @classmethod
     def parse(cls, text: str) -> ViewRule:
-        """Parse and check a rule; both sides must name the same axes, each once."""
+        """Parse and check a rule; both sides must name the same axes, each once.
+
+        Raises:
+            PatternError: naming what does not parse.
+        """
         if not isinstance(text, str) or len(text) > LONGEST:
             raise PatternError(
                 f"a view rule is a string of at most {LONGEST} characters, as in 'm (t p) -> m p t', "
@@ -61,13 +68,28 @@ class ViewRule:
         names = tuple(f"d{dim}" for dim in range(ndim))
         return cls(tuple((name,) for name in names), names)
 
+    def layout(self, sizes: Mapping[str, int], strides: Sequence[int]) -> Layout:
+        """The view of a tensor: its axes in the order of the right side.
+
+        Args:
+            sizes: of every axis.
+            strides: of the tensor's dims.
+        """
+        modes: dict[str, tuple[int, int]] = {}
+        for group, stride in zip(self.inputs, strides, strict=True):
+            for name in reversed(group):
+                modes[name] = (sizes[name], stride)
+                stride *= sizes[name]
+        shape, stride_of = zip(*(modes[name] for name in self.outputs), strict=True)
+        return Layout(shape, stride_of)
+
     def then(
         self, second: ViewRule, sizes: Mapping[str, int], second_sizes: Mapping[str, int]
     ) -> tuple[ViewRule, dict[str, int]]:
         """One rule for this one followed by ``second`` on its view, and the sizes of its axes.
 
-        Each axis of this rule's view is a dim of ``second``; where ``second`` splits it, the parts take
-        its place.
+        Each axis of this rule's view is a dim of ``second``, and where ``second`` splits it, its axes
+        replace it.
 
         Args:
             second: the rule on the view of this one.
@@ -75,21 +97,21 @@ class ViewRule:
             second_sizes: the given sizes of the second rule's axes.
 
         Raises:
-            PatternError: when the dims or the sizes of the two do not meet.
+            PatternError: when the dims or the sizes of the two do not match.
         """
         if len(second.inputs) != len(self.outputs):
             raise PatternError(
                 f"its view has {len(self.outputs)} dims, not the {len(second.inputs)} that are wanted"
             )
         taken = {name for group in self.inputs for name in group}
-        parts: dict[str, tuple[str, ...]] = {}  # what an axis of this rule becomes
+        split: dict[str, tuple[str, ...]] = {}  # what an axis of this rule becomes
         names: dict[str, str] = {}  # an axis of the second rule, in the merged one
         merged: dict[str, int] = {}
         for axis, group in zip(self.outputs, second.inputs, strict=True):
             for name in group:
                 names[name] = axis if len(group) == 1 else _unused(f"{axis}_{name}", taken)
                 taken.add(names[name])
-            parts[axis] = tuple(names[name] for name in group)
+            split[axis] = tuple(names[name] for name in group)
             given = {name: second_sizes[name] for name in group if name in second_sizes}
             whole, product = sizes.get(axis), math.prod(given.values())
             if whole is not None:
@@ -102,7 +124,7 @@ class ViewRule:
                 given |= dict.fromkeys(unknown, whole // product)
             merged |= {names[name]: size for name, size in given.items()}
         inputs = tuple(
-            tuple(part for axis in group for part in parts[axis]) for group in self.inputs
+            tuple(name for axis in group for name in split[axis]) for group in self.inputs
         )
         return ViewRule(inputs, tuple(names[name] for name in second.outputs)), merged
 

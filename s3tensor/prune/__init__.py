@@ -5,46 +5,16 @@ None of them changes its arguments, and each gives the same result on every run.
 linears of the same input share.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
-from s3tensor.errors import PrunerError
-from s3tensor.prune.admm import admm, refit
-from s3tensor.prune.obs import obs
-from s3tensor.prune.problem import MEMORY_BUDGET, Pruned
+# isort: off
+# One line for each file of pruners, which register themselves; messages list them in this order.
 from s3tensor.prune.scores import magnitude, obd, wanda
 from s3tensor.prune.sparsegpt import sparsegpt
+from s3tensor.prune.obs import obs
+from s3tensor.prune.admm import admm, refit
 
-PRUNERS: dict[str, Callable[..., Pruned]] = {
-    "magnitude": magnitude,
-    "wanda": wanda,
-    "obd": obd,
-    "sparsegpt": sparsegpt,
-    "obs": obs,
-    "admm": admm,
-}
-
-NEEDS_HESSIAN = frozenset(PRUNERS) - {"magnitude"}
-"""Names of the pruners for which ``hessian=None`` is an error."""
-
-ROW_WISE = frozenset(PRUNERS)
-"""Names of the pruners for which rows that share no scope do not matter to each other, but by rounding.
-
-Weights of the same inputs may then be pruned one above the other, as one.
-"""
-
-
-def get(name: str) -> Callable[..., Pruned]:
-    """The pruner of a name in ``PRUNERS``.
-
-    Raises:
-        PrunerError: an unknown name; the message lists the names.
-    """
-    if name not in PRUNERS:
-        raise PrunerError(f"unknown pruner {name!r}; use one of {', '.join(PRUNERS)}")
-    return PRUNERS[name]
-
+# isort: on
+from s3tensor.prune.problem import MEMORY_BUDGET, Pruned
+from s3tensor.prune.registry import NEEDS_HESSIAN, PRUNERS, ROW_WISE, get, register
 
 __all__ = [
     "MEMORY_BUDGET",
@@ -58,6 +28,8 @@ __all__ = [
     "obd",
     "obs",
     "refit",
+    "register",
     "sparsegpt",
     "wanda",
 ]
+__all__ += [name for name in PRUNERS if name not in __all__]

@@ -2,7 +2,7 @@
 
 ALPS (arXiv 2406.07831, section 3) splits the layer problem into a ridge regression and a projection. The
 Euclidean projection onto any S3 pattern is the scope-wise top-k of block norms (S3, arXiv 2604.11315,
-section 4), so that one solver serves every pattern.
+section 4), so one solver serves every pattern.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from s3tensor.errors import PatternError
+from s3tensor.errors import PatternError, PrunerError
 from s3tensor.mask.projection import select
 from s3tensor.pattern import BoundPattern, Pattern
-from s3tensor.prune.hessian import Factors
+from s3tensor.prune.hessian import DAMP_ADMM, DAMP_EXACT, Factors
 from s3tensor.prune.linalg import (
     ShiftedInverse,
     full_precision,
@@ -35,13 +35,17 @@ from s3tensor.prune.problem import (
     row_group,
 )
 from s3tensor.prune.product import Product
+from s3tensor.prune.registry import register
 
 _MATRICES = 12  # tensors of a chunk's shape alive at once
-_HURRY = 1.01  # growth grows by this each round: a penalty of the wrong scale is soon left behind
+_HURRY = (
+    1.01  # growth grows by this each round, so that a start of the wrong scale costs few rounds
+)
 # Residual at which ADMM's refit ends. In float32 the loss is then within 1e-6 of its least on real layers.
 _REFIT = {torch.float32: 3e-4, torch.float64: 1e-12}
 
 
+@register()
 def admm(
     weight: Tensor,  # (M, K) any floating dtype
     hessian: Tensor | Factors | None,  # (K, K) X'X / N
@@ -50,7 +54,7 @@ def admm(
     target: Tensor | None = None,  # (K, K) X_dense'X / N
     alpha: float = 0.5,
     drift: Tensor | None = None,  # (M, K) E'X / N
-    damp: float = 0.0004,
+    damp: float = DAMP_ADMM,
     starts: Sequence[float] = (0.85,),
     growth: float = 1.1,
     hold: int = 8,
@@ -59,10 +63,9 @@ def admm(
     memory_budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
 ) -> Pruned:
-    """Masks by ADMM, weights by an exact refit: the least error of the pruners here, in the least time.
+    """Masks by ADMM, weights by an exact refit: for most patterns the least error in the least time.
 
-    So it was measured for N:M, unstructured and row pairs; on 16x16 blocks and whole columns or heads
-    ``obs`` may come 0.1 to 0.2 % lower.
+    docs/pruners.md has the figures; on large blocks, whole columns or heads ``obs`` may be slightly better.
 
     With scales s (see :func:`block_scale`), ``H~ = H / (s s')``, ``G~ = W0 H / s`` and a penalty rho, one
     iteration of ALPS (arXiv 2406.07831, eq. 5 to 7), with the projection of S3, is
@@ -71,13 +74,11 @@ def admm(
     2. ``D = project(B + V / rho)``, in each scope the ``keep`` blocks of the largest norm
     3. ``V = V + rho (B - D)``
 
-    After each round of ``hold`` iterations rho grows, and rows whose mask stayed throughout the round are
+    After each round of ``hold`` iterations rho grows, and rows whose mask did not change in the round are
     done. Last, the kept weights of each row are fitted: ``H_SS w_S = G_S``.
 
     A round costs one inverse of a (K, K) matrix (see :class:`s3tensor.prune.linalg.ShiftedInverse`) and
-    ``hold`` products (M, K) x (K, K), on a GPU in TF32; layers of SmolLM2 take 8 to 10 rounds, the
-    first with all rows, the last with few. How much is left to find stands in
-    docs/pruners.md.
+    ``hold`` products (M, K) x (K, K), on a GPU in TF32. The last of some 10 rounds have few rows.
 
     Args:
         weight: the dense weight.
@@ -86,23 +87,23 @@ def admm(
         target: the cross term with the dense model's inputs, ``Hessian.cross()``; see
             :func:`s3tensor.prune.problem.linear_term`.
         alpha: its share, from 0 (the outputs on the pruned stream) to 1 (those on the dense stream).
-        drift: what the outputs are to make up for as well, against the inputs; see the same function.
-        damp: share of the mean diagonal added to the diagonal; ``Factors`` bring their own. On layers whose
-            inputs are ill-conditioned 0.001 costs up to 0.6 % of error on the calibration inputs and
-            gains as much on others; see docs/pruners.md. For a whole model 0.01 is enough.
-        starts: the penalty rho of the first round, in units of the scale. Of several, each is solved in
-            full, and every group of rows that share scopes keeps the one of the least loss.
+        drift: an error of the outputs to compensate for, against the inputs; see the same function.
+        damp: share of the mean diagonal added to the diagonal; ``Factors`` bring their own. On
+            ill-conditioned inputs more, such as 0.001, fits calibration less and other inputs better. For a
+            whole model 0.01 is enough. See docs/pruners.md.
+        starts: the penalty rho of the first round, in units of the scale. Each of several is solved in
+            full, and every group of rows that share scopes keeps the solution of the least loss.
         growth: factor on rho after a round, itself growing by 1 % a round.
         hold: iterations of a round.
         rounds: upper bound of their number.
         balance: how much of the scale is the conditional curvature of a block; see :func:`block_scale`.
         memory_budget: bytes of working memory, beyond eight (K, K) matrices and ADMM's iterates, three
             tensors of the weight's shape for each start; rows are pruned in chunks that fit. It changes
-            results by rounding only.
+            results only by rounding.
         progress: called with (work done, work in all), over all chunks and starts.
 
     Raises:
-        ValueError: options out of range.
+        PrunerError: options out of range.
         PatternError, NonFiniteError, HessianError: see :mod:`s3tensor.prune.problem`; HessianError also
             when the damped Hessian is not positive definite.
     """
@@ -121,7 +122,7 @@ def admm(
             steps.add(2 * len(starts) * len(chunks))
             return problem.finish(*result)
         dense = factors.clear_dead(problem.dense)
-        # Without a target the dense weight is the best of all weights.
+        # Without a target the dense weight is the optimum.
         free = dense if linear.is_plain else linear.rows() @ factors.inverse()
         free = free * scale
         found = []
@@ -158,11 +159,10 @@ class _Steps:
 def block_scale(factors: Factors, product: Product, balance: float) -> Tensor:
     """Scales s (K,) in whose units ADMM weighs and projects: ``s_j^2 = F_j^balance H_jj^(1 - balance)``.
 
-    ``F_j`` is the curvature of weight j that is left when the weights outside its block are free to make
-    up for it: the diagonal of ``inv((inv H)_bb)``, b the columns of the block, as in OBS (Hassibi and Stork,
-    1993). ALPS takes ``H_jj`` alone (balance 0), with which correlated inputs look dearer than they are. On
-    layers of SmolLM2 F lowers the error by 0.3 to 1.5 % at half the iterations; where inputs are few or
-    strongly correlated, by up to a half. With F alone (balance 1) the masks take longer to settle.
+    ``F_j`` is the curvature of weight j when the weights outside its block are free to compensate: the
+    diagonal of ``inv((inv H)_bb)``, b the columns of the block, as in OBS (Hassibi and Stork, 1993). ALPS
+    uses ``H_jj`` alone (balance 0), which overrates correlated inputs. With F alone (balance 1) the masks
+    take longer to settle.
     """
     plain = factors.matrix.diagonal()
     if product.spans_rows:
@@ -174,7 +174,7 @@ def block_scale(factors: Factors, product: Product, balance: float) -> Tensor:
         inverse = factors.inverse()[columns[:, :, None], columns[:, None, :]]  # (blocks, n, n)
         free = torch.empty_like(plain)
         free[columns] = torch.linalg.inv_ex(inverse).inverse.diagonal(dim1=1, dim2=2)
-    # Damping bounds it from below, H_jj from above; rounding may leave these bounds.
+    # Damping bounds it from below and H_jj from above, except for rounding.
     least = plain * torch.finfo(plain.dtype).eps + factors.ridge
     free = torch.minimum(torch.maximum(free.nan_to_num(0.0), least), plain)
     return (free**balance * plain ** (1.0 - balance)).sqrt()
@@ -184,15 +184,15 @@ def _check_options(
     starts: Sequence[float], growth: float, hold: int, rounds: int, balance: float
 ) -> None:
     if not starts or not all(0.0 < rho < math.inf for rho in starts):
-        raise ValueError(
+        raise PrunerError(
             f"starts={starts} must be one or more finite penalties > 0, such as (0.85,)"
         )
     if not 1.0 <= growth < math.inf:
-        raise ValueError(f"growth={growth} must be a finite factor >= 1")
+        raise PrunerError(f"growth={growth} must be a finite factor >= 1")
     if hold < 1 or rounds < 1:
-        raise ValueError(f"hold={hold} and rounds={rounds} must be >= 1")
+        raise PrunerError(f"hold={hold} and rounds={rounds} must be >= 1")
     if not 0.0 <= balance <= 1.0:
-        raise ValueError(f"balance={balance} must be from 0 (diag H) to 1 (free curvature)")
+        raise PrunerError(f"balance={balance} must be from 0 (diag H) to 1 (free curvature)")
 
 
 def _penalties(rho: float, growth: float, rounds: int) -> Iterator[float]:
@@ -204,20 +204,20 @@ def _penalties(rho: float, growth: float, rounds: int) -> Iterator[float]:
 
 
 class _Rows:
-    """ADMM's iterates on a chunk of rows, in scaled units; rows that are settled leave.
+    """ADMM's iterates on a chunk of rows, in scaled units; settled rows are removed.
 
-    The dual variable V is zero where D is kept and ``rho`` times the dropped part of ``B + V / rho``
-    elsewhere, so that the two together are the two halves of one tensor. With ``W* = free`` the ridge
-    regression is ``B = W* + rho (D - V / rho - W*) inv(H + rho I)``: its factors are of the size of the
-    weights, where ``G`` is large along the inputs' main directions. So a product in TF32, or an inverse
-    that is off by 1e-3, changed the error by -0.04 to 0.02 %; in the form with G, TF32 cost up to 0.2 %.
+    The dual variable V is zero where D is kept, and elsewhere ``rho`` times the dropped half of
+    ``B + V / rho``, so D and V are two halves of one tensor. With ``W* = free`` the ridge regression is
+    ``B = W* + rho (D - V / rho - W*) inv(H + rho I)``. Its factors are of the size of the weights, unlike
+    ``G``, which is large along the inputs' main directions: TF32, or an inverse that is off by 1e-3, is
+    precise enough.
     """
 
     def __init__(
         self,
         part: slice,  # of the weight's rows
         dense: Tensor,  # (m, K): W0 times the scale
-        free: Tensor,  # (m, K): the best weights without a mask, times the scale
+        free: Tensor,  # (m, K): the optimum without a mask, times the scale
         bound: BoundPattern,
     ) -> None:
         self.free, self.bound = free, bound
@@ -229,8 +229,8 @@ class _Rows:
         self.rho = 1.0
 
     def round(self, rho: float, inverse: Tensor, hold: int) -> None:
-        """``hold`` iterations with one penalty, of which ``inverse`` is the inverse."""
-        self.dropped *= self.rho / rho  # V stays as it is
+        """``hold`` iterations with one penalty; ``inverse`` is ``inv(H + rho I)``."""
+        self.dropped *= self.rho / rho  # V does not change
         self.rho = rho
         changed = torch.zeros_like(self.mask)
         with tensor_cores(inverse):
@@ -245,7 +245,7 @@ class _Rows:
         self.changed = changed
 
     def settle(self, result: Pruned) -> bool:
-        """Write the iterates to the result, go on with the rows whose mask changed; False when none did."""
+        """Write the iterates to the result and keep the rows whose mask changed; False when none did."""
         result.weight[self.rows], result.mask[self.rows] = self.kept, self.mask
         groups = len(self.rows) // self.group
         moved = self.changed.view(groups, -1).any(1).nonzero()  # (groups, 1)
@@ -285,7 +285,7 @@ def _whole_rows(
     factors: Factors,
     chunks: list[tuple[slice, BoundPattern]],
 ) -> Pruned:
-    """Exact, where a block is whole rows: keeping a row lowers the loss by ``g inv(H) g' / 2``."""
+    """The optimum where a block is whole rows: keeping a row lowers the loss by ``g inv(H) g' / 2``."""
     weight = torch.empty_like(problem.dense)
     mask = torch.empty_like(weight, dtype=torch.bool)
     for part, bound in chunks:
@@ -325,7 +325,7 @@ def refit(
     alpha: float = 0.5,
     *,
     drift: Tensor | None = None,  # (M, K) E'X / N
-    damp: float = 0.001,
+    damp: float = DAMP_EXACT,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Tensor:
     """The exact weights for a given mask: least squares on the kept entries of each row.
@@ -350,10 +350,8 @@ def refit(
     factors = fit(problem, hessian, damp, "refit")
     linear = linear_term(problem, factors, target, alpha, drift)
     mask = mask.to(weight.device)
-    result = torch.empty_like(problem.dense)
     with full_precision():
-        for part, _ in problem.chunks(_MATRICES, memory_budget):
-            result[part] = masked_least_squares(
-                linear.rows(part), factors.matrix, mask[part], problem.dense[part]
-            )
+        result = problem.least_squares(
+            linear.rows, factors.matrix, mask, problem.dense, memory_budget
+        )
     return problem.finish(factors.clear_dead(result), mask).weight

@@ -14,6 +14,12 @@ from torch import Tensor
 from s3tensor.errors import HessianError, NonFiniteError, NonFiniteHessianError
 from s3tensor.prune.linalg import full_precision
 
+# Default damping, by use: the share of the mean diagonal of H added to the diagonal (docs/pruners.md).
+DAMP = 0.01  # SparseGPT's own, and enough for a whole model
+DAMP_EXACT = 0.001  # obs and refit: with few tokens it generalises better than less
+DAMP_ADMM = 0.0004  # admm: a lower error on the Hessian that it is given
+DAMP_PAPER = 1e-4  # StructuredOBS: that of the reference implementation
+
 # Inputs are widened to float32 this many tokens at a time: 16 MiB at 1024 features.
 _TOKENS = 4096
 
@@ -37,7 +43,7 @@ class Hessian:
             raise HessianError(f"in_features={in_features} must be >= 1")
         self.in_features = in_features
         self.samples = 0
-        self.weight = 0.0  # the tokens' weights in all: N of X'X / N
+        self.weight = 0.0  # sum of the tokens' weights: N of X'X / N
         self._device = None if device is None else torch.device(device)
         self._sum: Tensor | None = None  # (K, K)
         self._cross: Tensor | None = None  # (K, K), rows are the dense model's inputs
@@ -52,9 +58,9 @@ class Hessian:
 
         Args:
             x: the layer's inputs.
-            dense: what the dense model's layer is given for the same tokens; adds to the cross term
+            dense: the dense model's inputs of this layer for the same tokens; adds to the cross term
                 ``X_dense'X``. Give it with every batch or with none.
-            weights: how much each token counts, in any unit, as long as all batches have one; default 1.
+            weights: how much each token counts, in one unit for all batches; default 1.
 
         Raises:
             HessianError: a wrong size or dtype, or a cross term that only some batches have.
@@ -87,11 +93,7 @@ class Hessian:
             raise HessianError(
                 f"weights of shape {tuple(weights.shape)} for {len(rows)} tokens; give one for each, >= 0"
             )
-        self._device = self._device or x.device
-        size = (self.in_features, self.in_features)
-        if self._sum is None:
-            self._sum = torch.zeros(size, device=self._device)
-            self._cross = None if dense is None else torch.zeros(size, device=self._device)
+        total = self._begin(x.device, cross=dense is not None)
         with full_precision():
             for start in range(0, len(rows), _TOKENS):
                 tokens = slice(start, start + _TOKENS)
@@ -99,17 +101,17 @@ class Hessian:
                 heavy = part
                 if weights is not None:
                     heavy = part * weights[tokens, None].to(part)
-                self._sum.addmm_(part.T, heavy)
+                total.addmm_(part.T, heavy)
                 if others is not None and self._cross is not None:
                     self._cross.addmm_(others[tokens].to(self._device, torch.float32).T, heavy)
         self.samples += len(rows)
         self.weight += len(rows) if weights is None else float(weights.sum(dtype=torch.float64))
 
     def merge(self, other: Hessian) -> None:
-        """Add the tokens that another one has seen, which stays as it is.
+        """Add the tokens of another Hessian, which does not change.
 
         Raises:
-            HessianError: of other in_features, or only one of them with a cross term.
+            HessianError: other ``in_features``, or only one of them with a cross term.
         """
         if other.in_features != self.in_features:
             raise HessianError(
@@ -121,21 +123,27 @@ class Hessian:
             raise HessianError(
                 "one of two Hessians has a cross term; give dense= to both or to none"
             )
-        self._device = self._device or other._device
-        if self._sum is None:
-            self._sum = torch.zeros_like(other._sum, device=self._device)
-            self._cross = None if other._cross is None else torch.zeros_like(self._sum)
-        self._sum += other._sum.to(self._sum.device)
+        total = self._begin(other._sum.device, cross=other._cross is not None)
+        total += other._sum.to(total.device)
         if self._cross is not None and other._cross is not None:
             self._cross += other._cross.to(self._cross.device)
         self.samples += other.samples
         self.weight += other.weight
 
+    def _begin(self, device: torch.device, cross: bool) -> Tensor:
+        """The sum (K, K), with the first tokens made on the chosen device, or on theirs."""
+        self._device = self._device or device
+        if self._sum is None:
+            size = (self.in_features, self.in_features)
+            self._sum = torch.zeros(size, dtype=torch.float32, device=self._device)
+            self._cross = torch.zeros_like(self._sum) if cross else None
+        return self._sum
+
     def value(self) -> Tensor:
         """``X'X / N`` (K, K), float32, symmetric to the last bit; with weights ``X'diag(w)X / sum(w)``.
 
         Raises:
-            HessianError: before any token was seen, or where all weights are zero.
+            HessianError: before any token, or where all weights are zero.
         """
         if self._sum is None:
             raise HessianError("no inputs were seen yet; call update(x) before value()")
@@ -148,7 +156,7 @@ class Hessian:
         return value
 
     def cross(self) -> Tensor | None:
-        """``X_dense'X / N`` (K, K), float32; None when no dense inputs were given."""
+        """``X_dense'X / N`` (K, K), float32; None without dense inputs."""
         if self._cross is None:
             return None
         self._check_weight()
@@ -171,7 +179,11 @@ class Hessian:
 
 
 def compute_hessian(x: Tensor) -> Tensor:
-    """``X'X / N`` (K, K) in float32 of inputs ``x`` (..., K)."""
+    """``X'X / N`` (K, K) in float32 of inputs ``x`` (..., K).
+
+    Raises:
+        HessianError, NonFiniteError: as :meth:`Hessian.update`.
+    """
     if x.ndim < 1:
         raise HessianError("inputs need at least one dim, (..., in_features)")
     hessian = Hessian(x.shape[-1])
@@ -187,7 +199,10 @@ def output_error(
     """Relative error of a layer's output, ``sqrt(tr(dW H dW') / tr(W H W'))`` with ``dW = pruned - weight``.
 
     The products run in the Hessian's dtype and the sums in float64. 0 is exact; dropping every weight
-    gives 1. A layer whose dense output is zero has error 0 when the pruned output is zero too, else inf.
+    gives 1. Where the dense output is zero the error is 0 if the pruned output is zero too, else inf.
+
+    Raises:
+        HessianError: shapes that do not match, or a Hessian that is not a floating square matrix.
     """
     if pruned.shape != weight.shape or weight.ndim != 2:
         raise HessianError(
@@ -196,7 +211,7 @@ def output_error(
     _check_square(hessian, weight.shape[1])
     h = hessian if hessian.dtype == torch.float64 else hessian.float()
     with full_precision():
-        # Rows at a scale, a power of two, at which no product leaves the range of the dtype.
+        # Scale by a power of two, so that no product overflows or underflows.
         unit = 2.0 ** -min(max(_exponent(weight) + _exponent(h.diagonal()) // 2, -126), 126)
         wide = torch.promote_types(weight.dtype, h.dtype)
         dense = weight.detach().to(h.device, wide).mul(unit).to(h.dtype)
@@ -208,7 +223,7 @@ def output_error(
 
 
 def _exponent(x: Tensor) -> int:
-    """Of the largest magnitude: it lies below 2 to this power; 0 where it is zero or not finite."""
+    """The least n with all magnitudes below 2**n; 0 where the largest is zero or not finite."""
     largest = float(x.detach().abs().amax()) if x.numel() else 0.0
     return math.frexp(largest)[1] if math.isfinite(largest) else 0
 
@@ -218,13 +233,13 @@ def _energy(rows: Tensor, hessian: Tensor) -> float:
 
 
 class Factors:
-    """One damped Hessian and its factorisations, made when first needed and then kept.
+    """One damped Hessian and its factorisations, each made when first needed and then kept.
 
     Linears that share an input (q, k and v; gate and up) share one ``Factors``: every pruner takes it
     in place of the Hessian. Memory: the damped matrix, and K x K more for each factorisation in use.
 
-    An input that is always zero (``H_jj = 0``) tells nothing about its weights: it is *dead*, its row
-    and column are cleared, its diagonal is set to 1, and pruners set its weights to zero.
+    An input that is always zero (``H_jj = 0``) is *dead*: no data determines its weights. Its row and
+    column are cleared, its diagonal is set to 1, and pruners set its weights to zero.
 
     Args:
         hessian: ``X'X / N`` (K, K), undamped; float64 stays, other dtypes become float32.
@@ -235,7 +250,7 @@ class Factors:
             by a factorisation, when the damped matrix is not positive definite.
     """
 
-    def __init__(self, hessian: Tensor, damp: float = 0.01) -> None:
+    def __init__(self, hessian: Tensor, damp: float = DAMP) -> None:
         _check_square(hessian, None)
         if isinstance(damp, str) or not 0.0 <= damp < math.inf:
             raise HessianError(f"damp={damp!r} must be a finite share >= 0 of the mean diagonal")
@@ -270,7 +285,7 @@ class Factors:
         return self.matrix.diagonal().sqrt()
 
     def to(self, dtype: torch.dtype, device: torch.device) -> Factors:
-        """The same matrix elsewhere; itself when nothing changes, and one copy for each target."""
+        """The same factors in a dtype on a device: itself when nothing changes, else a copy that is kept."""
         if (dtype, device) == (self.matrix.dtype, self.matrix.device):
             return self
         if (dtype, device) not in self._moved:
@@ -305,7 +320,7 @@ class Factors:
         return self._inverse
 
     def solve(self, rows: Tensor) -> Tensor:
-        """``rows`` (M, K) times the inverse, which is not formed: for few rows a sixth of its work.
+        """``rows`` (M, K) times the inverse, without forming it: for few rows a sixth of the work.
 
         Raises:
             HessianError: the matrix is singular or indefinite.
@@ -319,9 +334,9 @@ class Factors:
     def inverse_cholesky(self, order: Tensor | None = None) -> Tensor:
         """Upper U (K, K) with ``inv(matrix) = U'U``, rows and columns in ``order`` (default: as they are).
 
-        Column j of ``U[j, j:]`` holds what SparseGPT (2301.00774, section 3.3) needs after columns
-        before j are fixed. From a Cholesky of the matrix in reverse order, ``H = R R'`` with R upper, so
-        that ``U = inv(R)``: the inverse itself is never formed.
+        Row ``U[j, j:]`` is what SparseGPT (arXiv 2301.00774, section 3.3) needs once the columns before j
+        are fixed. It comes from a Cholesky factor of the matrix in reverse order, ``H = R R'`` with R
+        upper: ``U = inv(R)``, and the inverse of H is never formed.
 
         Raises:
             HessianError: the matrix is singular or indefinite.
@@ -344,12 +359,15 @@ class Factors:
         """The Cholesky factor of the damped matrix, scaled or permuted."""
         lower, info = torch.linalg.cholesky_ex(matrix)
         if int(info):
-            raise HessianError(
-                f"the damped Hessian is not positive definite (Cholesky stopped at {int(info)} of "
-                f"{self.in_features}); with fewer samples than inputs it is singular: raise damp "
-                f"({self.damp}) or calibrate on more tokens"
-            )
+            raise self.indefinite(f" (Cholesky stopped at {int(info)} of {self.in_features})")
         return lower
+
+    def indefinite(self, where: str = "") -> HessianError:
+        """The error for a damped Hessian that cannot be factored."""
+        return HessianError(
+            f"the damped Hessian of {self.in_features} inputs is not positive definite{where}; with fewer "
+            f"samples than inputs it is singular: raise damp ({self.damp}) or calibrate on more tokens"
+        )
 
 
 def as_factors(hessian: Tensor | Factors, damp: float) -> Factors:

@@ -1,4 +1,4 @@
-"""Structured OBS on any S3 pattern: every row keeps the inverse Hessian of what it has left.
+"""Structured OBS on any S3 pattern: every row has the inverse Hessian of its own remaining weights.
 
 Optimal Brain Surgeon (Hassibi and Stork, 1993) drops the weights P of a row at the cost
 ``w_P (C_PP)^-1 w_P'`` with C the inverse Hessian of the row's free weights, moves the others by
@@ -7,8 +7,8 @@ blocks of a scope compete for that cost.
 
 A Schur complement of the whole K x K inverse for each row costs K^3 / 2 and holds a matrix a row. Here it
 is left-looking: with C0 = inv(H) and a Cholesky factor U of what was subtracted, ``C_t = C0 - U'U``, and only
-the columns that are still to come are ever formed: K^3 / 24, in K^2 / 4 floats a row. The weights of a row
-come last, all at once, from the triangular factor that U holds.
+the columns not yet decided are formed: K^3 / 24, in K^2 / 4 floats a row. The weights of a row are computed
+at the end, all at once, from the triangular factor that U holds.
 """
 
 from __future__ import annotations
@@ -21,13 +21,22 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from s3tensor.errors import HessianError, PrunerError
+from s3tensor.errors import PrunerError
 from s3tensor.mask.projection import top_blocks
 from s3tensor.pattern import BoundPattern, Pattern
-from s3tensor.prune.hessian import Factors
-from s3tensor.prune.linalg import full_precision, masked_least_squares
-from s3tensor.prune.problem import MEMORY_BUDGET, Progress, Pruned, fit, linear_term, pose
-from s3tensor.prune.product import Product, cholesky, least_pivot, quadratic, spd_inverse
+from s3tensor.prune.hessian import DAMP_EXACT, Factors
+from s3tensor.prune.linalg import cholesky, full_precision, least_pivot, quadratic, spd_inverse
+from s3tensor.prune.problem import (
+    MEMORY_BUDGET,
+    Progress,
+    Pruned,
+    check_budget,
+    fit,
+    linear_term,
+    pose,
+)
+from s3tensor.prune.product import Product
+from s3tensor.prune.registry import register
 
 Order = Literal["left_to_right", "largest_first"]
 Scoring = Literal["independent", "joint"]
@@ -35,8 +44,8 @@ Scoring = Literal["independent", "joint"]
 SUBSETS = 512  # at most, of the blocks of one scope, for scoring="joint"
 
 
-class Plan(NamedTuple):
-    """What a sweep decides together."""
+class Batching(NamedTuple):
+    """What a sweep decides at once."""
 
     order: Order
     scoring: Scoring
@@ -44,12 +53,15 @@ class Plan(NamedTuple):
     blocks: int  # blocks of one scope
 
 
-def plan(product: Product, order: str, scoring: str, ng: int) -> Plan:
-    """How many scopes, and blocks of a scope, are decided at once; the options checked.
+def batching(product: Product, order: str, scoring: str, ng: int) -> Batching:
+    """How many scopes, and blocks of a scope, are decided at once; checks the options.
 
-    ``ng`` scopes, at most ``4 ng`` columns, which 2:4 fills, and at most a sixteenth of a row: costs are
-    stale within a batch. Of a scope with many blocks at most ``ng`` columns a row go at once, and the rest
-    is scored anew.
+    ``ng`` scopes, at most ``4 ng`` columns (2:4 reaches both) and at most a sixteenth of a row, because
+    costs are stale within a batch. Of a scope with many blocks at most ``ng`` columns a row are dropped at
+    once, and the rest is scored again.
+
+    Raises:
+        PrunerError: an unknown order or scoring, ``ng`` < 1, or too many subsets for ``joint``.
     """
     if order not in ("left_to_right", "largest_first"):
         raise PrunerError(f"order={order!r} must be 'left_to_right' or 'largest_first'")
@@ -72,9 +84,11 @@ def plan(product: Product, order: str, scoring: str, ng: int) -> Plan:
         each = max(1, min(ng // width, column_scopes * competing // 16))  # of a row
         together = max(1, min(pruned, bands * each))
     scopes = max(1, min(ng, 4 * ng // (competing * width), column_scopes // 16))
-    return Plan(order, scoring, scopes if together >= pruned else 1, together)  # type: ignore[arg-type]
+    scopes = scopes if together >= pruned else 1
+    return Batching(order, scoring, scopes, together)  # type: ignore[arg-type]
 
 
+@register()
 def obs(
     weight: Tensor,  # (M, K) any floating dtype
     hessian: Tensor | Factors | None,  # (K, K) X'X / N
@@ -83,7 +97,7 @@ def obs(
     target: Tensor | None = None,  # (K, K) X_dense'X / N
     alpha: float = 0.5,
     drift: Tensor | None = None,  # (M, K) E'X / N
-    damp: float = 0.001,
+    damp: float = DAMP_EXACT,
     ng: int = 16,
     order: str = "largest_first",
     scoring: str = "independent",
@@ -93,8 +107,8 @@ def obs(
 ) -> Pruned:
     """Structured OBS with an inverse Hessian for every row (S3, arXiv 2604.11315, section 5).
 
-    Scopes are decided batch by batch; after each batch all weights that are left make up for it. The
-    result is exact for its own mask, whatever the order.
+    Scopes are decided batch by batch; after each batch all remaining weights compensate. Whatever the
+    order, the weights are the optimum for their mask.
 
     Args:
         weight: the dense weight.
@@ -103,23 +117,23 @@ def obs(
         target: ``X_dense'X / N``: fit the dense stream's outputs, see
             :func:`s3tensor.prune.problem.linear_term`.
         alpha: share of ``target``.
-        drift: what the outputs are to make up for as well, against the inputs; see the same function.
+        drift: an error of the outputs to compensate for, against the inputs; see the same function.
         damp: share of the mean diagonal added to the diagonal; ``Factors`` bring their own.
-        ng: scopes of a row that are decided at once (see :func:`plan`); 1 is the exact, slow method.
+        ng: scopes of a row that are decided at once (see :func:`batching`); 1 is the exact, slow method.
         order: of a row's scopes, ``left_to_right``, or ``largest_first``: by the gap between the cost of
-            the cheapest block that stays and the dearest that goes. So the clearest decisions, and the
-            dearest scopes, come while the most weights are left to make up for them. It lowered the error
-            by 1 to 5 % on layers of SmolLM2, and more than the order by a scope's own cost did.
+            the cheapest block that stays and the most expensive one that is dropped. The clearest
+            decisions then come while most weights are left to compensate for them.
         scoring: ``independent``: each block by its own cost; ``joint``: every subset of a scope's blocks
             by the cost of dropping it whole.
-        refit: polish the weights of the final mask by conjugate gradients, which takes the rounding of
-            the sweep away.
+        refit: polish the weights of the final mask by conjugate gradients, which removes the rounding
+            error of the sweep.
         memory_budget: bytes of working memory; rows are pruned in chunks that fit.
         progress: called with (rows done, rows in all).
 
     Raises:
         PatternError, NonFiniteError, HessianError: see :mod:`s3tensor.prune.problem`; HessianError also
             when the damped Hessian is not positive definite.
+        PrunerError: an option that is unknown or out of range.
     """
     problem = pose(weight, pattern)
     factors = fit(problem, hessian, damp, "obs")
@@ -141,10 +155,9 @@ def obs(
             progress=progress,
         )
         if refit:
-            for part, _ in problem.chunks(12, memory_budget):
-                result[part] = masked_least_squares(
-                    linear[part], factors.matrix, mask[part], result[part]
-                )
+            problem.least_squares(
+                linear.__getitem__, factors.matrix, mask, result, memory_budget, out=result
+            )
     return problem.finish(factors.clear_dead(result), mask)
 
 
@@ -156,10 +169,7 @@ def inverse_of(factors: Factors) -> Tensor:
     """
     inverse = spd_inverse(factors.matrix)
     if inverse is None:
-        raise HessianError(
-            f"the damped Hessian of {factors.in_features} inputs is not positive definite; with fewer "
-            f"samples than inputs it is singular: raise damp ({factors.damp}) or calibrate on more tokens"
-        )
+        raise factors.indefinite()
     return inverse
 
 
@@ -181,11 +191,14 @@ def sweep(
 
     Args:
         dense: what the pruned rows are to be near to, in the metric of the Hessian.
-        rows_at_once: rows of a chunk, at least one scope's; default what ``memory_budget`` holds.
-        dtype: of the factor that every row keeps, which most of the memory holds; default that of ``dense``.
+        ng, order, scoring: see :func:`obs`.
+        rows_at_once: rows of a chunk, at least those of one scope; default what ``memory_budget`` holds.
+        dtype: of the factor of every row, which takes most of the memory; default that of ``dense``.
+        memory_budget: bytes of working memory.
+        progress: called with (rows done, rows in all).
     """
     product = Product.of(bound).to(dense.device)
-    made = plan(product, order, scoring, ng)
+    batches = batching(product, order, scoring, ng)
     mask = torch.zeros_like(dense, dtype=torch.bool)
     if product.spans_rows:
         keep_whole_rows(dense, hessian, product, mask)
@@ -202,7 +215,7 @@ def sweep(
         chunk = min(chunk, max(1, rows_at_once // (bands * high)))
     for first in range(0, scopes, chunk):
         rows = product.rows[first : first + chunk]
-        part = _Sweep(dense[rows.flatten(0, 1)] / scale, unit, product, len(rows), made, dtype)
+        part = _Sweep(dense[rows.flatten(0, 1)] / scale, unit, product, len(rows), batches, dtype)
         for _ in part.run():
             pass
         weights, kept = part.finish()
@@ -215,7 +228,7 @@ def sweep(
 
 
 def keep_whole_rows(dense: Tensor, hessian: Tensor, product: Product, mask: Tensor) -> None:
-    """Keep the bands of rows whose outputs have the most energy, ``w H w'``: nothing can replace them."""
+    """Keep the bands of rows whose outputs have the most energy, ``w H w'``; no weight can compensate."""
     cost = (dense @ hessian).mul_(dense).sum(1)[product.rows].sum(-1)  # (row scopes, bands)
     kept = top_blocks(cost[:, product.place.argsort()], product.keep)[:, product.place]
     mask[product.rows[kept].flatten()] = True
@@ -223,8 +236,7 @@ def keep_whole_rows(dense: Tensor, hessian: Tensor, product: Product, mask: Tens
 
 def _chunk(product: Product, dense: Tensor, dtype: torch.dtype, memory_budget: int) -> int:
     """Row scopes whose working memory fits the budget, at least one."""
-    if memory_budget < 1:
-        raise ValueError(f"memory_budget={memory_budget} must be >= 1 byte")
+    check_budget(memory_budget)
     _, bands, high = product.rows.shape
     width = dense.shape[1]
     factor = _most_pruned(product) * width * dtype.itemsize
@@ -235,7 +247,7 @@ def _chunk(product: Product, dense: Tensor, dtype: torch.dtype, memory_budget: i
 
 
 def _most_pruned(product: Product) -> int:
-    """Rows of the factor: columns that a band can lose at most, and one for padding where bands differ."""
+    """Rows of the factor: the most columns that a band can lose, and one for padding where bands differ."""
     column_scopes, competing, width = product.columns.shape
     if product.rows.shape[1] == 1:
         return column_scopes * (product.blocks - product.keep) * width
@@ -245,10 +257,10 @@ def _most_pruned(product: Product) -> int:
 class _Batch(NamedTuple):
     """Columns that were dropped together."""
 
-    rows: slice | Tensor  # of the factor, that they made
-    start: int  # first position that the factor's rows reach
+    rows: slice | Tensor  # their rows of the factor
+    start: int  # first position of these rows
     positions: Tensor  # (bands, p) int64
-    valid: Tensor | None  # (bands, p) bool; False pads a band that lost fewer; None: none did
+    valid: Tensor | None  # (bands, p) bool; False pads a band that lost fewer; None without padding
     lower: Tensor  # (bands, p, p): Cholesky factor of C_PP
 
 
@@ -264,27 +276,27 @@ class _Sweep:
         inverse: Tensor,  # (K, K), scaled
         product: Product,
         row_scopes: int,
-        made: Plan,
+        batching: Batching,
         dtype: torch.dtype | None,
     ) -> None:
-        self.inverse, self.product, self.made = inverse, product, made
+        self.inverse, self.product, self.batching = inverse, product, batching
         self.row_scopes = row_scopes
         self.bands = product.rows.shape[1]  # of a scope
         count, _, width = dense.shape
         device = dense.device
         self.order = self._visit(dense)  # (bands, K): the column at each position
-        self.same = made.order == "left_to_right"  # one order for all bands
+        self.same = batching.order == "left_to_right"  # one order for all bands
         if self.same:
             self.inverse = inverse[self.order[0]][:, self.order[0]]
         self.dense = dense.gather(2, self.order.unsqueeze(1).expand_as(dense))
         most = _most_pruned(product)
-        # U; rows that a band has not filled yet must be zero where another one has.
+        # U; rows that one band has not filled yet must be zero where another band has.
         make = torch.empty if self.bands == 1 else torch.zeros
         self.factor = make((count, most, width), dtype=dtype or dense.dtype, device=device)
         self.shift = make((count, most, dense.shape[1]), dtype=dense.dtype, device=device)
         self.kept = torch.ones((count, width), dtype=torch.bool, device=device)
         self.time = 0  # rows of the factor in use
-        # Bands of one scope lose different numbers of columns, and fill their rows each at its own pace.
+        # Bands of one scope lose different numbers of columns, so each counts its own rows.
         self.filled = (
             None if self.bands == 1 else torch.zeros(count, dtype=torch.int64, device=device)
         )
@@ -294,7 +306,7 @@ class _Sweep:
         column_scopes = self.product.columns.shape[0]
         columns = self.product.columns.flatten()
         count, _, width = dense.shape
-        if self.made.order == "left_to_right" or column_scopes == 1:
+        if self.batching.order == "left_to_right" or column_scopes == 1:
             return columns.expand(count, width)
         # By diagonal costs; C0 has a unit diagonal.
         cost = dense[..., columns].square().sum(1)
@@ -324,21 +336,23 @@ class _Sweep:
         return split.transpose(1, 2).flatten(0, 1)
 
     def run(self) -> Iterator[int]:
-        """Decide every scope; yields the positions that are done."""
+        """Decide every scope; yields the number of positions done."""
         column_scopes, competing, width = self.product.columns.shape
         dropped = self.product.blocks - self.product.keep
         size = competing * width
         if not dropped:
             return
-        for first in range(0, column_scopes, self.made.scopes):
-            last = min(first + self.made.scopes, column_scopes)
+        for first in range(0, column_scopes, self.batching.scopes):
+            last = min(first + self.batching.scopes, column_scopes)
             start, stop = first * size, last * size
             gone: Tensor | None = None  # (row scopes, scopes, blocks) bool
-            for count in range(self.made.blocks, dropped + self.made.blocks, self.made.blocks):
+            for count in range(
+                self.batching.blocks, dropped + self.batching.blocks, self.batching.blocks
+            ):
                 keep = self.product.blocks - min(count, dropped)
                 weights = self._weights(start, stop)
                 cost = self._by_scope(self._cost(weights, start, stop))
-                if self.made.scoring == "joint":
+                if self.batching.scoring == "joint":
                     chosen = ~self._best_subset(weights, start, stop)
                 else:
                     if gone is not None:
@@ -366,7 +380,7 @@ class _Sweep:
         """C0 at (bands, p) positions and the positions [start, stop): (bands, p, stop - start)."""
         if self.same:
             return self.inverse[positions, start:stop]
-        # Whole rows, then their columns: three times as fast on a CPU as single elements.
+        # Whole rows, then their columns: on a CPU three times as fast as single elements.
         rows = self.inverse[self.order.gather(1, positions)]
         return rows.gather(2, self.order[:, None, start:stop].expand(-1, positions.shape[1], -1))
 
@@ -412,9 +426,8 @@ class _Sweep:
         for row, dropped in enumerate(itertools.combinations(range(n), n - self.product.keep)):
             subsets[row, list(dropped)] = True
         squares = self._squares(start, stop, competing * width)  # (bands, scopes, s, s)
-        held = weights.unflatten(2, (-1, competing * width)).transpose(
-            1, 2
-        )  # (bands, scopes, R, s)
+        # (bands, scopes, rows, s)
+        held = weights.unflatten(2, (-1, competing * width)).transpose(1, 2)
         by_band = subsets[:, self.product.place].unflatten(1, (self.bands, competing))
         best = None
         cheapest = None
@@ -437,7 +450,7 @@ class _Sweep:
         dropped: Tensor,  # (bands, stop - start) bool
         start: int,
     ) -> None:
-        """Take the dropped positions out of every band's inverse, and note what the others owe."""
+        """Take the dropped positions out of every band's inverse, and record how the others must move."""
         lost = dropped.sum(1)
         most = int(lost.amax()) if self.bands > 1 else int(lost[0])
         inside = dropped.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
@@ -453,9 +466,7 @@ class _Sweep:
                 columns.sub_(at.transpose(1, 2) @ ahead)
         owed = weights.gather(2, inside.unsqueeze(1).expand(-1, weights.shape[1], -1))
         valid = None
-        if (
-            self.bands > 1
-        ):  # bands of one scope lose different numbers: pad with rows of the identity
+        if self.bands > 1:  # bands lose different numbers of columns: pad with rows of the identity
             valid = dropped.gather(1, inside)
             columns.masked_fill_(~valid.unsqueeze(-1), 0.0)
             owed = owed.masked_fill_(~valid.unsqueeze(1), 0.0)
@@ -486,7 +497,7 @@ class _Sweep:
         return rows.clamp_max_(self.factor.shape[1] - 1)
 
     def _at(self, held: Tensor, rows: slice | Tensor, values: Tensor | None = None) -> Tensor:
-        """Read rows of each band, or write them; what pads a band is written over by its next rows."""
+        """Read rows of each band, or write them; its next rows overwrite the padding of a band."""
         if isinstance(rows, slice):
             if values is not None:
                 held[:, rows] = values

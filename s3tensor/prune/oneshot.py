@@ -1,7 +1,7 @@
-"""One-shot Structured OBS: masks by one inverse Hessian for all rows, then weights that make up for them.
+"""One-shot Structured OBS: masks by one inverse Hessian for all rows, then weights that compensate.
 
-The paper's cheaper form (S3, arXiv 2604.11315, section 5): every scope takes the subset of blocks that costs
-least under ``C = inv(H)`` of all columns, as if no other scope lost anything.
+The paper's cheaper method (S3, arXiv 2604.11315, section 5): every scope drops the subset of blocks that
+costs least under ``C = inv(H)`` of all columns, as if no other scope lost any.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 from s3tensor.errors import PrunerError
 from s3tensor.mask.projection import top_blocks
 from s3tensor.prune.hessian import Factors
-from s3tensor.prune.linalg import masked_least_squares
+from s3tensor.prune.linalg import cholesky, masked_least_squares, spd_inverse
 from s3tensor.prune.obs import SUBSETS, keep_whole_rows
-from s3tensor.prune.product import Product, cholesky, spd_inverse
+from s3tensor.prune.product import Product
 
 Compensation = Literal["local", "full", "split", "interleaved"]
 COMPENSATIONS: tuple[Compensation, ...] = ("local", "full", "split", "interleaved")
@@ -40,14 +40,14 @@ def one_shot(
         inverse: C, by which every scope chooses.
         factors: the damped Hessian itself.
         product: the pattern.
-        compensate: who makes up for what a scope drops. ``local``: the rest of the scope, by C alone.
-            ``full``: every weight that is kept, exactly. ``split``: the same, and the same result:
-            compensation in parts only pays where it is not exact. ``interleaved``: the scopes of a row
-            are cut into ``n_splits`` parts, from left to right; a part's masks are chosen when it is
-            reached, by the inverse Hessian of the columns that are left and by weights that have made
-            up, exactly, for the parts before, which stay frozen meanwhile. At the end all are free
-            once more. One K x K matrix at a time serves all rows.
-        n_splits: parts of ``interleaved``.
+        compensate: which weights compensate for what a scope drops. ``local``: the rest of the scope, by
+            C alone. ``full``: every kept weight, exactly. ``split``: the result of ``full``, since
+            splitting only matters where compensation is not exact. ``interleaved``: the scopes of a row
+            are cut into ``n_splits`` splits, from left to right. The masks of a split are chosen by the
+            inverse Hessian of the columns that are left, from weights that compensate exactly for the
+            splits before it; these are frozen until the end, when all weights are solved for again.
+            One K x K matrix at a time serves all rows.
+        n_splits: splits of ``interleaved``.
         memory_budget: bytes of working memory.
 
     Raises:
@@ -65,19 +65,19 @@ def one_shot(
     if compensate == "local":
         choose(dense, inverse, product, mask, memory_budget)
         return _local(dense, inverse, product, mask, memory_budget), mask
-    parts = n_splits if compensate == "interleaved" else 1
-    edges = [round(count * part / parts) for part in range(parts + 1)]
+    splits = n_splits if compensate == "interleaved" else 1
+    edges = [round(count * split / splits) for split in range(splits + 1)]
     hessian, linear = factors.matrix, dense @ factors.matrix
     weights = dense.clone()
     past = torch.zeros(dense.shape[1], dtype=torch.bool, device=dense.device)
     for first, last in itertools.pairwise(edges):
         part = Product(product.rows, product.columns[first:last], product.place, product.keep)
         shrunk = inverse
-        if first:  # the inverse Hessian of what is left, at its own columns
+        if first:  # the inverse Hessian of the columns that are left
             left = product.columns[first:].flatten()
             shrunk = torch.zeros_like(hessian)
             own = spd_inverse(hessian[left][:, left])
-            assert own is not None  # a principal part of a positive definite matrix
+            assert own is not None  # a principal submatrix of a positive definite matrix
             shrunk[left.unsqueeze(1), left] = own
         choose(weights, shrunk, part, mask, memory_budget)
         now = part.columns.flatten()
@@ -86,7 +86,7 @@ def one_shot(
         frozen = weights * past
         weights = frozen + _solve(linear - frozen @ hessian, hessian, free, weights, memory_budget)
         past[now] = True
-    if parts > 1:
+    if splits > 1:
         weights = _solve(linear, hessian, mask, weights, memory_budget)
     return weights.masked_fill_(~mask, 0.0), mask
 
@@ -96,11 +96,11 @@ def _solve(
 ) -> Tensor:
     """``masked_least_squares`` in chunks of rows."""
     rows = max(1, memory_budget // (12 * linear.shape[1] * linear.element_size()))
-    parts = [
+    solved = [
         masked_least_squares(linear[some], hessian, mask[some], start[some])
         for some in (slice(first, first + rows) for first in range(0, len(linear), rows))
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return solved[0] if len(solved) == 1 else torch.cat(solved)
 
 
 def choose(
@@ -112,7 +112,7 @@ def choose(
 ) -> None:
     """Write the masks of the product's scopes, each by the cheapest subset of blocks to drop.
 
-    All subsets are tried where there are at most 512; otherwise blocks go by their own cost.
+    All subsets are tried where there are at most 512; otherwise each block is dropped by its own cost.
     """
     dropped = product.blocks - product.keep
     subsets = math.comb(product.blocks, dropped)
@@ -166,7 +166,7 @@ def choose(
 def _local(
     dense: Tensor, inverse: Tensor, product: Product, mask: Tensor, memory_budget: int
 ) -> Tensor:
-    """Weights that make up for what their own scope dropped: ``w - w_P (C_PP)^-1 C_P``."""
+    """Weights that compensate for what their own scope dropped: ``w - w_P (C_PP)^-1 C_P``."""
     result = dense.clone()
     columns = product.columns.flatten(1)  # (scopes, s)
     size = columns.shape[1]
@@ -179,7 +179,7 @@ def _local(
         held = dense[some][:, columns].masked_fill(~lost, 0.0)
         system = squares.masked_fill(~(lost.unsqueeze(-1) & lost.unsqueeze(-2)), 0.0)
         system.diagonal(dim1=-2, dim2=-1).add_((~lost).to(system.dtype))
-        # Jacobi scaling: the identity's rows stand beside those of C.
+        # Jacobi scaling: some rows are those of the identity, others those of C.
         scale = system.diagonal(dim1=-2, dim2=-1).rsqrt()
         lower = cholesky(system * scale.unsqueeze(-1) * scale.unsqueeze(-2))
         owed = torch.cholesky_solve((held * scale).unsqueeze(-1), lower).squeeze(-1) * scale

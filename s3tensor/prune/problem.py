@@ -1,4 +1,4 @@
-"""What every pruner starts from: checked inputs in one dtype, and chunks of rows that fit the memory."""
+"""What pruners share: checked inputs in one dtype, chunks of rows that fit the memory, the linear term."""
 
 from __future__ import annotations
 
@@ -9,18 +9,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s3tensor.errors import HessianError, NonFiniteError, NonFiniteHessianError, PatternError
+from s3tensor.errors import (
+    HessianError,
+    NonFiniteError,
+    NonFiniteHessianError,
+    PatternError,
+    PrunerError,
+)
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.prune.hessian import Factors, as_factors
+from s3tensor.prune.linalg import masked_least_squares
 
 MEMORY_BUDGET = 2 << 30
-"""Default bytes of working memory for the rows that a pruner has in work.
+"""Default bytes of working memory for the rows that a pruner works on at a time.
 
 Besides them it holds its inputs, the factors, its result and at most five copies of the weight.
 """
 
+_MATRICES = 12  # tensors of a chunk's shape alive at once in a least-squares solve
+
 Progress = Callable[[int, int], None]
-"""``progress(done, total)``: units of work; ``done`` never falls and ends at ``total``."""
+"""``progress(done, total)``: units of work; ``done`` never decreases and ends at ``total``."""
 
 
 class Pruned(NamedTuple):
@@ -32,12 +41,12 @@ class Pruned(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """A checked layer problem in the dtype of its mathematics: float64 for float64 weights, else float32."""
+    """A checked layer problem, in float64 for a float64 weight, else in float32."""
 
     dense: Tensor  # (M, K): the weight over ``unit``, largest magnitude in [1, 2)
     unit: float  # a power of two, so that scaling a weight scales its result exactly
     bound: BoundPattern
-    original: Tensor  # (M, K) as it was given
+    original: Tensor  # (M, K) as given
 
     @property
     def pattern(self) -> Pattern:
@@ -46,10 +55,12 @@ class Problem:
     def chunks(self, matrices: int, memory_budget: int) -> Iterator[tuple[slice, BoundPattern]]:
         """Slices of rows in which ``matrices`` tensors of the chunk's shape fit ``memory_budget`` bytes.
 
-        Whole groups of rows that share scopes, at least one group, however small the budget.
+        Each is whole groups of rows that share scopes, at least one group, however small the budget.
+
+        Raises:
+            PrunerError: a budget below one byte.
         """
-        if memory_budget < 1:
-            raise ValueError(f"memory_budget={memory_budget} must be >= 1 byte")
+        check_budget(memory_budget)
         rows, columns = self.bound.shape
         period = row_group(self.bound)
         group = matrices * columns * self.dense.element_size() * period
@@ -58,11 +69,26 @@ class Problem:
             stop = min(start + step, rows)
             yield slice(start, stop), self.pattern.bind((stop - start, columns))
 
+    def least_squares(
+        self,
+        linear: Callable[[slice], Tensor],
+        hessian: Tensor,  # (K, K), damped
+        mask: Tensor,  # (M, K) bool
+        start: Tensor,  # (M, K)
+        memory_budget: int,
+        out: Tensor | None = None,  # (M, K), which may be start
+    ) -> Tensor:
+        """:func:`masked_least_squares` of all rows (M, K), in chunks; ``linear(part)`` is these rows of G."""
+        result = torch.empty_like(start) if out is None else out
+        for part, _ in self.chunks(_MATRICES, memory_budget):
+            result[part] = masked_least_squares(linear(part), hessian, mask[part], start[part])
+        return result
+
     def finish(self, weight: Tensor, mask: Tensor) -> Pruned:
         """Back to the units, dtype and device of the given weight; zero outside the mask.
 
         Raises:
-            NonFiniteError: a weight that has become too large for the dtype.
+            NonFiniteError: a weight that is too large for the dtype.
             NonFiniteHessianError: the computation has broken down.
         """
         wide = (weight * self.unit).masked_fill_(~mask, 0.0)
@@ -110,7 +136,11 @@ def pose(weight: Tensor, pattern: Pattern | str) -> Problem:
 
 
 def fit(problem: Problem, hessian: Tensor | Factors | None, damp: float, pruner: str) -> Factors:
-    """The damped Hessian of a problem, in its dtype and on its device."""
+    """The damped Hessian of a problem, in its dtype and on its device.
+
+    Raises:
+        HessianError: no Hessian, named with the ``pruner`` that needs it, or one that does not fit.
+    """
     if hessian is None:
         raise HessianError(
             f"{pruner} needs the Hessian X'X/N of the layer's inputs; make it with s3tensor.Hessian, or "
@@ -125,8 +155,18 @@ def fit(problem: Problem, hessian: Tensor | Factors | None, damp: float, pruner:
     return factors.to(problem.dense.dtype, problem.dense.device)
 
 
+def check_budget(memory_budget: int) -> None:
+    """Refuse a budget of working memory below one byte.
+
+    Raises:
+        PrunerError: naming it.
+    """
+    if memory_budget < 1:
+        raise PrunerError(f"memory_budget={memory_budget} must be >= 1 byte")
+
+
 def row_group(bound: BoundPattern) -> int:
-    """Rows of the smallest group that can be pruned alone: all of them when sizes pin the row count."""
+    """Rows of the smallest group that can be pruned alone: all of them when sizes fix the row count."""
     rows, columns = bound.shape
     try:
         bound.pattern.bind((bound.row_period, columns))
@@ -136,10 +176,10 @@ def row_group(bound: BoundPattern) -> int:
 
 
 def row_stacks(shapes: Sequence[tuple[int, int]], pattern: Pattern) -> list[list[int]]:
-    """Weights, by number, that can be pruned as one: one above the other they are the same problem.
+    """Numbers of the weights that can be stacked along dim 0 and pruned as one.
 
-    They have the same columns, and no scope of the stack crosses from one to the next. Weights that stand
-    alone come as lists of one.
+    They have the same columns, and no scope of the stack spans two of them. A weight that cannot be
+    stacked is a list of one.
     """
     stacks: list[list[int]] = []
     for number, shape in enumerate(shapes):
@@ -168,7 +208,7 @@ def _stackable(shapes: Sequence[tuple[int, int]], pattern: Pattern) -> bool:
 
 @dataclass(frozen=True)
 class LinearTerm:
-    """The matrix G (M, K) of a least-squares problem, ``tr(W H W') / 2 - tr(W G')``, a few rows at a time."""
+    """The matrix G (M, K) of a least-squares problem, ``tr(W H W') / 2 - tr(W G')``, formed by rows."""
 
     problem: Problem
     factors: Factors
@@ -177,7 +217,7 @@ class LinearTerm:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the dense weight is the best of all weights."""
+        """Whether the dense weight is the optimum without a mask."""
         return self.matrix is self.factors.matrix and self.drift is None
 
     def rows(self, part: slice = slice(None)) -> Tensor:
@@ -199,8 +239,12 @@ def linear_term(
 
     ``T = (1 - alpha) H + alpha X_dense'X / N``, both damped alike, is the normal equation of fitting the
     pruned stream's outputs ``X w`` to those of the dense stream, ``X_dense w0`` (alpha = 1), or to a
-    mean of these and the pruned stream's own ``X w0``. With a drift ``b E'X / N`` the outputs are to make
-    up for a share b of what is added to them, E (N, M), as well.
+    mean of these and the pruned stream's own ``X w0``. A drift ``b E'X / N`` makes the outputs compensate
+    for a share b of an error E (N, M) that is added to them.
+
+    Raises:
+        HessianError, PrunerError, NonFiniteError: a target or a drift that does not fit or is not finite,
+            or an alpha outside [0, 1].
     """
     matrix = factors.matrix
     if target is not None:
@@ -210,7 +254,7 @@ def linear_term(
                 "it must be Hessian.cross(), X_dense'X/N of the same inputs"
             )
         if not 0.0 <= alpha <= 1.0:
-            raise HessianError(f"alpha={alpha} must be from 0 (H alone) to 1 (the target alone)")
+            raise PrunerError(f"alpha={alpha} must be from 0 (H alone) to 1 (the target alone)")
         cross = _finite(target, "target", "accumulate it with Hessian.update(x, dense)").to(matrix)
         mixed = (1.0 - alpha) * factors.matrix + alpha * cross
         mixed.diagonal().add_(alpha * factors.ridge)
@@ -219,9 +263,9 @@ def linear_term(
         if drift.shape != problem.dense.shape:
             raise HessianError(
                 f"drift of shape {tuple(drift.shape)} for a weight of {tuple(problem.dense.shape)}; it must "
-                "be E'X/N, E (N, out_features) what the outputs are to make up for"
+                "be E'X/N, E (N, out_features) the error that the outputs compensate for"
             )
-        drift = _finite(drift, "drift", "look for NaN in what it is made of")
+        drift = _finite(drift, "drift", "look for NaN in E and in the inputs")
         drift = drift.to(problem.dense) / problem.unit
     return LinearTerm(problem, factors, matrix, drift)
 

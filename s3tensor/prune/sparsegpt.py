@@ -1,4 +1,4 @@
-"""SparseGPT on any S3 pattern: columns in sequence, each paid for by those still to come."""
+"""SparseGPT on any S3 pattern: columns in sequence, each compensated for by the later ones."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from s3tensor.errors import PrunerError
 from s3tensor.mask.projection import tile, top_blocks
 from s3tensor.pattern import BoundPattern, Pattern
-from s3tensor.prune.hessian import Factors
+from s3tensor.prune.hessian import DAMP, Factors
 from s3tensor.prune.linalg import full_precision
 from s3tensor.prune.problem import MEMORY_BUDGET, Progress, Pruned, fit, pose
 from s3tensor.prune.product import Product
+from s3tensor.prune.registry import register
 
 _MATRICES = 4  # tensors of a chunk's shape alive at once: weight, errors, update, mask
 
@@ -22,7 +24,7 @@ _MATRICES = 4  # tensors of a chunk's shape alive at once: weight, errors, updat
 class ColumnGroups:
     """The columns of a weight, grouped so that no scope crosses a group.
 
-    Each group is the first one shifted: one local index serves them all.
+    Each group is the first one shifted, so that one local index serves them all.
     """
 
     order: Tensor  # (K,) int64: columns group by group, ascending inside a group
@@ -47,39 +49,41 @@ class ColumnGroups:
         return tiles[(tiles >= 0).flatten(1).all(1)]
 
 
+@register()
 def sparsegpt(
     weight: Tensor,  # (M, K) any floating dtype
     hessian: Tensor | Factors | None,  # (K, K) X'X / N
     pattern: Pattern | str,
     *,
-    damp: float = 0.01,
+    damp: float = DAMP,
     lazy_columns: int = 128,
     memory_budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
 ) -> Pruned:
-    """Prune column by column and let later columns make up for it (SparseGPT, arXiv 2301.00774).
+    """Prune column by column and let later columns compensate (SparseGPT, arXiv 2301.00774).
 
     With ``inv(H) = U'U``, U upper, dropping ``w_j`` costs ``(w_j / U_jj)^2 / 2`` and moves the columns
-    after j by ``-(w_j / U_jj) U[j, j:]``. The scores of a scope, summed per block, are taken when the
-    first of its columns is reached, for all rows that it couples. Columns are visited group by group
-    (see :class:`ColumnGroups`); a scope that spans whole rows is therefore decided at the start.
+    after j by ``-(w_j / U_jj) U[j, j:]``. A scope is decided, by these costs summed over each block, at
+    the first of its columns, for all rows that it couples. Columns are visited group by group (see
+    :class:`ColumnGroups`), so a scope that spans whole rows is decided at the start.
 
     Args:
         weight: the dense weight.
         hessian: ``X'X / N``, or ``Factors`` shared with other linears of the same input.
         pattern: a pattern or its string.
         damp: share of the mean diagonal added to the diagonal; ``Factors`` bring their own.
-        lazy_columns: columns whose updates to the rest of the matrix are gathered in one product
-            (section 3.3, "lazy batch updates"); it changes speed, and results by rounding only.
+        lazy_columns: columns whose updates to the rest of the matrix are one product (section 3.3,
+            "lazy batch updates"); it changes speed, and results only by rounding.
         memory_budget: bytes of working memory; rows are pruned in chunks that fit.
         progress: called with (columns done, columns in all), over all chunks.
 
     Raises:
         PatternError, NonFiniteError, HessianError: see :mod:`s3tensor.prune.problem`; HessianError also
             when the damped Hessian is not positive definite.
+        PrunerError: ``lazy_columns`` < 1.
     """
     if lazy_columns < 1:
-        raise ValueError(f"lazy_columns={lazy_columns} must be >= 1")
+        raise PrunerError(f"lazy_columns={lazy_columns} must be >= 1")
     problem = pose(weight, pattern)
     factors = fit(problem, hessian, damp, "sparsegpt")
     groups = ColumnGroups.of(problem.bound)

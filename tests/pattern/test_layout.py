@@ -14,7 +14,13 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from s3tensor import Layout, PatternError, coalesce, complement, composition, right_inverse
-from s3tensor.pattern.layout import flatten, left_inverse, logical_divide, logical_product
+from s3tensor.pattern.layout import (
+    coalesce_together,
+    flatten,
+    left_inverse,
+    logical_divide,
+    logical_product,
+)
 
 modes = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 24)), min_size=0, max_size=4)
 layouts = modes.map(lambda m: Layout(tuple(n for n, _ in m), tuple(d for _, d in m)))
@@ -502,3 +508,31 @@ def test_layouts_are_values() -> None:
         layout.mode(2)
     with pytest.raises(PatternError, match="nested"):
         Layout(((2, 2), 3), ((24, 2), 8)).divide((4, 3))
+
+
+@given(layouts | nested_layouts)
+def test_an_index_of_the_reversed_layout_is_row_major(layout: Layout) -> None:
+    assert [layout.reversed()(i) for i in range(layout.size)] == layout.offsets()
+
+
+@given(layouts | nested_layouts)
+def test_by_stride_has_the_same_offsets_and_rising_strides(layout: Layout) -> None:
+    ordered = layout.by_stride()
+    assert sorted(ordered.offsets()) == sorted(layout.offsets())
+    assert list(ordered.stride) == sorted(ordered.stride)
+
+
+steps = st.tuples(st.integers(1, 4), st.integers(0, 8), st.integers(0, 8))
+
+
+@given(st.lists(steps, max_size=4))
+def test_layouts_coalesced_together_are_the_same_functions_in_shared_modes(
+    modes: list[tuple[int, int, int]],
+) -> None:
+    shape = tuple(n for n, *_ in modes)
+    pair = [Layout(shape, tuple(mode[i] for mode in modes)) for i in (1, 2)]
+    merged = coalesce_together(*pair)
+    assert merged[0].shape == merged[1].shape
+    assert merged[0].rank <= max(1, len(modes))
+    for before, after in zip(pair, merged, strict=True):
+        assert [after(i) for i in range(after.size)] == [before(i) for i in range(before.size)]

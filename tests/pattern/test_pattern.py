@@ -608,3 +608,11 @@ def test_the_grammar_names_every_preset_and_the_parts() -> None:
     text = grammar()
     for word in ("N:M", "pair4:8", "coupled2:4", "rowpair16", "block:RxC@D", "row@D", "view=RULE"):
         assert word in text
+
+
+@given(bound_patterns(max_elements=2048))
+def test_runs_and_order_are_those_of_the_tiles(bound: BoundPattern) -> None:
+    offsets = np.array(bound.tiles.offsets()).reshape(bound.scopes, bound.blocks_per_scope, -1)
+    assert bound.is_sequential == bool((np.diff(offsets.ravel()) == 1).all())
+    run = bound.block_size == 1 and bool((np.diff(offsets, axis=1) == 1).all())
+    assert bound.n_of_m == ((bound.keep, bound.blocks_per_scope) if run else None)

@@ -28,9 +28,10 @@ from s3tensor.errors import PrunerError
 from s3tensor.mask.projection import tile
 from s3tensor.pattern import BoundPattern
 from s3tensor.prune.hessian import Factors
+from s3tensor.prune.linalg import quadratic, spd_inverse
 from s3tensor.prune.obs import inverse_of, sweep
 from s3tensor.prune.oneshot import one_shot
-from s3tensor.prune.product import Product, quadratic, spd_inverse
+from s3tensor.prune.product import Product
 from s3tensor.testing import bound_patterns
 
 matrices = bound_patterns(max_elements=512).filter(lambda bound: len(bound.shape) == 2)

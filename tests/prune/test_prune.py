@@ -6,6 +6,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import s3tensor as s3
 from s3tensor import prune
-from s3tensor.errors import HessianError, NonFiniteError, PatternError, PrunerError
+from s3tensor.errors import HessianError, NonFiniteError, PatternError, PrunerError, S3Error
 from s3tensor.mask.projection import tile
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.prune.hessian import Factors
@@ -223,8 +224,35 @@ def test_a_registered_pruner_has_the_common_signature(name: str) -> None:
     parameters = inspect.signature(prune.get(name)).parameters
     assert list(parameters)[:3] == ["weight", "hessian", "pattern"]
     assert {"memory_budget", "progress"} <= set(parameters)
-    assert (name in prune.NEEDS_HESSIAN) == (name != "magnitude")
     assert getattr(prune, name) is prune.get(name) and name in prune.__all__
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_registered_pruner_says_whether_it_needs_a_hessian(name: str) -> None:
+    if name in prune.NEEDS_HESSIAN:
+        with pytest.raises(HessianError, match="needs the Hessian"):
+            prune.get(name)(torch.ones(16, 32), None, "2:4")
+    else:
+        assert prune.get(name)(torch.ones(16, 32), None, "2:4").mask.any()
+
+
+def test_of_the_pruners_here_magnitude_alone_needs_no_hessian() -> None:
+    own = {"magnitude", "wanda", "obd", "sparsegpt", "obs", "admm"}
+    assert own & prune.NEEDS_HESSIAN == own - {"magnitude"}
+
+
+def test_a_pruner_can_be_registered_with_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = import_module("s3tensor.prune.registry")
+    monkeypatch.setattr(registry, "PRUNERS", {})
+    monkeypatch.setattr(registry, "NEEDS_HESSIAN", set())
+    monkeypatch.setattr(registry, "ROW_WISE", set())
+
+    @prune.register(needs_hessian=False, row_wise=False)
+    def plain(weight: Tensor, hessian: Tensor | None, pattern: str) -> prune.Pruned:
+        return prune.magnitude(weight, hessian, pattern)
+
+    assert registry.get("plain") is plain
+    assert "plain" not in registry.NEEDS_HESSIAN | registry.ROW_WISE
 
 
 def test_an_unknown_pruner_is_refused_with_the_names_there_are() -> None:
@@ -302,8 +330,9 @@ def test_a_hessian_that_is_none_is_refused(
     ],
 )
 def test_options_out_of_range_are_refused(name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         prune.get(name)(torch.ones(16, 32), torch.eye(32), "2:4", **options)
+    assert isinstance(refused.value, S3Error)
 
 
 @pytest.mark.parametrize("name", ["sparsegpt", "admm"])
