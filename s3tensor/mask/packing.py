@@ -125,7 +125,7 @@ def encode(
     kept: Tensor,  # (scopes, blocks_per_scope) bool
     bound: BoundPattern,
 ) -> Tensor:
-    """The bit stream of the kept blocks, uint8, from either of their two forms."""
+    """The bit stream of the kept blocks, uint8, from their numbers or their bitmap."""
     if bound.index_code == "none":
         return torch.empty(0, dtype=torch.uint8, device=kept.device)
     if bound.index_code == "bitmap":

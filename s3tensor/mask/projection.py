@@ -150,7 +150,7 @@ def project(weight: Tensor, pattern: Pattern | str, scores: Tensor | None = None
     summed = block_scores(scores, bound)
     if summed.isnan().any():
         raise NonFiniteError(
-            "scores of one block hold Inf and -Inf, whose sum is no number; give finite ones"
+            "scores of one block hold Inf and -Inf, whose sum is NaN; give finite ones"
         )
     return expand_blocks(top_blocks(summed, bound.keep), bound)
 

@@ -203,7 +203,7 @@ def memory(param: Tensor | View) -> Tensor:
     if param.layout != torch.strided or hasattr(param, "__tensor_flatten__"):
         raise PatternError(
             f"a {type(param).__name__} of layout {param.layout} has no strided memory to view; give its "
-            "dense form, to_dense()"
+            "dense weight, to_dense()"
         )
     return param.detach()
 

@@ -330,7 +330,7 @@ def refit(
 ) -> Tensor:
     """The exact weights for a given mask: least squares on the kept entries of each row.
 
-    Minimises ``tr((W - W0) (H + damp) (W - W0)')``, or its form with a dense target (see
+    Minimises ``tr((W - W0) (H + damp) (W - W0)')``, or the loss with a dense target (see
     :func:`s3tensor.prune.problem.linear_term`), over the entries where the mask is True: row by row
     ``H_SS w_S = G_S``.
 
