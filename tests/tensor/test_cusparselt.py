@@ -413,7 +413,9 @@ def test_a_weight_that_breaks_the_pattern_gives_nan_and_no_wrong_number(sparse_w
     needs_cores()
     weight = torch.zeros(64, 64, device="cuda", dtype=torch.bfloat16)
     weight[3, :3] = 1
-    y = cores.cores_product(torch.ones(16, 64, device="cuda", dtype=torch.bfloat16), weight, False, False)
+    y = cores.cores_product(
+        torch.ones(16, 64, device="cuda", dtype=torch.bfloat16), weight, False, False
+    )
     assert bool(y[:, 3].isnan().all()) and int(y.isnan().sum()) == 16
 
 
