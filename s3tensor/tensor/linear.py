@@ -91,18 +91,21 @@ def check(x: Tensor, weight: Weight, bias: Tensor | None) -> None:
         x.ndim >= 1 and x.shape[-1] == in_features,
         lambda: f"{op}: x of shape {tuple(x.shape)} against in_features {in_features}",
     )
-    beside = {"scales": scales, "bias": bias}
     torch._check(
-        all(t is None or t.device == x.device for t in (packed, scales, bias)),
+        x.device == packed.device
+        and (bias is None or bias.device == x.device)
+        and (scales is None or scales.device == x.device),
         lambda: (
             f"{op}: x is on {x.device} and the weight on {packed.device}"
-            + "".join(f", its {k} on {t.device}" for k, t in beside.items() if t is not None)
+            + ("" if scales is None else f", its scales on {scales.device}")
+            + ("" if bias is None else f", its bias on {bias.device}")
             + "; move them to one device"
         ),
     )
+    dtype = weight.dtype
     torch._check(
-        x.dtype == weight.dtype,
-        lambda: f"{op}: x is {x.dtype} and the weight {weight.dtype}; convert one with .to()",
+        x.dtype == dtype,
+        lambda: f"{op}: x is {x.dtype} and the weight {dtype}; convert one with .to()",
     )
     torch._check(
         tuple(packed.shape) == bound.packed_shape,

@@ -144,7 +144,7 @@ def _linear(x: Tensor, weight: Any, bias: Tensor | None, func: Any) -> Tensor:
     if not is_compressed(weight) or is_compressed(x) or is_compressed(bias):
         first = next(filter(is_compressed, (x, weight, bias)))
         raise refusal(first, func, "only one operand, a weight, may be compressed")
-    return linear_of(x, weight.as_weight(), bias)
+    return linear_of(x, weight, bias)
 
 
 @dispatch(torch.ops.s3tensor.weight_linear.default, aten.linear.default)

@@ -27,6 +27,7 @@ from s3tensor.mask.packing import pack as pack_blocks
 from s3tensor.mask.packing import unpack as unpack_blocks
 from s3tensor.mask.projection import project as project_mask
 from s3tensor.pattern import BoundPattern, bind
+from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.linear import check, multiply, multiply_group
 from s3tensor.tensor.weight import Weight
 
@@ -309,10 +310,10 @@ def _(
     return x.new_empty(*x.shape[:-1], weight.features[0])
 
 
-def linear_of(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """``F.linear(x, W, bias)`` by the operator over the weight's parts, which a graph can hold."""
-    pattern, shape = str(weight.bound.pattern), list(weight.bound.shape)
+def linear_of(x: Tensor, weight: Compressed, bias: Tensor | None) -> Tensor:
+    """``F.linear(x, weight, bias)`` by the operator over the weight's parts, which a graph can hold."""
     parts, order = (weight.packed, weight.indices), (weight.transposed, weight.tiled)
+    pattern, shape = str(weight.pattern), list(weight.bound_shape)
     out: Tensor
     if weight.scales is None:
         copies = weight.dense, weight.vendor
