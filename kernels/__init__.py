@@ -1,9 +1,7 @@
 """Triton kernels, installed as ``s3tensor.kernels``: ints and tensors in, tensors out.
 
-A kernel file holds one kernel family and its launcher and imports nothing of s3tensor. Triton is
-imported by the file that needs it, when a CUDA kernel first runs. The callers, ``s3tensor.tensor.linear``,
-``scaled``, ``cores``, ``mask``, ``masked``, ``transposing``, ``selection`` and ``packing``, import a file
-inside the function that runs its kernel.
+A kernel file holds one family of kernels and its launcher and imports nothing of s3tensor. The rest of
+s3tensor loads a file through ``s3tensor.mask.backend`` when its kernel first runs; the file imports Triton.
 
 ================  ======================================================================================
 ``tiles``         the order of values and codes that the matmul kernels read fastest; torch only
@@ -11,8 +9,8 @@ inside the function that runs its kernel.
                   checks, the choice of a kernel, scratch memory
 ``skinny``        its kernel for few rows, from sm_80 on (Gluon)
 ``wide``          its kernel for 17 rows and more, on sm_90 (Gluon)
-``expand``        what both share: packed words to tensor-core fragments, and sums in a fixed order
-``widen``         the same for packed bytes: int8 values, by ``skinny``
+``expand``        shared by both: packed words to tensor-core fragments, and sums in a fixed order
+``widen``         the same for int8 values, for ``skinny``
 ``gpu``           whether the matmul kernels run on a device, and how large it is
 ``columns``       ``linear`` of 1 to 64 rows by any N:M of columns; its kernels are
 ``gather``        plain multiply-adds, any dtype
@@ -22,9 +20,9 @@ inside the function that runs its kernel.
 ``pack``          dense to packed
 ``select``        order statistics and top-k masks of rows, which stay in registers
 ``masks``         projections onto N:M and its relatives: one read of the weight, one write of the mask
-``masked``        the weight in use under N:4: choose the mask, apply it and shorten what stays, in one pass
+``masked``        the weight in use under N:4: choose the mask, apply it and shrink the rest, in one pass
 ``transposable``  the best mask of each 4x4 tile whose rows and columns keep N
-``cores``         a dense 2:4 weight to cuSPARSELt's compressed form
+``cores``         from a dense 2:4 weight to cuSPARSELt's compressed form
 ================  ======================================================================================
 
 Gluon needs Triton 3.6 or later; importing ``matmul`` without it raises ImportError. Plain Triton kernels

@@ -1,12 +1,12 @@
 """``linear`` of 1 to 64 rows by a weight of dense RxC blocks, the same number kept in each row of blocks.
 
-A program takes up to 64 rows of a row of blocks. It first writes the numbers of the kept blocks out of the
-bit stream, each to a word, then walks over the blocks: their values lie one after another in memory, the
-columns of x that belong to them are looked up. Its warps divide the blocks, so that the sums of a program
-need no others: a dot product with as many batches as warps, each on tensor cores, or with multiply-adds in
+A program takes up to 64 rows of a row of blocks. It first decodes the numbers of the kept blocks from the
+bit stream, each to a word, then walks over the blocks: their values are consecutive in memory, and the
+columns of x that belong to them are looked up. Its warps divide the blocks, so a program's sums need no
+other program: a dot product with as many batches as warps, each on tensor cores, or with multiply-adds in
 float32. Values and x come through shared memory in buffers, several steps ahead.
 
-Blocks of 16 rows or more fill the tensor cores; smaller ones are right, but leave part of them idle.
+Blocks of 16 rows or more fill the tensor cores; smaller ones leave part of them idle.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def refusal(
 ) -> str | None:
     """Why the kernels cannot take a (rows, columns) weight of such blocks, or None if they can.
 
-    ``keep`` blocks of each row of blocks are kept, of more. They take blocks of two weights or more, in
+    Each row of blocks keeps ``keep`` of its blocks. They take blocks of two weights or more, in
     bfloat16, float16 and float32, up to 2**31 weights and 65536 blocks in a row, and GPUs from sm_80 on.
     """
     if block_rows < 1 or block_columns < 1 or block_rows * block_columns < 2:
@@ -93,10 +93,10 @@ def linear(
 ) -> Tensor:  # (N, rows)
     """``x @ W.t() + bias`` for the packed (rows, columns) weight W, summed in float32 in a fixed order.
 
-    NaN and infinity in a row of x reach that row of y alone, the outputs whose blocks keep the column.
+    NaN and infinity in a row of x reach only that row of y, in the outputs whose blocks keep the column.
 
     Args:
-        x: 1 to 64 rows; strides are honoured, and a copy is made where its columns are not neighbours.
+        x: 1 to 64 rows; any strides; copied where its columns are not contiguous.
         values: packed values.
         indices: packed codes: a stream of block numbers or bitmaps, whichever is smaller.
         bias: in the dtype of x, or None.
@@ -134,7 +134,7 @@ def _write_numbers(
     BITS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The rising numbers of the kept blocks of a scope, from its codes to ``numbers_ptr``."""
+    """The ascending numbers of the kept blocks of a scope, from its codes to ``numbers_ptr``."""
     at = tl.arange(0, CHUNK)
     if BITS:
         for start in range(0, keep, CHUNK):
@@ -250,7 +250,7 @@ def launch(
     keep: int,
     rows: int,
 ) -> Tensor:
-    """The product, arguments checked before."""
+    """The product; arguments are already checked."""
     x = columns_together(x)
     n, columns = x.shape
     blocks = columns // block_columns
@@ -275,7 +275,7 @@ def launch(
 
 
 def choose(dtype: torch.dtype, n: int, rows: int, processors: int) -> Blocks:
-    """How to cut the work for ``n`` rows of x: by counts of bytes in flight, not yet by timing.
+    """How to cut the work for ``n`` rows of x: by bytes in flight, not yet by timing.
 
     ``bench/general.py --tune`` times the alternatives.
     """
@@ -286,5 +286,5 @@ def choose(dtype: torch.dtype, n: int, rows: int, processors: int) -> Blocks:
         return Blocks(4, 32, 64, batch, stages=4)  # 49 KB of shared memory
     if n > 16:
         return Blocks(4, 32, 64, batch)
-    # Few rows: small programs, for there are hardly two for each processor.
+    # Few rows: small programs, as there are hardly two for each multiprocessor.
     return Blocks(8, 32 if rows > 64 * processors else 16, 64, batch)

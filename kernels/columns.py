@@ -2,9 +2,9 @@
 
 Two kernels: ``gather`` takes any N:M and dtype with plain multiply-adds, ``runs`` takes the common N:M in
 16-bit floats on tensor cores, at a cost that does not grow with the rows of x up to eight of them. Values
-and codes are those of ``s3tensor.mask.packing``, nothing is reordered. Sums are float32 in a fixed order.
+and codes are in the order of ``s3tensor.mask.packing``. Sums are float32 in a fixed order.
 
-``gather`` is plain Triton; ``runs`` is Gluon and needs Triton 3.6, without which ``gather`` does it all.
+``gather`` is plain Triton; ``runs`` is Gluon and needs Triton 3.6; without it ``gather`` takes all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ runs: Any = None
 with contextlib.suppress(ImportError, AttributeError):  # of a Triton without this Gluon
     from . import runs
 
-MOST_ROWS = 64  # of x; more are better served by a dense library
+MOST_ROWS = 64  # of x; a dense library is faster for more
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST = 2**31  # weights: offsets within a row of x or y, and of W by words, are 32-bit
 
@@ -74,11 +74,11 @@ def linear(
 ) -> Tensor:  # (N, rows)
     """``x @ W.t() + bias`` for the packed (rows, columns) weight W, summed in float32 in a fixed order.
 
-    NaN and infinity in a row of x reach that row of y alone: all of it on tensor cores, where pruned
+    NaN and infinity in a row of x reach only that row of y: all of it on tensor cores, where pruned
     weights are multiplied as zeros; with ``gather`` the outputs that keep the column.
 
     Args:
-        x: 1 to 64 rows; strides are honoured, and a copy is made where its columns are not neighbours.
+        x: 1 to 64 rows; any strides; copied where its columns are not contiguous.
         values: packed values.
         indices: packed codes: a stream of indices or bitmaps, whichever is smaller.
         bias: in the dtype of x, or None.
@@ -117,7 +117,7 @@ def launch(
     rows: int,
     columns: int,
 ) -> Tensor:
-    """The product by one of the kernels, arguments checked before."""
+    """The product by one of the kernels; arguments are already checked."""
     x = columns_together(x)
     values, indices = values.reshape(-1), indices.reshape(-1)
     bias = None if bias is None else bias.contiguous()
@@ -154,7 +154,7 @@ def mismatch(
     index_bytes: int,
     pattern: str,
 ) -> str | None:
-    """What does not belong together, or None."""
+    """Which arguments do not fit each other, or None."""
     devices = {t.device for t in (x, values, indices, bias) if t is not None}
     dtypes = {t.dtype for t in (x, values, bias) if t is not None}
     if len(devices) > 1 or len(dtypes) > 1:
@@ -190,7 +190,7 @@ def runs_take(keep: int, group: int, dtype: torch.dtype, columns: int) -> bool:
 def choose(
     keep: int, group: int, dtype: torch.dtype, n: int, rows: int, columns: int, processors: int
 ) -> Gather | Any:
-    """How to cut the work for ``n`` rows of x: by counts of instructions and bytes, not yet by timing.
+    """How to cut the work for ``n`` rows of x: by instructions and bytes, not yet by timing.
 
     ``bench/general.py --tune`` times the alternatives.
     """

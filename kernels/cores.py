@@ -1,11 +1,10 @@
 """A 2:4 weight, compressed as cuSPARSELt reads it on sm_90, in one pass over the dense weight.
 
 ``torch._cslt_compress`` makes the same bytes and takes 10 to 20 times as long. They are, for (rows,
-columns) in whole tiles of 64 x 64: the two values that stay of each four, row by row; then for each tile,
-column tiles first, 1024 codes of four bits. A code is the place of the first value and, times four, that of
-the second.
-In a tile a code's place has the bits, from the lowest, 8 of the row, 4, 1 and 2 of the scope, 1, 2, 4, 16
-and 32 of the row, 8 of the scope: 16 bits hold rows r and r + 8 of scopes s and s + 4.
+columns) in whole tiles of 64 x 64: the two kept values of each four, row by row; then for each tile,
+column tiles first, 1024 codes of four bits. A code is the position of the first value plus four times that
+of the second. In a tile a code's position has the bits, from the lowest, 8 of the row, 4, 1 and 2 of the
+scope, 1, 2, 4, 16 and 32 of the row, 8 of the scope: 16 bits hold rows r and r + 8 of scopes s and s + 4.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def compress_kernel(
     second = tl.where(nd, 3, second)
     low = tl.where(first == 0, a, tl.where(first == 1, b, c))
     high = tl.where(second == 1, b, tl.where(second == 2, c, d))
-    # Three of four have no place: NaN, lest a product be wrong in silence.
+    # Three of four do not fit: NaN, so that no product is silently wrong.
     many = na.to(tl.int32) + nb.to(tl.int32) + nc.to(tl.int32) + nd.to(tl.int32) > 2
     low = tl.where(many, NAN, low).to(tl.int16)
     kept = tl.reshape(tl.join(low, high), (64, 2 * SCOPES))
@@ -62,7 +61,7 @@ def compress_kernel(
     code = tl.reshape(first + 4 * second, (4, 2, 8, 2 * WIDTH, 2, 4))
     upper = tl.reshape(4 * tl.arange(0, 2), (1, 2, 1, 1, 1, 1))
     left = tl.reshape(8 * tl.arange(0, 2), (1, 1, 1, 1, 2, 1))
-    # Codes of different bits: their sum is their union.
+    # The codes have different bits: their sum is their union.
     word = tl.sum(tl.sum(code << (upper + left), 4), 1)  # (4, 8, 2 WIDTH, 4)
     line = tl.reshape(tl.arange(0, 32), (4, 8, 1, 1))  # 1, 2, 4, 16 and 32 of the row
     half = tl.reshape(tl.arange(0, 2 * WIDTH), (1, 1, 2 * WIDTH, 1))
@@ -85,8 +84,8 @@ def compress(weight: Tensor) -> Tensor:
 
     Args:
         weight: (rows, columns) bfloat16 or float16, any strides (a transpose costs no copy), of which at
-            most two of each four neighbours in a row are other than zero. Of a scope with more the first
-            value becomes NaN.
+            most two of each four neighbours in a row are not zero. In a scope with more, the first value
+            becomes NaN.
 
     Returns:
         (rows, columns * 9 // 16), the dtype of ``weight``.

@@ -5,11 +5,11 @@ rows, one of which they belong to). A dense group of four columns is two fragmen
 one byte permutation (``prmt``) of the group's word: a selector picks, for each of four bytes, a byte of
 the first value, of the second, or of zero. The selectors come from the codes by table look-up, which
 ``prmt`` does as well: four codes at once, one column of the group a look-up. That is 5 to 6 integer
-operations for a group of four; at an H100's full bandwidth there is time for 22. Where pairs of
-columns are kept whole, a fragment register is one word or zero: products of the words with 0 or 1 from a
-table, on the units that multiply, which are idle otherwise.
+operations for a group of four; at an H100's full bandwidth there is time for 22. Where whole pairs of
+columns are kept, a fragment register is one word or zero: the words times 0 or 1 from a table, on the
+multipliers, which are otherwise idle.
 
-The codes are nibbles ``c = i0 | i1 << 2``; ``(c ^ c >> 1) & 7`` tells the six apart in three bits.
+The codes are nibbles ``c = i0 | i1 << 2``; ``(c ^ c >> 1) & 7`` distinguishes the six in three bits.
 """
 
 from __future__ import annotations
@@ -352,10 +352,10 @@ def store_sums(
 ):
     """Add the sums of all splits in their order, and the bias, and store y, (N, M).
 
-    Every split writes its sums to ``ws_ptr`` and waits until the others have; then each adds up its parts
-    of the tile. The splits of a tile are neighbours in the grid, so those waited for are running or start
-    before any later program. A cell of ``cnt_ptr`` goes up by 16 a tile and launch: it never needs to be
-    reset, and it may wrap.
+    Every split writes its sums to ``ws_ptr`` and waits for the others; then each adds up its part of the
+    tile. The splits of a tile are neighbours in the grid, so those waited for are running or start before
+    any later program. A cell of ``cnt_ptr`` rises by 16 for each tile and launch: it needs no reset, and it
+    may wrap.
     """
     R: gl.constexpr = sums.shape[0]
     BN: gl.constexpr = sums.shape[1]

@@ -2,9 +2,9 @@
 
 A lane holds up to eight kept weights of a row, neighbours in memory, and their code bits. It finds the
 column of each, loads that column of x and adds the product in float32. Eight rows of four lanes make a
-warp: the columns that it asks for lie in one or two 128-byte lines of x, which L1 gives out in one or two
-cycles whatever their order, and the values of a row come in pieces of 64 bytes. The warps of a program
-divide the columns, so that few rows of W fill a GPU without a sum over programs.
+warp: the columns that it asks for lie in one or two 128-byte lines of x, which L1 delivers in one or two
+cycles in any order, and the values of a row come in pieces of 64 bytes. The warps of a program
+divide the columns, so few rows of W fill a GPU without a sum over programs.
 
 A kept weight costs 12 instructions and 4 more for each row of x; an H100 that reads 3 TB/s has time for
 22, or for 44 in float32.

@@ -1,9 +1,9 @@
-"""The weight in use under N:4, in one pass: choose the mask, or read it, and write what it leaves.
+"""The weight in use under N:4, in one pass: choose the mask, or read it, and write the masked weight.
 
 A lane owns whole scopes of four neighbours: it loads them together, ranks them by comparing every two of
-their magnitudes as integers, and stores the four that remain, plain or shortened by the largest that was
-dropped. Against a mask, a product and a threshold of their own that is 8 bytes a float32 weight in place of
-14, and of about 70 for the soft threshold. A mask that is read may be of any pattern.
+their magnitudes as integers, and stores all four with the pruned ones zero, the others unchanged or shrunk
+by the largest pruned magnitude. That moves 8 bytes for each float32 weight; separate operators for mask and
+product move 14, and with the soft threshold about 70. A mask that is read may be of any pattern.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def masked_kernel(
         else:
             bits = w.to(tl.int16, bitcast=True) & 0x7FFF
         a, b, c, d = _apart(bits, SCOPES)
-        # Of the lower index over the higher, also of equals.
+        # Of the lower index over the higher; equals count as larger.
         ab, ac, ad = (a >= b).to(tl.int32), (a >= c).to(tl.int32), (a >= d).to(tl.int32)
         bc, bd, cd = (b >= c).to(tl.int32), (b >= d).to(tl.int32), (c >= d).to(tl.int32)
         ka = (3 - ab - ac - ad < KEEP).to(tl.int32)
@@ -118,12 +118,12 @@ def masked(
     beta: Tensor | None = None,  # one float32 on the weight's device
     write: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``(weight in use, mask)``: pruned weights zero, and with ``beta`` the others shortened, times beta.
+    """``(weight in use, mask)``: pruned weights zero, and with ``beta`` the others shrunk, times beta.
 
     Args:
         mask: True where kept; None chooses the ``keep`` largest of each scope, the lowest index first.
             NaN counts as the largest.
-        write: return the mask that was chosen; else the one that was given, or None.
+        write: return the chosen mask; else the given one, or None.
 
     Raises:
         ValueError: what :func:`covers` refuses.

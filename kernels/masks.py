@@ -3,9 +3,9 @@
 A lane owns whole scopes. It loads a scope as words of up to eight bytes, ranks its blocks by comparing
 every two of them in registers, and stores the mask as words of up to eight bytes. Single weights are
 compared by the bits of their magnitude, whose order as integers is that of the values; blocks of several by
-their norm in float64, summed in the order of memory. A sum of two squares rounds once, so that pairs come
-out exactly as ``s3tensor.mask.projection.project`` finds them anywhere; longer sums may differ from another
-device's in the last bit, and with it a choice between two norms that agree to about 1e-15.
+their norm in float64, summed in the order of memory. A sum of two squares rounds once, so for pairs the
+result is exactly that of ``s3tensor.mask.projection.project`` on every device; longer sums may differ from
+another device's in the last bit, and so may a choice between two norms that agree to about 1e-15.
 
 In time: 2 to 5 instructions a weight for 2:4, where an H100 at full bandwidth has time for 27.
 """
@@ -44,9 +44,8 @@ class Stretches:
     """Where a scope's weights lie, in elements of contiguous memory.
 
     Scope s begins at ``s * length`` or, with a span, at ``s // span * stride + s % span * length``. It is
-    ``count`` stretches of ``length``
-    weights, ``apart`` from each other. A block is ``run`` neighbours of each stretch or, when ``rows`` is
-    set, one whole stretch.
+    ``count`` stretches of ``length`` weights, ``apart`` from each other. A block is ``run`` neighbours of
+    each stretch or, when ``rows`` is set, one whole stretch.
     """
 
     length: int
@@ -205,9 +204,9 @@ def project(
     keep: int,
     cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(mask, flags)``: True at the blocks of the largest norm; flags are not 0 if any weight is NaN or Inf.
+    """``(mask, flags)``: True at the blocks of largest norm; flags other than 0 mean NaN or Inf in it.
 
-    Of equal norms the block of the lowest index is kept. Nothing waits for the GPU.
+    Of equal norms the block of the lowest index is kept. The host does not wait for the GPU.
 
     Raises:
         ValueError: what :func:`covers` refuses, a weight that is not contiguous or not whole scopes.

@@ -14,9 +14,9 @@ from .skinny import Skinny
 from .tiles import FORMS, Form, can_tile, code_bytes
 from .wide import Wide
 
-MOST_ROWS = 128  # of x; more are better served by a dense or sparse tensor-core library
-# With int8 values: every 16 rows read the weight again, so that 32 are two times 2.5 bytes a group of four,
-# where to make 16-bit values of it first is 2.5 to read, 4.5 to write and 4.5 to read.
+MOST_ROWS = 128  # of x; a library on dense or sparse tensor cores is faster for more
+# With int8 values: every 16 rows read the weight again, so 32 read two times 2.5 bytes a group of four; to
+# make 16-bit values first reads 2.5, writes 4.5 and reads 4.5.
 MOST_ROWS_INT8 = 32
 _DTYPES = (torch.bfloat16, torch.float16)
 # Codes as the kernels load them: (canonical, tiled).
@@ -64,8 +64,8 @@ def linear(
     """``x @ W.t() + bias`` for the packed (rows, columns) weight W, summed in float32 in a fixed order.
 
     Args:
-        x: 1 to 128 rows, to 32 with int8 values; strides are honoured, and a copy is made where a row does
-            not start at a multiple of 16 bytes.
+        x: 1 to 128 rows, to 32 with int8 values; any strides, copied where a row does not start at a
+            multiple of 16 bytes.
         values: packed values, canonical or in the order of ``tiles.tile_values``; int8 ones in the latter.
         codes: packed codes, in the same order as the values.
         bias: in the dtype of x, or None.
@@ -77,10 +77,10 @@ def linear(
             before that kernel is done. Allowed when no kernel still in flight writes ``values`` or
             ``codes``.
         config: how to cut the work; by default :func:`choose` or :func:`choose_int8` decides.
-        scales: with int8 values, what row r of W is the integers of r times.
+        scales: with int8 values: row r of W is ``scales[r]`` times the integers of row r.
 
     Raises:
-        ValueError: sizes, dtypes or devices that do not belong together, or a :func:`refusal`.
+        ValueError: sizes, dtypes or devices that do not fit each other, or a :func:`refusal`.
     """
     reason = refusal(form, values.dtype if scales is None else x.dtype, rows, columns, x.device)
     reason = reason or _mismatch(x, values, codes, bias, form, rows, columns, scales)
@@ -143,8 +143,7 @@ def linear_group(
 ) -> list[Tensor]:  # (N, rows) each
     """``x @ W.t()`` for weights that read one x, in one launch where that is faster: :func:`linear` of each.
 
-    A launch costs a small product a third of its time. Arguments as of :func:`linear`, which raises what
-    this raises.
+    A launch is a third of the time of a small product. Arguments and errors as of :func:`linear`.
     """
     cut = config
     total = sum(rows)
@@ -203,7 +202,7 @@ def _mismatch(
     columns: int,
     scales: Tensor | None = None,
 ) -> str | None:
-    """What does not belong together, or None."""
+    """Which arguments do not fit each other, or None."""
     devices = {t.device for t in (x, values, codes, bias, scales) if t is not None}
     dtypes = {t.dtype for t in (x, values if scales is None else None, bias) if t is not None}
     most = MOST_ROWS
@@ -398,8 +397,8 @@ def _aligned(t: Tensor, alignment: int) -> Tensor:
 
 
 # Counters must be zero modulo 16 before a launch and are so again after it. Launches that may run at the
-# same time must not share them: each stream has its own, and each launch in a CUDA graph, for one graph
-# may be replayed on a stream while another one runs there. All are parts of one arena of a device.
+# same time must not share them: each stream has its own, and so has each launch in a CUDA graph, as one
+# graph may be replayed on a stream while another runs there. All are parts of one arena of a device.
 _CELLS = 4096
 _ARENA = 2**20
 _by_stream: dict[tuple[int, int], Tensor] = {}
@@ -430,7 +429,7 @@ def _cells(device: torch.device, count: int) -> Tensor:
     index = torch.cuda.current_device() if device.index is None else device.index
     if torch.cuda.is_current_stream_capturing():
         cells = _take(index, count)
-        # zeroed in the graph, where there is no arena or no more of it
+        # zeroed in the graph, where the arena is missing or used up
         return torch.zeros(count, dtype=torch.int32, device=device) if cells is None else cells
     prepare(device)
     key = index, torch.cuda.current_stream(device).cuda_stream

@@ -1,6 +1,6 @@
 """From dense to packed, at the bandwidth of memory: plain Triton, values as bits.
 
-``pack``, ``pack_columns``      a weight and its mask to values, codes and a flag that tells a wrong mask
+``pack``, ``pack_columns``      from a weight and its mask to values, codes and a flag for a wrong mask
 ``gather``, ``gather_columns``, ``gather_blocks``  the values of a dense tensor at the places that codes
                                 record
 
@@ -9,7 +9,7 @@ a scope becomes four bits by a multiplication, and its code comes from a table o
 constant, which also fills a scope that keeps too few blocks. Of rowpair16 only the kept row is read.
 
 The flag is one int32: 0 for a sound mask, :data:`SPLIT` where a block is kept in part, else the most blocks
-that a scope keeps, where that is over the budget. It stays on the device: whoever reads it waits.
+that a scope keeps, where that is over the budget. It stays on the device: reading it waits.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ columns, and its selectors are computed for four columns at once, one byte each.
 
 *By indices*, at most two kept of a scope: both are in one 32-bit word, and zero is what the selector byte
 0x44 picks. ``(0x44 ^ 0x10) << 8 * (column - first of the four)`` turns it to the word's first value in the
-column's byte; a shift by too much, or by a negative number, leaves nothing, which is what is right.
+column's byte; a shift by too much, or by a negative number, gives zero, which is the right result.
 
 *By a bitmap*: four bits spread to bytes S; ``S * 0x22222200 + 0x10101010`` holds, for each of the columns,
 the selector of as many values as were kept to the left of it; what is not kept is masked. Where a scope

@@ -10,7 +10,7 @@ The state is a pair of such integers, ``key``: the order of keys is the order of
 A bfloat16 or float16 value is searched as the float32 it equals, on the grid of its own type. NaN is above
 every number: it is never below a pivot.
 
-What is counted, so that it need not be derived again: with m the place of the answer in rising order, a
+The invariant: with m the position of the answer in ascending order, a
 bracket ``[lo, hi]`` has ``below(lo) <= m`` values below lo, and more than m values up to hi.
 """
 
@@ -119,7 +119,7 @@ def _any(condition):
 
 @triton.jit
 def _search(x, least, most, total, place, SHIFT: tl.constexpr):
-    """The value at ``place``, from 0 in rising order, of each row's ``total`` numbers.
+    """The value at ``place``, from 0 in ascending order, of each row's ``total`` numbers.
 
     x holds the row and what fills it up, which is above every pivot; ``least`` and ``most`` are the row's.
     """

@@ -3,9 +3,9 @@
 W is operand A of ``mma.m16n8k16``. A warp owns TILES x 16 rows and every WK-th stretch of UNITS x 64
 columns; WK warps of a program split the columns, and their sums meet in shared memory at the end. Values
 go from memory to registers in 16-byte loads, the next stretch while the last is computed, are expanded
-there (``expand``) and multiplied: they see no shared memory. x is read through L1, for each stretch.
+there (``expand``) and multiplied, without shared memory. x is read through L1, for each stretch.
 Columns are renumbered within each 64 so that a lane's 16 columns, neighbours in memory, are what the
-instruction wants of it; x is renumbered by the same rule when its registers are named, at no cost.
+instruction expects; x is renumbered by the same rule when its registers are named, at no cost.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A tile is 16 rows x 64 columns of the dense weight, one warp's tensor-core operand. In tile order the
 values of a tile are 1 KiB in a row, and so are its codes; in canonical order (row by row, as they are
-packed) a tile is 16 pieces of 64 bytes. Both orders hold the same bytes, so a tensor can keep either
-one alone, in place of the other. Measured on an H100, tile order is worth 5 to 10 % of a matmul's time.
+packed) a tile is 16 pieces of 64 bytes. Both orders hold the same bytes, so a tensor keeps only one of
+them. On an H100 tile order saves 5 to 10 % of a matmul's time.
 
 Within a tile, lane ``4 r + q`` of a warp owns columns 16 q to 16 q + 15 of rows r and r + 8:
 
@@ -18,8 +18,8 @@ rowpair16               (M/16, K/64, half, lane, 16 bytes) of   (M/16, K/64), a 
 ======================  ======================================  ==================================
 
 Canonical codes are nibbles ``i0 | i1 << 2`` of a scope's two kept blocks, or for rowpair16 one bit a
-scope; values are 16-bit floats. Values of eight bits are half as many bytes, and so that a lane loads 16 of
-them at once all the same, its two halves lie side by side: (M/16, K/64, lane, half, 8 bytes).
+scope; values are 16-bit floats. Values of eight bits are half as many bytes; for a
+lane to load 16 bytes at once, its two halves lie side by side: (M/16, K/64, lane, half, 8 bytes).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def untile_values(values: Tensor, form: Form, rows: int, columns: int) -> Tensor
 
 
 def bytes_as_wide(values: Tensor, rows: int, columns: int) -> Tensor:
-    """int8 values that lie in their tile order, in that of 16-bit values: a view.
+    """int8 values in their tile order, as a view in that of 16-bit values.
 
     Returns:
         (rows / 16, columns / 64, half, r, q, 8): half h is rows r + 8 h, or of rowpair16 columns 8 h on.

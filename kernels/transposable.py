@@ -1,7 +1,7 @@
 """Transposable 2:4 masks: of every 4x4 tile the best mask whose rows and columns keep two, exactly.
 
 There are 90, and a thread that holds a tile finds the best from 19 sums. Call the columns that a row keeps
-its pair. The first two rows share both columns of their pairs, none or one, and that leaves little choice
+its pair. The first two rows share both columns of their pairs, none or one, which leaves little choice
 for the last two:
 
 - equal pairs: both of the last rows keep the other two columns (6 masks);

@@ -5,7 +5,7 @@
 ``blocks``   blocks of any layout whose runs in a row are whole pieces of 16 bytes
 
 A thread of ``unpack`` makes a piece: 16 bytes of the dense weight, from 8 bytes of values (16 of
-rowpair16, for two pieces) and a code. As a program has as many pieces in a step as it has threads, every
+rowpair16, for two pieces) and a code. A program has as many pieces in a step as it has threads, so every
 load, shift and store is of one thread's own data: no layout conversion, no shared memory. A group of four
 16-bit columns is one 64-bit word, so that a kept value finds its column by a shift. That is about 25
 integer operations a piece; at an H100's full bandwidth there is time for 200.
@@ -100,7 +100,7 @@ def unpack(
         config: pieces a program; by default one that suits an H100.
 
     Raises:
-        ValueError: sizes or devices that do not belong together, or a :func:`refusal`.
+        ValueError: sizes or devices that do not fit each other, or a :func:`refusal`.
     """
     itemsize = values.element_size()
     reason = refusal(form, itemsize, rows, columns, tiled)
@@ -374,7 +374,7 @@ def columns(
     ``of``, a bit for each element; a stream of either, least significant bit first.
 
     Raises:
-        ValueError: sizes or devices that do not belong together, or scopes of over 32 elements.
+        ValueError: sizes or devices that do not fit each other, or scopes of over 32 elements.
     """
     scopes = check_columns(values.numel() // max(keep, 1), values, codes, keep, of)
     if scopes * keep != values.numel():

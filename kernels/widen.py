@@ -2,8 +2,8 @@
 
 A lane's 16 columns of rows r and r + 8 (of rowpair16: of packed row r) are 16 bytes, one load. Integers of
 eight bits are exact in bfloat16 and in float16, so they are multiplied as they are and a row's scale is
-laid on its sum. A group of four columns of 2:4 is 2.5 bytes of memory, where 16-bit values make 4.5: an
-H100 at full bandwidth has 12 integer operations and 24 instructions for it, in place of 22 and 44.
+applied to its sum. A group of four columns of 2:4 is 2.5 bytes of memory, where 16-bit values make 4.5: an
+H100 at full bandwidth has time for 12 integer operations and 24 instructions on it, instead of 22 and 44.
 
 =========================  ===========================================================================
 bfloat16                   two bytes under the exponent of 2**7, as two bfloat16: the lower 7 bits,
@@ -20,8 +20,8 @@ float16                    two bytes, their sign bits flipped, under the exponen
 
 For 2:4 in bfloat16 and up to 8 rows of x the loop of ``skinny`` compiles to 16.3 instructions for a group,
 9.3 of them integer; by float32 to 16.8 and 8.8, and to 8 to 20 registers more. On an H100 each is the faster
-in some cuts (``bench/int8.py --tune``): by float32 4096x2560 takes 5.0 us in place of 5.7, and 9728x2560
-9.6 in place of 10.4.
+in some cuts (``bench/int8.py --tune``): by float32 4096x2560 takes 5.0 us instead of 5.7, and 9728x2560
+9.6 instead of 10.4.
 """
 
 from __future__ import annotations

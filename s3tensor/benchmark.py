@@ -28,9 +28,10 @@ from torch import Tensor
 
 from s3tensor.errors import ModelError
 from s3tensor.pattern import BoundPattern, Pattern
+from s3tensor.tensor import cusparselt, timings
 from s3tensor.tensor import linear as paths
-from s3tensor.tensor import timings
 from s3tensor.tensor.sparse import StructuredSparseTensor
+from s3tensor.tensor.weight import Weight
 from s3tensor.version import __version__
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -256,10 +257,10 @@ def cells(
     lean = random_weight(pattern, shape, dtype, device)
     whole = lean.to_dense()
     vendor = None
-    if paths.can_vendor(lean.bound, dtype, device):
-        vendor = paths.vendor_copy(whole, lean.bound)
-    parts = paths.Weight(
-        lean.packed, lean.indices, lean.bound, lean.tiled, dense=whole, vendor=vendor
+    if cusparselt.takes(lean.bound, dtype, device):
+        vendor = cusparselt.compress(whole, lean.bound)
+    parts = Weight(
+        lean.packed, lean.indices, lean.bound, tiled=lean.tiled, dense=whole, vendor=vendor
     )
     sizes = {"packed": lean.nbytes_compressed, "scratch": lean.nbytes_compressed}
     sizes |= {"general": lean.nbytes_compressed}
@@ -276,15 +277,15 @@ def cells(
                 padded = F.pad(x, (0, 0, 0, -batch % 16))
                 for number, plan in enumerate({(0, 1, -1), *_proposed(padded, parts)}):
                     plans[f"{path} {number}"] = plan
-                    y = paths.vendor_product(padded, parts, None, plan)[:batch]
+                    y = paths.multiply_under(plan, padded, parts, None)[:batch]
                     check(y, x, whole, f"{name}, plan {plan}")
                     groups[f"{path} {number}"] = [
-                        partial(paths.vendor_product, padded, weight, None, plan)
+                        partial(paths.multiply_under, plan, padded, weight, None)
                         for weight in weights
                     ]
                 continue
-            check(paths.linear(x, parts, None, path), x, whole, name)
-            groups[path] = [partial(paths.linear, x, weight, None, path) for weight in weights]
+            check(paths.multiply(x, parts, None, path), x, whole, name)
+            groups[path] = [partial(paths.multiply, x, weight, None, path) for weight in weights]
         us = times(groups, device, repeats)
         # cuSPARSELt's default plan or the one that it proposes
         best = min(plans, key=us.__getitem__, default=None)
@@ -297,7 +298,7 @@ def cells(
         )  # fmt: skip
 
 
-def _proposed(flat: Tensor, weight: paths.Weight) -> list[tuple[int, int, int]]:
+def _proposed(flat: Tensor, weight: Weight) -> list[tuple[int, int, int]]:
     search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
     if search is None:
         return []
@@ -312,15 +313,15 @@ def _proposed(flat: Tensor, weight: paths.Weight) -> list[tuple[int, int, int]]:
 def vendor_call_us(device: torch.device) -> float:
     """Host microseconds of one eager call of cuSPARSELt, which plans again each time."""
     weight = random_weight("2:4", (512, 512), torch.bfloat16, device)
-    if not paths.can_vendor(weight.bound, weight.dtype, device):
+    if not cusparselt.takes(weight.bound, weight.dtype, device):
         return 2000.0
-    copy = paths.vendor_copy(weight.to_dense(), weight.bound)
-    parts = paths.Weight(weight.packed, weight.indices, weight.bound, vendor=copy)
+    copy = cusparselt.compress(weight.to_dense(), weight.bound)
+    parts = Weight(weight.packed, weight.indices, weight.bound, vendor=copy)
     x = torch.zeros(512, 512, device=device, dtype=torch.bfloat16)
     times = []
     for _ in range(20):
         start = time.perf_counter()
-        paths.vendor_product(x, parts, None, (0, 1, -1))
+        paths.multiply_under(timings.DEFAULT_PLAN, x, parts, None)
         times.append(1e6 * (time.perf_counter() - start))
         torch.cuda.synchronize(device)
     return statistics.median(times)
@@ -363,7 +364,7 @@ def _count(nbytes: int, device: torch.device) -> int:
     return max(2, math.ceil(ROTATE / nbytes)) if device.type == "cuda" else 1
 
 
-def _twin(weight: paths.Weight, path: str) -> paths.Weight:
+def _twin(weight: Weight, path: str) -> Weight:
     """The weight with its own copy of what a path reads."""
     if path in ("dense", "vendor"):
         part = getattr(weight, path)
@@ -374,7 +375,7 @@ def _twin(weight: paths.Weight, path: str) -> paths.Weight:
 def _path(weight: StructuredSparseTensor, batch: int) -> str:
     if weight.device.type != "cuda":
         return "scratch" if weight.dense is None else "dense"
-    return paths.choose(weight.as_parts(), batch, graph=True)
+    return paths.choose(weight.as_weight(), batch, graph=True)
 
 
 # time -------------------------------------------------------------------------------------------------
@@ -485,5 +486,5 @@ def _compile(job: Job, device: str) -> None:
     weight = paths.zero_weight(bound, dtype, torch.device(device))
     x = torch.zeros(batch, shape[1], device=device, dtype=dtype)
     for path in paths.possible(weight, batch):
-        paths.linear(x, weight, None, path)
+        paths.multiply(x, weight, None, path)
     torch.cuda.synchronize()

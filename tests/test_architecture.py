@@ -6,6 +6,7 @@ import ast
 import doctest
 import graphlib
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,9 @@ GUESTS = {
     "peft": {"train"},
 }
 STDLIB_ONLY = {"errors", "version", "moved", "pattern"}
-KERNEL_CALLERS = {"mask", "tensor", "train"}  # inside functions: they meet CUDA tensors, and Triton
+GATE = (
+    PACKAGE / "mask" / "backend.py"
+)  # the only module that imports kernels or asks for HIP and Triton
 
 
 def sources() -> list[tuple[str, Path]]:
@@ -69,15 +72,13 @@ def module_name(path: Path) -> str:
     return name if name.startswith("s3tensor") else f"s3tensor.{name}"
 
 
-def imports(path: Path, top_level_only: bool = False) -> list[str]:
+def imports(path: Path) -> list[str]:
     """Absolute names of what a file imports, ``if TYPE_CHECKING`` left out."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names: list[str] = []
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            return
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and top_level_only:
             return
         if isinstance(node, ast.Import):
             names.extend(alias.name for alias in node.names)
@@ -104,8 +105,8 @@ def floor_of(room: str) -> int:
     raise AssertionError(f"{room} has no floor; give it one in tests/test_architecture.py")
 
 
-def rooms_imported(path: Path, top_level_only: bool = False) -> set[str]:
-    names = imports(path, top_level_only)
+def rooms_imported(path: Path) -> set[str]:
+    names = imports(path)
     return {name.split(".")[1] for name in names if name.startswith("s3tensor.")}
 
 
@@ -127,15 +128,21 @@ def test_a_file_imports_before_all_else() -> None:
         assert not late, f"{path.name}:{late[0].lineno} imports behind a definition"
 
 
-def test_only_their_callers_import_kernels_and_kernels_import_nothing_of_s3tensor() -> None:
+def test_only_the_gate_imports_kernels_and_kernels_import_nothing_of_s3tensor() -> None:
     for room, path in sources():
+        names = imports(path)
         if room == "kernels":
-            others = {name for name in imports(path) if name.startswith("s3tensor")}
+            others = {name for name in names if name.startswith("s3tensor")}
             assert all(name.startswith("s3tensor.kernels") for name in others), path.name
-        elif room in KERNEL_CALLERS:
-            assert "kernels" not in rooms_imported(path, top_level_only=True), path.name
-        else:
-            assert "kernels" not in rooms_imported(path), path.name
+            continue
+        assert not {name for name in names if name.startswith("s3tensor.kernels")}, path.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = getattr(node, "attr", getattr(node, "value", None))
+            asks = text == "hip" or re.fullmatch(r"s3tensor\.kernels(\.\w*)?", str(text))
+            assert path == GATE or not asks, (
+                f"{path.name}:{node.lineno} has {text}; use {GATE.name}"
+            )
+    assert "s3tensor.kernels" not in loaded_modules("import s3tensor.mask.backend")
 
 
 def test_pruners_know_nothing_of_the_tensor() -> None:
@@ -162,11 +169,16 @@ def test_the_ground_floor_needs_the_standard_library_only() -> None:
             assert not foreign, f"{path.name} imports {foreign}"
 
 
-def loaded_after(statement: str) -> set[str]:
-    """Top-level modules that a fresh interpreter holds after a statement."""
-    code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+def loaded_modules(statement: str) -> set[str]:
+    """Modules that a fresh interpreter holds after a statement."""
+    code = f"{statement}\nimport sys\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
+
+
+def loaded_after(statement: str) -> set[str]:
+    """The top-level ones of them."""
+    return {name.split(".")[0] for name in loaded_modules(statement)}
 
 
 def test_a_plain_import_loads_no_torch_and_nothing_heavy() -> None:

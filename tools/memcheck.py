@@ -101,12 +101,12 @@ def product(pattern: str, shape: tuple[int, int], dtype: str, batches: tuple[int
     )
     dense = weight.to_dense()
     for order in {weight.tiled, False}:
-        parts = weight.in_order(order).as_parts()
+        parts = weight.in_order(order).as_weight()
         for n in batches:
             x, bias = torch.randn(n, shape[1], device="cuda").to(kind), dense[:, 0].contiguous()
             exact = x.double() @ dense.double().t() + bias.double()
             for path in paths.possible(parts, n):
-                y = paths.linear(x, parts, bias, path)
+                y = paths.multiply(x, parts, bias, path)
                 _same(y, exact, 0.02 if kind != torch.float32 else 1e-4)
 
 

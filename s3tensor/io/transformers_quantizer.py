@@ -32,7 +32,7 @@ from s3tensor.model.weights import parameters_of
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.int8 import VALUES, class_of
-from s3tensor.tensor.scaled import DTYPES
+from s3tensor.tensor.int8_values import DTYPES
 
 _INTEGERS, _FLOATS = (
     {torch.uint8: "U8", torch.int8: "I8"},

@@ -12,13 +12,13 @@ patterns of ``form_of`` and for N of M consecutive blocks, and give the same byt
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from s3tensor.errors import CheckpointError, PatternError
+from s3tensor.mask import backend
 from s3tensor.mask.projection import blocks_in, count, tile, top_blocks, untile
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.pattern.layout import Layout, coalesce_together
@@ -260,9 +260,7 @@ def form_of(bound: BoundPattern) -> str | None:
     """
     if len(bound.shape) != 2:
         return None
-    from s3tensor.kernels.tiles import FORMS  # type: ignore[import-not-found]
-
-    for form in FORMS:
+    for form in backend.tiles().FORMS:
         pattern = Pattern.parse(form)
         if all(n % pattern.step(dim)[0] == 0 for dim, n in enumerate(bound.shape)):
             other = pattern.bind(bound.shape)
@@ -297,8 +295,7 @@ def to_tiles(
 
 def _reorder(packed: Tensor, bound: BoundPattern, how: str) -> Tensor:
     """Values or indices in another order, by the function ``how`` of ``kernels/tiles.py``."""
-    from s3tensor.kernels import tiles  # type: ignore[import-not-found]
-
+    tiles = backend.tiles()
     form = form_of(bound)
     if form is None:
         raise PatternError(
@@ -307,16 +304,12 @@ def _reorder(packed: Tensor, bound: BoundPattern, how: str) -> Tensor:
     return getattr(tiles, how)(packed, form, *bound.shape)
 
 
-@functools.lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return torch.version.hip is None and importlib.util.find_spec("triton") is not None
-
-
 def _kernels(*tensors: Tensor) -> tuple[Any, Any] | None:
     """The modules ``unpack`` and ``pack`` of the kernels, where they can take these tensors; else None."""
-    if not all(t.is_cuda for t in tensors) or torch.compiler.is_compiling() or not _has_triton():
+    if not all(t.is_cuda for t in tensors) or torch.compiler.is_compiling():
         return None
-    return _load_kernels() if _are_plain(*tensors) else None
+    unpack = backend.load("unpack")
+    return (unpack, backend.load("pack")) if unpack and _are_plain(*tensors) else None
 
 
 def _are_plain(*tensors: Tensor) -> bool:
@@ -326,15 +319,6 @@ def _are_plain(*tensors: Tensor) -> bool:
     return len({t.device for t in tensors}) == 1 and all(
         type(t) in (Tensor, torch.nn.Parameter) for t in tensors
     )
-
-
-@functools.lru_cache(maxsize=1)
-def _load_kernels() -> tuple[Any, Any] | None:
-    try:
-        from s3tensor.kernels import pack, unpack
-    except ImportError:  # a Triton that lacks what they need
-        return None
-    return unpack, pack
 
 
 def _unpack_by_kernel(

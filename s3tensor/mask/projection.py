@@ -6,13 +6,13 @@ Everything here is pure and runs on any device; a mask is bool, True where a wei
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from s3tensor.errors import NonFiniteError, PatternError
+from s3tensor.mask import backend
 from s3tensor.pattern import BoundPattern, Pattern, coalesce
 
 # Up to this many competing blocks a rank count (n^2/2 compares of contiguous planes) beats a sort:
@@ -212,10 +212,10 @@ def satisfies(weight: Tensor, pattern: Pattern | str) -> bool:
 
 def select_kernels(x: Tensor) -> Any:
     """The module of the selection kernels where it takes x, made contiguous (rows, n); else None."""
-    kernels = _load_kernels() if on_plain_gpu(x) else None
-    if kernels is None or x.dtype not in kernels[0].DTYPES or not 0 < x.numel() < 2**31:
+    select = backend.load("select") if on_plain_gpu(x) else None
+    if select is None or x.dtype not in select.DTYPES or not 0 < x.numel() < 2**31:
         return None
-    return kernels[0]
+    return select
 
 
 def on_plain_gpu(x: Tensor) -> bool:
@@ -228,30 +228,16 @@ def on_plain_gpu(x: Tensor) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=1)
-def _load_kernels() -> tuple[Any, Any] | None:
-    """The modules ``select`` and ``masks`` of the kernels; None where there is no Triton for them."""
-    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
-        return None
-    from s3tensor.kernels import select  # type: ignore[import-not-found]
-
-    try:
-        from s3tensor.kernels import masks
-    except ImportError:  # Triton 3.2
-        return select, None
-    return select, masks
-
-
 def _project_by_kernel(weight: Tensor, bound: BoundPattern, look: bool = True) -> Tensor | None:
     """The mask, or None where no kernel takes this weight and pattern.
 
     Without ``look`` nothing waits for the GPU to report NaN or Inf; both count as the largest.
     """
-    kernels = _load_kernels() if on_plain_gpu(weight) else None
-    layout = None if kernels is None else stretches(bound)
-    if kernels is None or layout is None or bound.keep == bound.blocks_per_scope:
+    select = backend.load("select") if on_plain_gpu(weight) else None
+    layout = None if select is None else stretches(bound)
+    if select is None or layout is None or bound.keep == bound.blocks_per_scope:
         return None
-    select, masks = kernels
+    masks = backend.load("masks")  # None with Triton 3.2
     dense = weight.detach().contiguous()
     where = None if masks is None else masks.Stretches(**layout)
     if where is not None and masks.covers(where, dense.dtype) and bound.scopes < 2**31:

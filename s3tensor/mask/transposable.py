@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from s3tensor.errors import NonFiniteError, PatternError
+from s3tensor.mask import backend
 from s3tensor.mask import projection as masks
 from s3tensor.mask.projection import run_length
 from s3tensor.pattern import BoundPattern, Pattern
@@ -100,11 +101,9 @@ def _in_range(part: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _kernel(given: Tensor, keep: int) -> Any:
     """The kernel's module where it takes this weight or these scores, for 2:4 on a GPU; else None."""
-    if keep != 2 or not masks.on_plain_gpu(given) or masks._load_kernels() is None:
-        return None
-    from s3tensor.kernels import transposable as kernel  # type: ignore[import-not-found]
-
-    return kernel if given.dtype in kernel.DTYPES and given.numel() > 0 else None
+    kernel = backend.load("transposable") if keep == 2 and masks.on_plain_gpu(given) else None
+    takes = kernel is not None and given.dtype in kernel.DTYPES and given.numel() > 0
+    return kernel if takes else None
 
 
 def check(pattern: Pattern, shape: tuple[int, ...]) -> BoundPattern:

@@ -1,19 +1,21 @@
-"""``Compressed``: what all tensors have in common that hold a matrix under a pattern as packed parts."""
+"""``Compressed``: what all tensors have in common that hold a matrix as packed parts."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from s3tensor.errors import UnsupportedOpError
-from s3tensor.mask.packing import unpack_mask
+from s3tensor.mask.packing import to_tiles, unpack_mask
 from s3tensor.pattern import BoundPattern, Pattern
+from s3tensor.tensor.linear import prefers_tiles
+from s3tensor.tensor.weight import Weight
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
@@ -26,14 +28,24 @@ Rules = dict[Any, Callable[..., Any]]
 FUNCTION_RULES: Rules = {}
 
 
+class Facts(NamedTuple):
+    """What a compressed tensor knows of itself beside its tensors."""
+
+    pattern: Pattern | str  # a string only where Dynamo traces a call: it cannot build a Pattern
+    bound_shape: tuple[int, ...]
+    transposed: bool = False
+    tiled: bool = False
+    dtype: torch.dtype | None = None  # of products; None: that of the packed values
+
+
 class Compressed(Tensor):
-    """A matrix under a structured-sparsity pattern: packed parts in a tensor's clothes.
+    """A matrix under a structured-sparsity pattern: a tensor that holds packed parts.
 
     Shape, dtype and device are those of the dense matrix. An operator without a rule raises
     :class:`~s3tensor.errors.UnsupportedOpError`: nothing densifies in silence.
 
-    A class of these names its parts, sets ``_flat`` (the names and the context of
-    ``__tensor_flatten__``) in ``__init__``, and has the methods below that raise NotImplementedError.
+    A class of these names its parts in ``PARTS`` and ``COPIES`` and has the methods below that raise
+    NotImplementedError. The constructor checks nothing.
 
     Attributes:
         packed: kept blocks, (scopes, keep, block_size).
@@ -51,36 +63,86 @@ class Compressed(Tensor):
     bound_shape: tuple[int, ...]
     transposed: bool
     tiled: bool
-    _flat: tuple[list[str], tuple[Any, ...]]
+    dense: Tensor | None
+    vendor: Tensor | None
+    scales: Tensor | None
+    # What ``__tensor_flatten__`` gives: the names of the tensors that are there, and the facts.
+    _flat: tuple[list[str], Facts]
 
-    PARTS: ClassVar[tuple[str, ...]] = ("packed", "indices")  # that a checkpoint stores
-    SECOND_FORMS: ClassVar[tuple[str, ...]] = ()  # that are made of the parts, for speed
+    PARTS: ClassVar[tuple[str, ...]] = ("packed", "indices")  # what a checkpoint stores
+    COPIES: ClassVar[tuple[str, ...]] = ()  # made from the parts, for speed; each may be None
     RULES: ClassVar[Rules]  # rule(func, args, kwargs), by aten overload
+
+    # No __slots__: torch.utils.swap_tensors, which Module.to uses, refuses them.
+
+    @staticmethod
+    def __new__(
+        cls,
+        packed: Tensor,
+        indices: Tensor,
+        facts: Facts,
+        *,
+        scales: Tensor | None = None,
+        dense: Tensor | None = None,
+        vendor: Tensor | None = None,
+        outer_size: tuple[int, ...] | None = None,
+        outer_stride: tuple[int, ...] | None = None,
+    ) -> Self:
+        if outer_size is None or outer_stride is None:
+            outer_size = tuple(facts.bound_shape)
+            stride = [1] * len(outer_size)
+            for dim in reversed(range(len(stride) - 1)):
+                stride[dim] = stride[dim + 1] * outer_size[dim + 1]
+            outer_stride = tuple(stride)
+            if facts.transposed:
+                outer_size, outer_stride = outer_size[::-1], outer_stride[::-1]
+        dtype = packed.dtype if facts.dtype is None else facts.dtype
+        made: Self = Tensor._make_wrapper_subclass(
+            cls, outer_size, strides=outer_stride, dtype=dtype, device=packed.device
+        )
+        return made
+
+    def __init__(
+        self,
+        packed: Tensor,
+        indices: Tensor,
+        facts: Facts,
+        *,
+        scales: Tensor | None = None,
+        dense: Tensor | None = None,
+        vendor: Tensor | None = None,
+        outer_size: tuple[int, ...] | None = None,
+        outer_stride: tuple[int, ...] | None = None,
+    ) -> None:
+        if isinstance(facts.pattern, str):
+            facts = facts._replace(pattern=Pattern.parse(facts.pattern))
+        self.packed = packed
+        self.indices = indices
+        self.scales = scales
+        self.dense = dense
+        self.vendor = vendor
+        self.pattern = facts.pattern  # type: ignore[assignment]  # no string any more
+        self.bound_shape = facts.bound_shape
+        self.transposed = facts.transposed
+        self.tiled = facts.tiled
+        # Made once: a compiled graph asks for it several times in each call.
+        names = list(self.PARTS)
+        for name in self.COPIES:
+            if getattr(self, name) is not None:
+                names.append(name)
+        self._flat = names, facts
+
+    def _with(self, **changes: Any) -> Self:
+        """The same tensors and facts, but for the given ones."""
+        names, facts = self._flat
+        new = {name: changes.pop(name) for name in Facts._fields if name in changes}
+        held = {name: getattr(self, name) for name in names if name not in changes}
+        return type(self)(facts=facts._replace(**new) if new else facts, **held, **changes)
 
     # what each class does in its own way --------------------------------------------------------------
 
-    def parts(self) -> tuple[Tensor, ...]:
-        """The stored parts, values and indices in canonical order."""
-        raise NotImplementedError
-
-    def in_order(self, tiled: bool | None = None) -> Self:
-        """The weight with its parts in tile order or in canonical order; by default as its device likes."""
-        raise NotImplementedError
-
-    def map_parts(self, values: Callable[[Tensor], Tensor], *, flip: bool = False) -> Self:
-        """The same weight, its parts passed through a function; ``flip`` makes it the transposed view."""
-        raise NotImplementedError
-
     def to_dense(self, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
         """The dense matrix."""
-        raise NotImplementedError
-
-    def multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``F.linear(x, self, bias)`` by an operator over plain tensors, which a graph can hold."""
-        raise NotImplementedError
-
-    def multiplied_now(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The same without the dispatcher, for plain tensors that nothing watches."""
         raise NotImplementedError
 
     @classmethod
@@ -100,6 +162,70 @@ class Compressed(Tensor):
         """Bytes of the stored parts."""
         raise NotImplementedError
 
+    # how it is kept -----------------------------------------------------------------------------------
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors of ``PARTS``, values and indices in canonical order."""
+        packed, indices, *more = (getattr(self, name) for name in self.PARTS)
+        if self.tiled:
+            packed, indices = to_tiles(packed, indices, self.bound, backwards=True)
+        return packed, indices, *more
+
+    def as_weight(self) -> Weight:
+        """The weight as :mod:`s3tensor.tensor.linear` takes it."""
+        return Weight(
+            self.packed,
+            self.indices,
+            self.bound,
+            tiled=self.tiled,
+            transposed=self.transposed,
+            dense=self.dense,
+            vendor=self.vendor,
+            scales=self.scales,
+            computed_in=self._flat[1].dtype,
+        )
+
+    def in_order(self, tiled: bool | None = None) -> Self:
+        """The weight in tile order or in canonical order; by default in the order that its device prefers.
+
+        Itself when it is so already. Both orders hold the same bytes.
+        """
+        if tiled is None:
+            tiled = prefers_tiles(self.bound, self.dtype, self.device)
+        if tiled == self.tiled:
+            return self
+        packed, indices = to_tiles(self.packed, self.indices, self.bound, not tiled)
+        return self._with(packed=packed.contiguous(), indices=indices.contiguous(), tiled=tiled)
+
+    def map_parts(
+        self,
+        values: Callable[[Tensor], Tensor],
+        positions: Callable[[Tensor], Tensor] | None = None,
+        *,
+        flip: bool = False,
+        copies: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """The same weight, its tensors passed through functions.
+
+        Args:
+            values: for every tensor.
+            positions: for the indices; by default ``values``.
+            flip: makes it the transposed view.
+            copies: whether ``values`` makes of the copies what it makes of the packed values; without,
+                the result has none.
+            dtype: another dtype of products, for int8 values.
+        """
+        names, facts = self._flat
+        made: dict[str, Any] = {}
+        for name in names if copies else self.PARTS:
+            through = values if positions is None or name != "indices" else positions
+            made[name] = through(getattr(self, name))
+        if flip or dtype is not None:
+            pattern, shape, transposed, tiled, kind = facts
+            facts = Facts(pattern, shape, transposed ^ flip, tiled, dtype or kind)
+        return type(self)(facts=facts, **made)
+
     # what it is ---------------------------------------------------------------------------------------
 
     @property
@@ -114,9 +240,9 @@ class Compressed(Tensor):
 
     @property
     def nbytes_held(self) -> int:
-        """Bytes of all that is kept: the stored parts, and second forms."""
-        kept = (getattr(self, name) for name in self.SECOND_FORMS)
-        return self.nbytes_compressed + sum(part.nbytes for part in kept if part is not None)
+        """Bytes of all that is kept: the stored parts, and the copies beside them."""
+        copies = (getattr(self, name) for name in self.COPIES)
+        return self.nbytes_compressed + sum(copy.nbytes for copy in copies if copy is not None)
 
     def mask(self) -> Tensor:
         """Bool tensor of the tensor's shape, True at the positions that are stored."""
@@ -128,7 +254,7 @@ class Compressed(Tensor):
         return self.to_dense(dtype)
 
     def same_layout(self, other: Tensor) -> bool:
-        """True when ``other`` has such parts, under the same pattern, shape, order and orientation."""
+        """True when ``other`` has the same kind of parts, pattern, shape, order and orientation."""
         return isinstance(other, Compressed) and self._layout() == other._layout()
 
     def _layout(self) -> tuple[Any, ...]:
@@ -146,7 +272,7 @@ class Compressed(Tensor):
         )
 
     def description(self) -> dict[str, Any]:
-        """What a checkpoint holds beside :meth:`parts`, as JSON can: pattern, label, shape, transposed."""
+        """What a checkpoint holds beside :meth:`parts`, for JSON: pattern, label, shape, transposed."""
         return {
             "pattern": self.pattern.parts,
             "label": str(self.pattern),
@@ -163,7 +289,7 @@ class Compressed(Tensor):
         return twin
 
     def share_memory_(self) -> Self:
-        """Move the parts to shared memory; torch's own version would touch a storage that is not there."""
+        """Move the parts to shared memory; torch's own version would touch a storage that does not exist."""
         for name in self._flat[0]:
             getattr(self, name).share_memory_()
         return self
@@ -175,8 +301,8 @@ class Compressed(Tensor):
     @classmethod
     def own_names(cls) -> frozenset[str]:
         """What ``__init__`` sets; anything else on a tensor is its user's, or says that it is a parameter."""
-        facts = "pattern", "bound_shape", "transposed", "tiled", "_flat"
-        return frozenset((*cls.PARTS, *cls.SECOND_FORMS, *facts))
+        parts = "packed", "indices", "scales", "dense", "vendor"
+        return frozenset((*parts, *Facts._fields, "_flat"))
 
     def further_attributes(self) -> dict[str, Any]:
         """What is set on the tensor beside :meth:`own_names`."""
@@ -185,11 +311,24 @@ class Compressed(Tensor):
 
     # what torch asks of it ----------------------------------------------------------------------------
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+    def __tensor_flatten__(self) -> tuple[list[str], Facts]:
         return self._flat
 
+    @classmethod
+    def __tensor_unflatten__(
+        cls,
+        inner: dict[str, Tensor],
+        context: tuple[Any, ...],
+        outer_size: tuple[int, ...],
+        outer_stride: tuple[int, ...],
+    ) -> Self:
+        # The outer size must be the given one: it may be symbolic where bound_shape is not.
+        given = context if type(context) is Facts else Facts(*context)  # torch may copy the tuple
+        parts: dict[str, Any] = inner
+        return cls(facts=given, outer_size=outer_size, outer_stride=outer_stride, **parts)
+
     def _stable_hash_for_caching(self) -> str:
-        """What a cached compilation depends on: everything but the values (AOTAutograd's cache asks)."""
+        """What a cached compilation depends on (AOTAutograd's cache asks): everything but the values."""
         facts = (
             *(self.pattern.parts, str(self.pattern), self.bound_shape, self.transposed, self.tiled),
             *(self.dtype, self.device, self.shape, self.stride(), self.requires_grad),

@@ -1,7 +1,7 @@
 """What users call on a compressed tensor: one small rule for each torch function that needs one.
 
-``@``, ``mm``, ``mv`` and ``addmm`` come to a tensor subclass as these functions; each goes to one product of
-rows of x by the weight, which a compiler sees whole (:mod:`s3tensor.tensor.ops` tells why).
+``@``, ``mm``, ``mv`` and ``addmm`` reach a tensor subclass as these functions. Each becomes one product of
+rows of x by the weight, which a compiler sees whole (:mod:`s3tensor.tensor.ops` says why).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3tensor.errors import UnsupportedOpError
-from s3tensor.tensor import ops
 from s3tensor.tensor.base import FUNCTION_RULES, Compressed, refusal, rules_for
+from s3tensor.tensor.linear import multiply
+from s3tensor.tensor.ops import watched_linear
 
 function = rules_for(FUNCTION_RULES)
 
@@ -34,7 +35,7 @@ def is_compressed(value: Any) -> bool:
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not is_compressed(weight) or is_compressed(input) or is_compressed(bias):
         raise _refused(F.linear, (input, weight, bias), "only the weight may be compressed")
-    return _multiply(input, weight, bias)
+    return _by_weight(input, weight, bias)
 
 
 @function(torch.matmul, Tensor.matmul, Tensor.__matmul__)
@@ -79,7 +80,7 @@ def addmm(
         raise _refused(torch.addmm, operands, "only one of the factors may be compressed")
     plain = beta == 1 and alpha == 1 and input.ndim == 1
     if plain and is_compressed(mat2) and not is_compressed(mat1):
-        return _multiply(mat1, mat2.t(), input)
+        return _by_weight(mat1, mat2.t(), input)
     return combine(input, _product(mat1, mat2), beta, alpha)
 
 
@@ -103,19 +104,42 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     if is_compressed(left) == is_compressed(right):
         raise _refused(torch.matmul, (left, right), "both operands are compressed")
     if is_compressed(right):
-        return _multiply(left, right.t(), None)
+        return _by_weight(left, right.t(), None)
     if right.ndim == 1:
-        return _multiply(right, left, None)
-    return _multiply(right.mT, left, None).mT
+        return _by_weight(right, left, None)
+    return _by_weight(right.mT, left, None).mT
 
 
-def _multiply(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-    """``F.linear``: at once where nothing watches, else by an op that takes the weight whole."""
-    watched = weight.requires_grad and torch.is_grad_enabled()
-    if not watched and ops.nothing_watches(x, bias, weight.packed):
-        now: Tensor = weight.multiplied_now(x, bias)
-        return now
-    return ops.product(x, weight, bias)
+def _by_weight(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+    """``F.linear``: at once where nothing watches, else by an op that takes the weight whole.
+
+    Two passes through the dispatcher cost the host 70 us, more than a small product takes a GPU.
+    """
+    watched = torch.is_grad_enabled() and weight.requires_grad
+    if not watched and _nothing_watches(x, bias, weight.packed):
+        return multiply(x, weight.as_weight(), bias)
+    return watched_linear(x, weight, bias)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _nothing_watches(*tensors: Tensor | None) -> bool:
+    """Whether eager code may compute with the tensors at once: no gradient, mode, transform or autocast."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None:
+            if type(tensor) not in _PLAIN or (grad and tensor.requires_grad):
+                return False
+            if tensor.is_meta:  # nothing is computed, and autocast does not know the device
+                return False
+            if torch.is_autocast_enabled(tensor.device.type):
+                return False
+    return True
 
 
 def _refuse_out(func: Any, operands: tuple[Any, ...], out: Tensor | None) -> None:
@@ -154,7 +178,7 @@ def set_data(target: Tensor, source: Tensor) -> None:
 
 @function(_set_requires_grad)
 def set_requires_grad(target: Tensor, value: bool) -> None:
-    """``target.requires_grad = value``, which goes the way of the method: integers refuse."""
+    """``target.requires_grad = value`` calls the method, which int8 values refuse."""
     if isinstance(value, bool):
         target.requires_grad_(value)
         return
@@ -164,11 +188,11 @@ def set_requires_grad(target: Tensor, value: bool) -> None:
 
 @function(Tensor.__dlpack__, Tensor.__dlpack_device__)
 def refuse_exchange(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """There is no memory of these values to hand over: whoever read it would read another's, or crash."""
+    """A wrapper has no memory of its values: a reader would read other memory, or crash."""
     raise _refused("__dlpack__", (tensor,), "hand over to_dense(), or the parts")
 
 
 @function(Tensor.apply_, Tensor.map_, Tensor.map2_)
 def refuse_storage(tensor: Tensor, *others: Any) -> Tensor:
-    """These walk over the storage, which a wrapper does not have: torch's own version crashes."""
+    """These walk over the storage, which a wrapper does not have: torch's own versions crash."""
     raise _refused(Tensor.apply_, (tensor, *others), "")

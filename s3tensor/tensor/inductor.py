@@ -1,4 +1,4 @@
-"""Options of ``torch.compile`` with which compressed linears run best: grouped, and started early."""
+"""Options of ``torch.compile`` for compressed linears: grouped, and started early."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from s3tensor.tensor import ops, scaled
+from s3tensor.tensor import ops
 
 _MOST = 3  # weights of one launch
 
@@ -17,18 +17,18 @@ _MOST = 3  # weights of one launch
 class GroupLinears(CustomGraphPass):
     """Put the compressed linears that read one x next to each other: query, key and value, gate and up.
 
-    Two or three that a kernel takes together become one ``s3tensor::linear_group``. Others, those with int8
-    values too, gain by being neighbours: a kernel for packed weights starts to read its weight while the one
-    before it drains (programmatic dependent launch), but only where nothing lies between the two. And what
-    follows on several of them, such as norms and rotary embeddings, fuses into one kernel.
+    Two or three that a kernel takes together become one ``s3tensor::linear_group``. Others, among them those
+    with int8 values, gain by being neighbours: a kernel for packed weights starts to read its weight while
+    the kernel before it drains (programmatic dependent launch), if nothing lies between the two. What
+    follows several of them, such as norms and rotary embeddings, fuses into one kernel.
 
     Args:
         targets: the operators to group, by their first argument.
-        merge: whether compressed linears may become one operator; else they only become neighbours.
+        merge: whether compressed linears may become one operator; otherwise they only become neighbours.
     """
 
     def __init__(self, targets: tuple[Any, ...] = (), merge: bool = True) -> None:
-        self.targets = targets or (ops.linear._opoverload, scaled.linear_int8._opoverload)
+        self.targets = targets or (ops.linear._opoverload, ops.linear_int8._opoverload)
         self.merge = merge
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -39,7 +39,7 @@ class GroupLinears(CustomGraphPass):
                     _join(graph, alike[start : start + _MOST])
 
     def _neighbours(self, graph: fx.Graph) -> list[list[fx.Node]]:
-        """Reorder the graph; the linears that follow each other now, in their order."""
+        """Reorder the graph; returns the linears that now follow each other, in their order."""
         groups: list[list[fx.Node]] = []
         place = {node: number for number, node in enumerate(graph.nodes)}
         last: dict[fx.Node, fx.Node] = {}  # the last linear of each x
@@ -73,7 +73,7 @@ class GroupLinears(CustomGraphPass):
 
 
 def _alike(group: list[fx.Node]) -> list[list[fx.Node]]:
-    """Of linears that read one x, those that ``linear_group`` takes together, two or more."""
+    """Of the linears that read one x, those that ``linear_group`` takes together, two or more."""
     found: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in group:
         kind = _kind(node)
@@ -83,7 +83,7 @@ def _alike(group: list[fx.Node]) -> list[list[fx.Node]]:
 
 
 def _kind(node: fx.Node) -> tuple[Any, ...] | None:
-    """What linears of a group have in common; None for one that a group does not take."""
+    """What the linears of a group have in common; None for one that no group takes."""
     if node.target is not ops.linear._opoverload or node.kwargs or len(node.args) < 7:
         return None
     given: list[Any] = [*node.args, *(False, None, None)[len(node.args) - 7 :]]
@@ -118,8 +118,8 @@ def inductor_options(**more: Any) -> dict[str, Any]:
     start early, where this torch knows how to. Options that it does not know are left out.
 
     Args:
-        more: further options of Inductor, which count before these; a dot in a name is written as two
-            underscores, as in ``triton__cudagraphs=False``.
+        more: further options of Inductor, which override these; write a dot in a name as two underscores,
+            as in ``triton__cudagraphs=False``.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
@@ -129,7 +129,7 @@ def inductor_options(**more: Any) -> dict[str, Any]:
     known = torch._inductor.list_options()
     options: dict[str, Any] = {
         "post_grad_custom_post_pass": GroupLinears(),
-        "reorder_for_peak_memory": False,  # it would part what the pass put together
+        "reorder_for_peak_memory": False,  # it would separate what the pass put together
         "triton.cudagraphs": True,
     }
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):

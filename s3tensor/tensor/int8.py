@@ -1,27 +1,30 @@
 """``Int8SparseTensor``: a compressed weight whose kept values are int8, with a scale for each row.
 
-For inference: small batches are as fast as their weights are few bytes, and 2:4 with int8 values is 0.31 of
-dense bfloat16, where with bfloat16 values it is 0.56. :func:`s3tensor.quantize_` makes them of the compressed
+For inference: a product with few rows takes as long as reading the weight, and 2:4 with int8 values is 0.31
+of the bytes of dense bfloat16, with bfloat16 values 0.56. :func:`s3tensor.quantize_` converts the compressed
 weights of a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from s3tensor.errors import CheckpointError, PatternError, UnsupportedOpError
-from s3tensor.mask.packing import to_tiles
-from s3tensor.pattern import BoundPattern, Pattern
-from s3tensor.tensor import linear as paths
-from s3tensor.tensor import scaled
-from s3tensor.tensor.base import Compressed, Rules, refusal, rules_for
+from s3tensor.pattern import BoundPattern
+from s3tensor.tensor.base import Compressed, Facts, Rules, refusal, rules_for
+from s3tensor.tensor.int8_values import DTYPES, LARGEST, dense_of, to_int8
 from s3tensor.tensor.operators import SHARED, copy_parts
 from s3tensor.tensor.sparse import StructuredSparseTensor
-from s3tensor.tensor.stored import check_parts, claimed, has_values, reading, set_attributes
+from s3tensor.tensor.stored import (
+    check_description,
+    check_parts,
+    damage_as_checkpoint_error,
+    has_values,
+    set_attributes,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
@@ -64,53 +67,6 @@ class Int8SparseTensor(Compressed):
     PARTS: ClassVar[tuple[str, ...]] = ("packed", "indices", "scales")
     RULES: ClassVar[Rules] = dict(SHARED)  # and those below the class
 
-    @staticmethod
-    def __new__(
-        cls,
-        packed: Tensor,
-        indices: Tensor,
-        scales: Tensor,
-        pattern: Pattern | str,  # a string where Dynamo traces the call: it cannot build a Pattern
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        transposed: bool = False,
-        tiled: bool = False,
-        outer_size: tuple[int, ...] | None = None,
-        outer_stride: tuple[int, ...] | None = None,
-    ) -> Self:
-        if outer_size is None or outer_stride is None:
-            rows, columns = shape
-            outer_size, outer_stride = (rows, columns), (columns, 1)
-            if transposed:
-                outer_size, outer_stride = (columns, rows), (1, columns)
-        made: Self = Tensor._make_wrapper_subclass(
-            cls, outer_size, strides=outer_stride, dtype=dtype, device=packed.device
-        )
-        return made
-
-    def __init__(
-        self,
-        packed: Tensor,
-        indices: Tensor,
-        scales: Tensor,
-        pattern: Pattern | str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        transposed: bool = False,
-        tiled: bool = False,
-        outer_size: tuple[int, ...] | None = None,
-        outer_stride: tuple[int, ...] | None = None,
-    ) -> None:
-        self.packed = packed
-        self.indices = indices
-        self.scales = scales
-        self.pattern = Pattern.parse(pattern)
-        self.bound_shape = shape
-        self.transposed = transposed
-        self.tiled = tiled
-        context = (self.pattern, shape, dtype, transposed, tiled)
-        self._flat = list(self.PARTS), context
-
     # making one ---------------------------------------------------------------------------------------
 
     @classmethod
@@ -136,7 +92,7 @@ class Int8SparseTensor(Compressed):
             raise PatternError(
                 f"a weight of shape {tuple(weight.shape)} cannot be quantized; int8 values are for matrices"
             )
-        if weight.dtype not in scaled.DTYPES:
+        if weight.dtype not in DTYPES:
             raise PatternError(
                 f"a weight of {weight.dtype} cannot be quantized; convert it to float32, float16 or bfloat16"
             )
@@ -144,39 +100,16 @@ class Int8SparseTensor(Compressed):
             whole: Any = weight.detach()
             dense = whole.t().to_dense() if whole.transposed else whole.to_dense()
             indices = whole.parts()[1]
-            packed, scales = scaled.to_int8(dense, indices, whole.bound)
-        facts = whole.pattern, whole.bound_shape, whole.dtype, whole.transposed
-        return cls(packed, indices.clone(), scales, *facts).in_order()
-
-    # how it is kept -----------------------------------------------------------------------------------
-
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``(packed, indices, scales)``, the first two in canonical order."""
-        if not self.tiled:
-            return self.packed, self.indices, self.scales
-        packed, indices = to_tiles(self.packed, self.indices, self.bound, backwards=True)
-        return packed, indices, self.scales
-
-    def as_parts(self) -> scaled.Int8Weight:
-        """The weight as :mod:`s3tensor.tensor.scaled` takes it."""
-        parts = self.packed, self.indices, self.scales
-        return scaled.Int8Weight(*parts, self.bound, self.tiled, self.transposed)
-
-    def in_order(self, tiled: bool | None = None) -> Self:
-        """The weight with its parts in tile order or in canonical order; by default as its device likes."""
-        if tiled is None:
-            tiled = paths.prefers_tiles(self.bound, self.dtype, self.device)
-        if tiled == self.tiled:
-            return self
-        packed, indices = to_tiles(self.packed, self.indices, self.bound, not tiled)
-        facts = self.pattern, self.bound_shape, self.dtype, self.transposed, tiled
-        return type(self)(packed.contiguous(), indices.contiguous(), self.scales, *facts)
+            packed, scales = to_int8(dense, indices, whole.bound)
+        shape, transposed = whole.bound_shape, whole.transposed
+        facts = Facts(whole.pattern, shape, transposed=transposed, dtype=whole.dtype)
+        return cls(packed, indices.clone(), facts, scales=scales).in_order()
 
     # what it is ---------------------------------------------------------------------------------------
 
     def to_dense(self, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
         """Integers times scales, rounded once to ``dtype``, by default the tensor's own: the dense weight."""
-        dense = scaled.dense_of(self.as_parts(), dtype or self.dtype)
+        dense = dense_of(self.as_weight(), dtype or self.dtype)
         return dense.t() if self.transposed else dense
 
     @classmethod
@@ -198,23 +131,6 @@ class Int8SparseTensor(Compressed):
     def nbytes_compressed(self) -> int:
         """Bytes of values, indices and scales."""
         return self.bound.packed_bytes(1) + 4 * self.bound_shape[0]
-
-    def multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        self._check_dtype(x)
-        parts = self.packed, self.indices, self.scales, bias, str(self.pattern)
-        order = list(self.bound_shape), self.transposed, self.tiled
-        out: Tensor = torch.ops.s3tensor.linear_int8(x, *parts, *order)
-        return out
-
-    def multiplied_now(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        self._check_dtype(x)
-        return scaled.linear(x, self.as_parts(), bias)
-
-    def _check_dtype(self, x: Tensor) -> None:
-        torch._check(
-            x.dtype == self.dtype,
-            lambda: f"linear: x is {x.dtype} and the weight {self.dtype}; convert one with .to()",
-        )
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Only ``False``: integers do not train.
@@ -246,13 +162,13 @@ class Int8SparseTensor(Compressed):
         description: Any,
         where: str = "a stored weight",
     ) -> Int8SparseTensor:
-        """The weight of :meth:`parts` and :meth:`description`, of which nothing is trusted.
+        """The weight of untrusted :meth:`parts` and :meth:`description`.
 
         Raises:
-            CheckpointError: what no weight could have given, or a shape that is out of all proportion.
+            CheckpointError: parts that no weight has, or a shape out of all proportion to them.
         """
-        with reading(where):
-            names = {str(dtype).removeprefix("torch."): dtype for dtype in scaled.DTYPES}
+        with damage_as_checkpoint_error(where):
+            names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
             dtype = names.get(description["dtype"])
             if description["values"] != VALUES or dtype is None:
                 raise CheckpointError(
@@ -266,55 +182,29 @@ class Int8SparseTensor(Compressed):
                     )
             if scales.device != packed.device:
                 raise CheckpointError(f"{where}: its parts are on different devices")
-            pattern, shape, transposed = claimed(packed, indices, description, where)
+            pattern, shape, transposed = check_description(packed, indices, description, where)
             check_parts(packed, indices, pattern.bind(shape), (torch.int8,))
             if len(shape) != 2 or tuple(scales.shape) != shape[:1]:
                 raise CheckpointError(
                     f"{where}: scales of shape {tuple(scales.shape)} for a weight of {shape}"
                 )
         if has_values(packed):
-            if not bool(torch.isfinite(scales * scaled.LARGEST).all()) or bool((scales < 0).any()):
+            if not bool(torch.isfinite(scales * LARGEST).all()) or bool((scales < 0).any()):
                 raise CheckpointError(f"{where}: its scales are not finite, or negative")
-            if packed.numel() and int(packed.amin()) < -scaled.LARGEST:
+            if packed.numel() and int(packed.amin()) < -LARGEST:
                 raise CheckpointError(f"{where}: its values are not of -127 to 127")
-        parts = packed.detach(), indices.detach(), scales.detach()
-        return cls(*parts, pattern, shape, dtype, transposed).in_order()
+        facts = Facts(pattern, shape, transposed=transposed, dtype=dtype)
+        made = cls(packed.detach(), indices.detach(), facts, scales=scales.detach())
+        return made.in_order()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """As a checkpoint stores it: canonical order, checked on loading."""
         parts = (part.detach().contiguous() for part in self.parts())
         return rebuild_int8, (*parts, self.description(), self.further_attributes())
 
-    # what torch asks of it ----------------------------------------------------------------------------
-
-    @classmethod
-    def __tensor_unflatten__(
-        cls,
-        inner: dict[str, Tensor],
-        context: tuple[Any, ...],
-        outer_size: tuple[int, ...],
-        outer_stride: tuple[int, ...],
-    ) -> Int8SparseTensor:
-        parts = inner["packed"], inner["indices"], inner["scales"]
-        pattern, shape, dtype, transposed, tiled = context
-        return cls(*parts, pattern, shape, dtype, transposed, tiled, outer_size, outer_stride)
-
-    def map_parts(
-        self,
-        values: Callable[[Tensor], Tensor],
-        *,
-        flip: bool = False,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """The same weight, its parts passed through a function; ``flip`` makes it the transposed view."""
-        parts = values(self.packed), values(self.indices), values(self.scales)
-        dtype = dtype or self.dtype
-        order = self.transposed ^ flip, self.tiled
-        return type(self)(*parts, self.pattern, self.bound_shape, dtype, *order)
-
 
 def class_of(description: Any) -> type[StructuredSparseTensor] | type[Int8SparseTensor]:
-    """Which tensor a stored description is of."""
+    """The class of the tensor that a stored description describes."""
     int8 = isinstance(description, dict) and "values" in description
     return Int8SparseTensor if int8 else StructuredSparseTensor
 
@@ -324,12 +214,12 @@ def rebuild_int8(
     indices: Tensor,
     scales: Tensor,
     description: dict[str, Any],
-    more: dict[str, Any],  # attributes of a user's, and what makes it a parameter
+    more: dict[str, Any],  # attributes that a user set, and what makes it a parameter
 ) -> Int8SparseTensor:
     """The weight that ``torch.save`` or ``pickle`` stored; a file names this function.
 
     Raises:
-        CheckpointError: contents that no weight could have given.
+        CheckpointError: contents that no weight has.
     """
     where = "a pickled weight"
     made = Int8SparseTensor.from_stored(packed, indices, scales, description, where)
@@ -337,23 +227,22 @@ def rebuild_int8(
     return made
 
 
-# So that torch.load(weights_only=True) may call it; the class itself is not on the list, as for
-# StructuredSparseTensor.
+# torch.load(weights_only=True) may call it; the class itself is not listed, as for StructuredSparseTensor.
 rebuild_int8.__module__ = "s3tensor.tensor"
 torch.serialization.add_safe_globals([rebuild_int8, (rebuild_int8, "s3tensor.int8.rebuild_int8")])
 
 
-# what operators do beside those of s3tensor.tensor.operators; nothing has a gradient --------------------
+# rules of operators beside those of s3tensor.tensor.operators; none has a gradient ----------------------
 
 dispatch = rules_for(Int8SparseTensor.RULES)
 
 
 @dispatch(aten._to_copy.default)
 def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """On another device, or computed in another dtype: the integers and the scales stay what they are."""
+    """To another device, or another dtype of products: the integers and the scales keep their values."""
     options = {key: value for key, value in kwargs.items() if key != "memory_format"}
     dtype = options.pop("dtype", None)
-    if dtype is not None and dtype not in scaled.DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise refusal(
             Int8SparseTensor, func, f"to {dtype}; products are in float32, float16 or bfloat16"
         )

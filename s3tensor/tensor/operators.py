@@ -1,6 +1,6 @@
 """What each operator of aten does to any compressed tensor: views, copies and products.
 
-What depends on the parts of a class stands under it: :mod:`s3tensor.tensor.sparse` and
+Rules that depend on a class's parts are in its file: :mod:`s3tensor.tensor.sparse` and
 :mod:`s3tensor.tensor.int8`.
 """
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-import s3tensor.tensor.ops  # noqa: F401  # its operators have rules here
 from s3tensor.tensor.base import Compressed, Rules, refusal, rules_for
 from s3tensor.tensor.functions import combine, is_compressed
+from s3tensor.tensor.ops import linear_of
 
 aten = torch.ops.aten
 Args = tuple[Any, ...]
@@ -125,7 +125,7 @@ def copy_parts(func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 @dispatch(aten.equal.default)
 def _equal(func: Any, args: Args, kwargs: Kwargs) -> bool:
-    """Equality of the dense values: one matrix can be packed in several ways where it has zeros to spare."""
+    """Equality of the dense values: a matrix with zeros to spare can be packed in several ways."""
     left, right = args
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
@@ -140,12 +140,11 @@ def _equal(func: Any, args: Args, kwargs: Kwargs) -> bool:
 
 
 def _linear(x: Tensor, weight: Any, bias: Tensor | None, func: Any) -> Tensor:
-    """``F.linear`` by the opaque op over plain tensors."""
+    """``F.linear`` by the operator over plain tensors."""
     if not is_compressed(weight) or is_compressed(x) or is_compressed(bias):
         first = next(filter(is_compressed, (x, weight, bias)))
         raise refusal(first, func, "only one operand, a weight, may be compressed")
-    out: Tensor = weight.multiplied(x, bias)
-    return out
+    return linear_of(x, weight, bias)
 
 
 @dispatch(torch.ops.s3tensor.weight_linear.default, aten.linear.default)

@@ -1,14 +1,15 @@
 """Custom operators: what a compiled graph holds in place of a dense weight.
 
-Every op of the first group takes plain tensors, ints and strings. The pattern travels as its string
-(``2:4``), so that a graph can be read, and is parsed once; ``shape`` is the shape the pattern is bound
-to. What an op does is elsewhere: ``mask``, ``packing``, and for ``linear`` the paths of ``paths``.
+The ops of the first group take plain tensors, ints and strings. The pattern travels as its string
+(``2:4``), which keeps a graph readable and is parsed once; ``shape`` is the shape the pattern is bound
+to. What they compute is in :mod:`s3tensor.mask` and, for ``linear`` and ``linear_int8``, in
+:mod:`s3tensor.tensor.linear`.
 
 ``weight_linear`` and ``weight_linear_grad`` are what Python code calls with a compressed weight. They
-take the tensor subclass and hold no arithmetic: a compressed tensor turns them into ``linear``
-and ``gather`` over its inner tensors, below autograd and autocast. A single op that nothing decomposes
-is needed because ``aten.linear`` and ``aten.matmul`` break up, for 3-D inputs, before they reach
-``__torch_dispatch__``; and an op over Triton kernels must see plain tensors (pytorch#160333).
+take the tensor subclass and compute nothing: a compressed tensor turns them into ``linear`` and
+``gather`` over its inner tensors, below autograd and autocast. This takes a single op that nothing
+decomposes: ``aten.linear`` and ``aten.matmul`` break up, for 3-D inputs, before they reach
+``__torch_dispatch__``. And an op over Triton kernels must see plain tensors (pytorch#160333).
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from s3tensor.mask.packing import pack as pack_blocks
 from s3tensor.mask.packing import unpack as unpack_blocks
 from s3tensor.mask.projection import project as project_mask
 from s3tensor.pattern import BoundPattern, bind
-from s3tensor.tensor import linear as paths
+from s3tensor.tensor.base import Compressed
+from s3tensor.tensor.linear import check, multiply, multiply_group
+from s3tensor.tensor.weight import Weight
 
 # project: which weights to keep -----------------------------------------------------------------------
 
@@ -206,9 +209,8 @@ def linear(
 ) -> Tensor:  # (..., out_features), contiguous
     """``F.linear(x, weight, bias)`` with ``weight = unpack(packed, indices)``, or its transpose.
 
-    The reference unpacks to a scratch, or takes the dense copy if there is one, and calls ``F.linear``, so
-    that it rounds as the dense layer does. On a CUDA device :mod:`s3tensor.tensor.linear` picks the
-    fastest way.
+    On a CPU it unpacks to a scratch, or takes the dense copy if there is one, and calls ``F.linear``: it
+    rounds as the dense layer does. On a CUDA device :mod:`s3tensor.tensor.linear` picks the fastest path.
 
     Args:
         shape: the stored shape, (out_features, in_features), or its reverse when ``transposed`` is set.
@@ -219,47 +221,16 @@ def linear(
     Raises:
         RuntimeError: sizes, dtypes or devices that do not belong together, as ``F.linear`` does.
     """
-    bound = bind(pattern, shape)
-    weight = paths.Weight(packed, indices, bound, tiled, transposed, dense, vendor)
-    return linear_now(x, weight, bias)
-
-
-def linear_now(x: Tensor, weight: paths.Weight, bias: Tensor | None) -> Tensor:
-    """What :func:`linear` computes, without the dispatcher: for plain tensors that nothing traces."""
-    packed, shape = weight.packed, weight.bound.shape
-    sound = x.ndim and len(shape) == 2 and x.shape[-1] == shape[0 if weight.transposed else 1]
-    sound = sound and x.dtype == packed.dtype and x.device == packed.device
-    sound = sound and packed.shape == weight.bound.packed_shape
-    if not sound or bias is not None:
-        # The whole check, which takes the host longer, for its messages.
-        _check_linear(x, packed, bias, weight.bound, weight.transposed)
-    if x.is_cuda:
-        return paths.linear(x, weight, bias)
-    return paths.linear(x, weight, bias, "scratch" if weight.dense is None else "dense")
-
-
-def nothing_watches(*tensors: Tensor | None) -> bool:
-    """Whether eager code may compute with the tensors at once: no gradient, mode, transform or autocast.
-
-    Two passes through the dispatcher cost the host 70 us, which is more than a small product takes a GPU.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    grad = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is not None:
-            if type(tensor) not in _PLAIN or (grad and tensor.requires_grad):
-                return False
-            if tensor.is_meta:  # nothing is computed, and autocast does not know the device
-                return False
-            if torch.is_autocast_enabled(tensor.device.type):
-                return False
-    return True
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+    weight = Weight(
+        packed,
+        indices,
+        bind(pattern, shape),
+        tiled=tiled,
+        transposed=transposed,
+        dense=dense,
+        vendor=vendor,
+    )
+    return multiply(x, weight, bias)
 
 
 @linear.register_fake
@@ -275,9 +246,85 @@ def _(
     dense: Tensor | None = None,
     vendor: Tensor | None = None,
 ) -> Tensor:
+    weight = Weight(packed, indices, bind(pattern, shape), transposed=transposed)
+    check(x, weight, bias)
+    return x.new_empty(*x.shape[:-1], weight.features[0])
+
+
+@torch.library.custom_op(
+    "s3tensor::linear_int8",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor packed, Tensor indices, Tensor scales, Tensor? bias, str pattern, "
+        "SymInt[] shape, bool transposed=False, bool tiled=False) -> Tensor"
+    ),
+)
+def linear_int8(
+    x: Tensor,  # (..., in_features)
+    packed: Tensor,  # (scopes, keep, block_size) int8
+    indices: Tensor,  # (index_bytes,) uint8
+    scales: Tensor,  # (shape[0],) float32
+    bias: Tensor | None,  # (out_features,)
+    pattern: str,
+    shape: Sequence[int],
+    transposed: bool = False,
+    tiled: bool = False,
+) -> Tensor:  # (..., out_features), contiguous
+    """:func:`linear` of a weight with int8 values, computed in the dtype of x; it has no gradient.
+
+    Args:
+        scales: what each row of the stored integers is multiplied by.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices that do not belong together, as ``F.linear`` does.
+    """
+    weight = Weight(
+        packed,
+        indices,
+        bind(pattern, shape),
+        tiled=tiled,
+        transposed=transposed,
+        scales=scales,
+        computed_in=x.dtype,
+    )
+    return multiply(x, weight, bias)
+
+
+@linear_int8.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    indices: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    shape: Sequence[int],
+    transposed: bool = False,
+    tiled: bool = False,
+) -> Tensor:
     bound = bind(pattern, shape)
-    _check_linear(x, packed, bias, bound, transposed)
-    return x.new_empty(*x.shape[:-1], bound.shape[1] if transposed else bound.shape[0])
+    weight = Weight(
+        packed, indices, bound, transposed=transposed, scales=scales, computed_in=x.dtype
+    )
+    check(x, weight, bias)
+    return x.new_empty(*x.shape[:-1], weight.features[0])
+
+
+def linear_of(x: Tensor, weight: Compressed, bias: Tensor | None) -> Tensor:
+    """``F.linear(x, weight, bias)`` by the operator over the weight's parts, which a graph can hold."""
+    parts, order = (weight.packed, weight.indices), (weight.transposed, weight.tiled)
+    pattern, shape = str(weight.pattern), list(weight.bound_shape)
+    out: Tensor
+    if weight.scales is None:
+        copies = weight.dense, weight.vendor
+        out = torch.ops.s3tensor.linear(x, *parts, bias, pattern, shape, *order, *copies)
+        return out
+    torch._check(
+        x.dtype == weight.dtype,
+        lambda: f"linear: x is {x.dtype} and the weight {weight.dtype}; convert one with .to()",
+    )
+    out = torch.ops.s3tensor.linear_int8(x, *parts, weight.scales, bias, pattern, shape, *order)
+    return out
 
 
 @torch.library.custom_op(
@@ -296,17 +343,16 @@ def linear_group(
     out_features: Sequence[int],
     tiled: bool,
 ) -> list[Tensor]:  # (..., out_features) each, contiguous
-    """:func:`linear` of one x by several weights that have one pattern, no bias and no copies beside.
+    """:func:`linear` of one x by several weights of one pattern, without a bias or copies beside.
 
-    What :class:`s3tensor.tensor.inductor.GroupLinears` makes of the query, key and value, or the gate and up
-    of a layer: one launch in place of two or three. Raises what :func:`linear` does.
+    :class:`s3tensor.tensor.inductor.GroupLinears` makes it of query, key and value, or gate and up: one
+    launch instead of two or three. Raises what :func:`linear` does.
     """
     weights = []
     for values, codes, rows in zip(packed, indices, out_features, strict=True):
-        bound = bind(pattern, (rows, x.shape[-1]))
-        _check_linear(x, values, None, bound, False)
-        weights.append(paths.Weight(values, codes, bound, tiled))
-    return paths.linear_group(x, weights)
+        weights.append(Weight(values, codes, bind(pattern, (rows, x.shape[-1])), tiled=tiled))
+        check(x, weights[-1], None)
+    return multiply_group(x, weights)
 
 
 @linear_group.register_fake
@@ -318,58 +364,9 @@ def _(
     out_features: Sequence[int],
     tiled: bool,
 ) -> list[Tensor]:
-    for values, rows in zip(packed, out_features, strict=True):
-        _check_linear(x, values, None, bind(pattern, (rows, x.shape[-1])), False)
+    for values, codes, rows in zip(packed, indices, out_features, strict=True):
+        check(x, Weight(values, codes, bind(pattern, (rows, x.shape[-1]))), None)
     return [x.new_empty(*x.shape[:-1], rows) for rows in out_features]
-
-
-def _check_linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, bound: BoundPattern, transposed: bool
-) -> None:
-    torch._check(
-        len(bound.shape) == 2,
-        lambda: f"linear takes a weight of 2 dims, got {bound}; call .to_dense()",
-    )
-    out_features, in_features = bound.shape[::-1] if transposed else bound.shape
-    check_x("linear", x, in_features)
-    torch._check(
-        x.device == packed.device and (bias is None or bias.device == x.device),
-        lambda: (
-            f"linear: x is on {x.device} and the weight on {packed.device}"
-            + ("" if bias is None else f", its bias on {bias.device}")
-            + "; move them to one device"
-        ),
-    )
-    torch._check(
-        x.dtype == packed.dtype,
-        lambda: f"linear: x is {x.dtype} and the weight {packed.dtype}; convert one with .to()",
-    )
-    torch._check(
-        tuple(packed.shape) == bound.packed_shape,
-        lambda: (
-            f"linear: packed values of shape {tuple(packed.shape)}, {bound} has {bound.packed_shape}"
-        ),
-    )
-    check_bias("linear", x, bias, out_features)
-
-
-def check_x(op: str, x: Tensor, in_features: int) -> None:
-    """Raises RuntimeError for an x without ``in_features`` columns; ``op`` is named in the message."""
-    torch._check(
-        x.ndim >= 1 and x.shape[-1] == in_features,
-        lambda: f"{op}: x of shape {tuple(x.shape)} against in_features {in_features}",
-    )
-
-
-def check_bias(op: str, x: Tensor, bias: Tensor | None, out_features: int) -> None:
-    """Raises RuntimeError for a bias that is neither None nor (out_features,) or (1,) in the dtype of x."""
-    if bias is not None:
-        torch._check(
-            bias.dtype == x.dtype and bias.ndim == 1 and bias.shape[0] in (1, out_features),
-            lambda: (
-                f"{op}: bias {tuple(bias.shape)} {bias.dtype} for {out_features} {x.dtype} outputs"
-            ),
-        )
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -465,7 +462,7 @@ def _weight_linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = product(grad, weight.t(), None)
+        grad_x = watched_linear(grad, weight.t(), None)
     if ctx.needs_input_grad[1]:
         grad_weight = weight_linear_grad(grad, x, weight)
     if ctx.needs_input_grad[2]:
@@ -481,7 +478,7 @@ def _map_weight_linear(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple
         raise NotImplementedError(
             "s3tensor::weight_linear can be mapped over x only; loop over weights and biases"
         )
-    return product(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+    return watched_linear(args[0].movedim(in_dims[0], 0), *args[1:]), 0
 
 
 weight_linear.register_vmap(_map_weight_linear)
@@ -508,14 +505,14 @@ class _WeightLinear(torch.autograd.Function):
     def jvp(ctx: Any, x: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Any:
         if weight is not None or x is None:
             raise NotImplementedError("s3tensor: forward-mode derivatives are of x and bias only")
-        return product(x, ctx.saved_tensors[0], bias)
+        return watched_linear(x, ctx.saved_tensors[0], bias)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         return _map_weight_linear(info, in_dims, *args)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def watched_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """:func:`weight_linear`, also inside ``torch.func.grad``, ``jvp`` and ``jacrev``.
 
     The autograd of a custom op is an ``autograd.Function`` without ``setup_context``, which functorch

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from s3tensor.errors import CheckpointError, PatternError
-from s3tensor.mask.packing import to_tiles
+from s3tensor.errors import CheckpointError, OptionError, PatternError
 from s3tensor.pattern import BoundPattern, Pattern
-from s3tensor.tensor import linear as paths
-from s3tensor.tensor import ops
-from s3tensor.tensor.base import Compressed, Rules, refusal, rules_for
+from s3tensor.tensor import cusparselt, ops
+from s3tensor.tensor.base import Compressed, Facts, Rules, refusal, rules_for
 from s3tensor.tensor.functions import is_compressed
+from s3tensor.tensor.linear import worth_keeping
 from s3tensor.tensor.operators import SHARED, copy_parts
-from s3tensor.tensor.stored import check_parts, claimed, names_of, reading, set_attributes
-
-if TYPE_CHECKING:
-    from typing_extensions import Self  # in typing from Python 3.11 on
+from s3tensor.tensor.stored import (
+    check_description,
+    check_parts,
+    damage_as_checkpoint_error,
+    names_of,
+    set_attributes,
+)
 
 aten = torch.ops.aten
 Args = tuple[Any, ...]
@@ -30,7 +31,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class StructuredSparseTensor(Compressed):
-    """A matrix under a structured-sparsity pattern: packed values and packed indices in a tensor's clothes.
+    """A matrix under a structured-sparsity pattern: a tensor that holds packed values and packed indices.
 
     Shape, dtype and device are those of the dense matrix. Products with a dense operand (``F.linear``,
     ``@``, ``mm``, ``mv``, ``addmm``) run on the packed data, moves and copies keep it packed, and every
@@ -42,9 +43,9 @@ class StructuredSparseTensor(Compressed):
         pattern: the pattern, which binds to ``bound_shape``.
         bound_shape: the shape as packed; the shape of the tensor, or its reverse when ``transposed``.
         transposed: True for a transposed view of the packed data.
-        tiled: True when packed and indices are in the order that the CUDA kernels read fastest, which
-            weights take on when they come to a GPU; :meth:`parts` gives them in canonical order.
-        dense, vendor: a dense copy of the weight and cuSPARSELt's compressed one, or None; kept for
+        tiled: True when packed and indices are in the order that the CUDA kernels read fastest, as
+            weights on a GPU are; :meth:`parts` gives them in canonical order.
+        dense, vendor: a dense copy of the weight and cuSPARSELt's compressed copy, or None; kept for
             speed (:meth:`with_memory`), never stored in a checkpoint.
 
     Example:
@@ -53,65 +54,8 @@ class StructuredSparseTensor(Compressed):
         torch.Size([3, 64])
     """
 
-    dense: Tensor | None
-    vendor: Tensor | None
-
-    SECOND_FORMS: ClassVar[tuple[str, ...]] = ("dense", "vendor")
+    COPIES: ClassVar[tuple[str, ...]] = ("dense", "vendor")
     RULES: ClassVar[Rules] = dict(SHARED)  # and those below the class
-
-    # No __slots__: torch.utils.swap_tensors, which Module.to uses, refuses them.
-
-    @staticmethod
-    def __new__(
-        cls,
-        packed: Tensor,
-        indices: Tensor,
-        pattern: Pattern | str,  # a string where Dynamo traces the call: it cannot build a Pattern
-        shape: tuple[int, ...],
-        transposed: bool = False,
-        tiled: bool = False,
-        dense: Tensor | None = None,
-        vendor: Tensor | None = None,
-        outer_size: tuple[int, ...] | None = None,
-        outer_stride: tuple[int, ...] | None = None,
-    ) -> Self:
-        if outer_size is None or outer_stride is None:
-            stride = [1] * len(shape)
-            for dim in reversed(range(len(shape) - 1)):
-                stride[dim] = stride[dim + 1] * shape[dim + 1]
-            outer_size, outer_stride = tuple(shape), tuple(stride)
-            if transposed:
-                outer_size, outer_stride = outer_size[::-1], outer_stride[::-1]
-        made: Self = Tensor._make_wrapper_subclass(
-            cls, outer_size, strides=outer_stride, dtype=packed.dtype, device=packed.device
-        )
-        return made
-
-    def __init__(
-        self,
-        packed: Tensor,
-        indices: Tensor,
-        pattern: Pattern | str,
-        shape: tuple[int, ...],
-        transposed: bool = False,
-        tiled: bool = False,
-        dense: Tensor | None = None,
-        vendor: Tensor | None = None,
-        outer_size: tuple[int, ...] | None = None,
-        outer_stride: tuple[int, ...] | None = None,
-    ) -> None:
-        self.packed = packed
-        self.indices = indices
-        self.pattern = Pattern.parse(pattern)
-        self.bound_shape = shape
-        self.transposed = transposed
-        self.tiled = tiled
-        self.dense = dense
-        self.vendor = vendor
-        # Made once, for a compiled graph asks for it several times in each call.
-        copies = [name for name in self.SECOND_FORMS if getattr(self, name) is not None]
-        context = (self.pattern, shape, transposed, tiled)
-        self._flat = ["packed", "indices", *copies], context
 
     # making one ---------------------------------------------------------------------------------------
 
@@ -125,7 +69,7 @@ class StructuredSparseTensor(Compressed):
             dense: weight of float32, float16, bfloat16 or float64, of any strides. Taken as data: no
                 gradient flows back to it (train with :class:`s3tensor.S3Sparse`).
             pattern: a pattern or its string.
-            mask: bool tensor of the weight's shape, True where kept; ``None`` keeps the blocks of the
+            mask: bool tensor of the weight's shape, True where kept; ``None`` keeps the blocks of
                 largest magnitude (:func:`s3tensor.project`).
 
         Raises:
@@ -139,7 +83,8 @@ class StructuredSparseTensor(Compressed):
         if mask is None:
             mask = ops.project(dense, text)
         packed, indices = ops.pack(dense, mask, text)
-        made = cls(packed, indices, text, tuple(dense.shape))
+        shape = tuple(dense.shape)
+        made = cls(packed, indices, Facts(text, shape))
         return made.in_order() if dense.is_cuda and not torch.compiler.is_compiling() else made
 
     @classmethod
@@ -158,33 +103,10 @@ class StructuredSparseTensor(Compressed):
         pattern = Pattern.parse(pattern)
         bound = pattern.bind(shape)
         check_parts(packed, indices, bound, DTYPES)
-        return cls(packed.detach(), indices.detach(), pattern, bound.shape).in_order()
+        facts = Facts(pattern, bound.shape)
+        return cls(packed.detach(), indices.detach(), facts).in_order()
 
     # how it is kept -----------------------------------------------------------------------------------
-
-    def parts(self) -> tuple[Tensor, Tensor]:
-        """``(packed, indices)`` in canonical order, as :func:`s3tensor.mask.packing.pack` makes them."""
-        if not self.tiled:
-            return self.packed, self.indices
-        return to_tiles(self.packed, self.indices, self.bound, backwards=True)
-
-    def as_parts(self) -> paths.Weight:
-        """The weight as :mod:`s3tensor.tensor.linear` takes it."""
-        order = self.tiled, self.transposed
-        return paths.Weight(self.packed, self.indices, self.bound, *order, self.dense, self.vendor)
-
-    def in_order(self, tiled: bool | None = None) -> Self:
-        """The weight with its parts in tile order or in canonical order; by default as its device likes.
-
-        Itself when it is so already. Both orders hold the same bytes.
-        """
-        if tiled is None:
-            tiled = paths.prefers_tiles(self.bound, self.dtype, self.device)
-        if tiled == self.tiled:
-            return self
-        packed, indices = to_tiles(self.packed, self.indices, self.bound, not tiled)
-        rest = (self.pattern, self.bound_shape, self.transposed, tiled, self.dense, self.vendor)
-        return type(self)(packed, indices, *rest)
 
     def with_memory(
         self, memory: Literal["lean", "fast"], batches: tuple[int, int] = (1, 4096)
@@ -200,37 +122,35 @@ class StructuredSparseTensor(Compressed):
             a tensor that shares the compressed form with this one; ``nbytes_held`` is what it costs.
 
         Raises:
-            ValueError: another word for the memory, or batches that are no range.
+            OptionError: another word for the memory, or batches that are not a range.
         """
         if memory not in ("lean", "fast"):
-            raise ValueError(f'memory={memory!r:.40}; it must be "lean" or "fast"')
+            raise OptionError(f'memory={memory!r:.40}; it must be "lean" or "fast"')
         first, last = batches
         if not 1 <= first <= last:
-            raise ValueError(
+            raise OptionError(
                 f"batches={batches!r:.40}; give the fewest and the most rows, from 1 on"
             )
-        dense = vendor = None
-        if memory == "fast":
-            keep = paths.worth_keeping(self.bound, self.dtype, self.device, (first, last))
-            whole = self._unpacked() if any(keep) else None
-            dense = whole if keep[0] else None
-            vendor = paths.vendor_copy(whole, self.bound) if whole is not None and keep[1] else None
-        rest = (self.pattern, self.bound_shape, self.transposed, self.tiled, dense, vendor)
-        return type(self)(self.packed, self.indices, *rest)
+        if memory == "lean":
+            return self._with(dense=None, vendor=None)
+        keep = worth_keeping(self.bound, self.dtype, self.device, (first, last))
+        dense = self._unpacked() if any(keep) else None
+        vendor = None if dense is None or not keep[1] else cusparselt.compress(dense, self.bound)
+        return self._with(dense=dense if keep[0] else None, vendor=vendor)
 
     @property
     def memory(self) -> Literal["lean", "fast"]:
-        """``"fast"`` when a second form is kept, else ``"lean"``."""
+        """``"fast"`` when a copy is kept beside the packed parts, else ``"lean"``."""
         return "lean" if self.dense is None and self.vendor is None else "fast"
 
     def refresh_(self) -> StructuredSparseTensor:
-        """Make the second forms anew, in place, after the packed values changed."""
+        """Update the copies in place after the packed values changed."""
         if self.memory == "fast":
             whole = self._unpacked()
             if self.dense is not None:
                 self.dense.copy_(whole)
             if self.vendor is not None:
-                self.vendor.copy_(paths.vendor_copy(whole, self.bound))
+                self.vendor.copy_(cusparselt.compress(whole, self.bound))
         return self
 
     def _unpacked(self) -> Tensor:
@@ -260,22 +180,13 @@ class StructuredSparseTensor(Compressed):
         """Bytes of values and indices."""
         return self.bound.packed_bytes(self.dtype.itemsize)
 
-    def multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        parts = self.packed, self.indices, bias, str(self.pattern), list(self.bound_shape)
-        rest = self.transposed, self.tiled, self.dense, self.vendor
-        out: Tensor = torch.ops.s3tensor.linear(x, *parts, *rest)
-        return out
-
-    def multiplied_now(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return ops.linear_now(x, self.as_parts(), bias)
-
     # how it is stored ---------------------------------------------------------------------------------
 
     @classmethod
     def from_stored(
         cls, packed: Tensor, indices: Tensor, description: Any, where: str = "a stored weight"
     ) -> StructuredSparseTensor:
-        """The weight of :meth:`parts` and :meth:`description`, of which nothing is trusted.
+        """The weight of untrusted :meth:`parts` and :meth:`description`.
 
         Sizes, dtypes and every index are checked; of tensors on ``meta``, which have no indices to
         check, sizes and dtypes.
@@ -284,62 +195,18 @@ class StructuredSparseTensor(Compressed):
             where: what to call the weight in errors.
 
         Raises:
-            CheckpointError: what no weight could have given, or a shape that is out of all proportion.
+            CheckpointError: parts that no weight has, or a shape out of all proportion to them.
         """
-        with reading(where):
-            pattern, shape, transposed = claimed(packed, indices, description, where)
+        with damage_as_checkpoint_error(where):
+            pattern, shape, transposed = check_description(packed, indices, description, where)
             made = cls.from_packed(packed, indices, pattern, shape)
         return made.map_parts(lambda part: part, flip=True) if transposed else made
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """As a checkpoint stores it: canonical order, no second forms (loading makes them anew), checked."""
+        """As a checkpoint stores it: canonical order, without copies (loading makes them), checked."""
         packed, indices = (part.detach().contiguous() for part in self.parts())
         described = self.description(), self.memory, self.requires_grad, self.further_attributes()
         return rebuild, (packed, indices, *described)
-
-    # what torch asks of it ----------------------------------------------------------------------------
-
-    @classmethod
-    def __tensor_unflatten__(
-        cls,
-        inner: dict[str, Tensor],
-        context: tuple[Any, ...],
-        outer_size: tuple[int, ...],
-        outer_stride: tuple[int, ...],
-    ) -> StructuredSparseTensor:
-        # The outer size must be the given one: it may be symbolic where bound_shape is not.
-        parts = inner["packed"], inner["indices"]
-        copies = inner.get("dense"), inner.get("vendor")
-        pattern, shape, transposed, tiled = context
-        sizes = outer_size, outer_stride
-        return cls(*parts, pattern, shape, transposed, tiled, *copies, *sizes)
-
-    def map_parts(
-        self,
-        values: Callable[[Tensor], Tensor],
-        positions: Callable[[Tensor], Tensor] | None = None,
-        flip: bool = False,
-        copies: bool = True,
-    ) -> Self:
-        """The same weight, its parts passed through functions; ``flip`` makes it the transposed view.
-
-        ``copies`` says whether ``values`` makes of the second forms what it makes of the packed values;
-        without, the result is lean.
-        """
-        dense, vendor = (
-            values(part) if copies and part is not None else None
-            for part in (self.dense, self.vendor)
-        )
-        return type(self)(
-            values(self.packed),
-            (positions or values)(self.indices),
-            self.pattern,
-            self.bound_shape,
-            self.transposed ^ flip,
-            self.tiled,
-            dense,
-            vendor,
-        )
 
 
 def rebuild(
@@ -348,12 +215,12 @@ def rebuild(
     description: dict[str, Any],
     memory: Literal["lean", "fast"],
     requires_grad: bool,
-    more: dict[str, Any],  # attributes of a user's, and what makes it a parameter
+    more: dict[str, Any],  # attributes that a user set, and what makes it a parameter
 ) -> StructuredSparseTensor:
     """The weight that ``torch.save`` or ``pickle`` stored; a file names this function.
 
     Raises:
-        CheckpointError: contents that no weight could have given.
+        CheckpointError: contents that no weight has.
     """
     where = "a pickled weight"
     made = StructuredSparseTensor.from_stored(packed, indices, description, where)
@@ -369,7 +236,9 @@ def _check_dense(dense: Tensor) -> None:
     if not isinstance(dense, Tensor):
         raise PatternError(f"from_dense takes a tensor, got {type(dense).__name__}")
     if isinstance(dense, Compressed):
-        raise PatternError("the weight is compressed already; call .to_dense() to compress it anew")
+        raise PatternError(
+            "the weight is compressed already; call .to_dense() to compress it again"
+        )
     if is_traceable_wrapper_subclass(dense):
         raise PatternError(
             f"the weight is a {type(dense).__name__}; compress a plain tensor: its .dequantize(), or a "
@@ -383,13 +252,13 @@ def _check_dense(dense: Tensor) -> None:
         )
 
 
-# So that torch.load(weights_only=True) may call it. The class itself is not on the list: a file that could
-# make one of its own would get around the checks.
+# torch.load(weights_only=True) may call it. The class itself is not listed: a file that made one directly
+# would bypass the checks.
 rebuild.__module__ = "s3tensor.tensor"  # what files name it by
 torch.serialization.add_safe_globals([rebuild, Pattern, (Pattern, "s3tensor.pattern.Pattern")])
 
 
-# what operators do beside those of s3tensor.tensor.operators -------------------------------------------
+# rules of operators beside those of s3tensor.tensor.operators ------------------------------------------
 
 dispatch = rules_for(StructuredSparseTensor.RULES)
 

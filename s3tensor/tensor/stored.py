@@ -1,4 +1,4 @@
-"""What is read of a stored weight, of which nothing is trusted."""
+"""Checks of a stored weight, which is untrusted."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from s3tensor.mask.packing import check_packed
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.tensor.base import Compressed
 
-# Limits on what a stored weight may claim; what is beyond them is an attack or damage. A few bytes can
-# describe a weight of any size, which ``to_dense`` would then allocate.
+# Limits on what a stored weight may claim; more is damage or an attack. A few bytes can describe a weight of
+# any size, which ``to_dense`` would then allocate.
 _MAX_NDIM, _MAX_DIM = 8, 2**40
 _MAX_ELEMENTS = 2**28  # a weight may have these, or
 _MAX_EXPANSION = 1024  # these for each stored value, if that is more
 
 
 @contextmanager
-def reading(where: str) -> Iterator[None]:
-    """Whatever a stored weight makes fail in here is its damage: a CheckpointError."""
+def damage_as_checkpoint_error(where: str) -> Iterator[None]:
+    """Raise whatever a damaged description makes fail in here as a CheckpointError."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
@@ -35,16 +35,17 @@ def reading(where: str) -> Iterator[None]:
         ) from None
 
 
-def claimed(
+def check_description(
     packed: Tensor, indices: Tensor, description: Any, where: str
 ) -> tuple[Pattern, tuple[int, ...], bool]:
     """(pattern, shape, transposed) of a description, checked against the parts and every index.
 
-    Of tensors on ``meta``, which have no indices to check, what the description says by itself.
+    For tensors on ``meta``, which have no indices to check, the description is checked by itself.
 
     Raises:
-        CheckpointError: what no weight could have given, or a shape that is out of all proportion.
-        KeyError, TypeError, AttributeError, ValueError, ArithmeticError: see :func:`reading`.
+        CheckpointError: parts that no weight has, or a shape out of all proportion to them.
+        KeyError, TypeError, AttributeError, ValueError, ArithmeticError: inside
+            :func:`damage_as_checkpoint_error` only.
     """
     shape, transposed = tuple(description["shape"]), description["transposed"]
     sound = len(shape) <= _MAX_NDIM and all(type(n) is int and 0 < n < _MAX_DIM for n in shape)
@@ -58,8 +59,8 @@ def claimed(
         )
     pattern = _labelled(Pattern.parse(description["pattern"]), description.get("label"))
     if not all(p.layout == torch.strided and p.is_contiguous() for p in (packed, indices)):
-        # Zero strides would describe any number of values by one that is stored.
-        raise CheckpointError(f"{where}: its parts are not contiguous, as all that is stored is")
+        # Zero strides would describe any number of values by a single stored one.
+        raise CheckpointError(f"{where}: its parts are not contiguous, as all stored parts are")
     if has_values(indices):
         check_packed(packed, indices, pattern.bind(shape), where)
     return pattern, shape, transposed
@@ -91,10 +92,10 @@ def has_values(part: Tensor) -> bool:
 
 
 def set_attributes(made: Compressed, attributes: Any, where: str) -> None:
-    """Set what a user had set on a weight, and what makes it a parameter.
+    """Set the attributes that a user had set on a weight, and what makes it a parameter.
 
     Raises:
-        CheckpointError: no dictionary, or the name of what is not a user's.
+        CheckpointError: not a dictionary, or the name of an attribute that the class owns.
     """
     if type(attributes) is not dict:
         raise CheckpointError(f"{where}: its attributes are damaged")

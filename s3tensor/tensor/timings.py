@@ -1,8 +1,8 @@
-"""Measured microseconds of each way to multiply by a compressed weight: tables, and what they predict.
+"""Measured times of every path to multiply by a compressed weight: tables, and what they predict.
 
 A table is a JSON file of one device: cells of (pattern, dtype, rows, columns, batch), each with the time
-of every path there. Tables of the devices that were measured come with the package; ``s3tensor bench
---calibrate`` writes one for the GPU at hand into the user's cache folder, and that one is read first.
+of every path there, in microseconds. The package ships tables of the devices that were measured;
+``s3tensor bench --calibrate`` writes one for the user's GPU into the cache folder, which is read first.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from s3tensor.errors import OptionError
 from s3tensor.files import cache_folder
 
 FORMAT = 1
 SHIPPED = Path(__file__).resolve().parent / "data"
 
-# A path's time in microseconds by its name; the names are those of ``s3tensor.tensor.linear``.
+# Microseconds by the name of a path (``s3tensor.tensor.linear.PATHS``).
 Times = Mapping[str, float]
+Plan = tuple[int, int, int]  # cuSPARSELt's algorithm, split of K and its mode
+DEFAULT_PLAN: Plan = (0, 1, -1)
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Cell:
     columns: int
     batch: int
     us: Times
-    vendor: tuple[int, int, int] = (0, 1, -1)  # cuSPARSELt's algorithm, split of K and its mode
+    vendor: Plan = DEFAULT_PLAN  # of cuSPARSELt
 
 
 @dataclass(frozen=True)
@@ -47,31 +52,29 @@ class Timings:
     device: str
     capability: tuple[int, int]
     cells: tuple[Cell, ...]
-    vendor_call_us: float = (
-        2000.0  # of the host, each time cuSPARSELt is called outside a CUDA graph
-    )
+    vendor_call_us: float = 2000.0  # of the host, for cuSPARSELt's plan outside a CUDA graph
 
     @staticmethod
     def from_json(text: str) -> Timings:
         """The table that :meth:`to_json` wrote.
 
         Raises:
-            ValueError: a document that is not one.
+            OptionError: a document that is not one.
         """
         try:
             document = json.loads(text)
             if document["format"] != FORMAT:
-                raise ValueError(f"format {document['format']!r}, this version reads {FORMAT}")
+                raise OptionError(f"format {document['format']!r}, this version reads {FORMAT}")
             cells = tuple(_cell(fields) for fields in document["cells"])
             major, minor = (int(n) for n in document["capability"])
             return Timings(
                 str(document["device"]), (major, minor), cells, float(document["vendor_call_us"])
             )
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"not a table of timings: {error!r:.100}") from None
+            raise OptionError(f"not a table of timings: {error!r:.100}") from None
 
     def to_json(self, **facts: Any) -> str:
-        """The table with further facts about how it was measured (versions, date)."""
+        """The table, with further facts about its measurement (versions, date)."""
         document = {
             "format": FORMAT,
             "device": self.device,
@@ -89,8 +92,8 @@ class Timings:
     def times(self, pattern: str, dtype: str, rows: int, columns: int, batch: int) -> Times | None:
         """Times at any size, from the measured weight nearest in shape; None for an unknown pattern.
 
-        Between two measured batches times are interpolated, linear in both logarithms; outside, the
-        nearest one counts. A time is that of the measured weight: only the order of paths has a meaning.
+        Between two measured batches, times are interpolated linearly in both logarithms; outside them,
+        the nearest batch counts. The times are those of the measured weight: only their order matters.
         """
         cells = self._of_weight(pattern, dtype, rows, columns)
         if not cells:
@@ -107,23 +110,21 @@ class Timings:
             if path in lower.us
         }
 
-    def vendor(
+    def cusparselt_plan(
         self, pattern: str, dtype: str, rows: int, columns: int, batch: int
-    ) -> tuple[int, int, int]:
-        """cuSPARSELt's algorithm, split of K and mode of the nearest measured product."""
+    ) -> Plan:
+        """cuSPARSELt's plan of the nearest measured batch of this very weight, or its default."""
         cells = [
             cell
             for cell in self._of_weight(pattern, dtype, rows, columns)
             if "vendor" in cell.us and (cell.rows, cell.columns) == (rows, columns)
         ]
         if not cells:
-            return 0, 1, -1
+            return DEFAULT_PLAN
         return min(cells, key=lambda cell: abs(math.log(cell.batch / batch))).vendor
 
-    def vendor_plans(
-        self, rows: int, columns: int, batch: int, count: int = 3
-    ) -> list[tuple[int, int, int]]:
-        """The first ``count`` plans of cuSPARSELt for a 2:4 weight, those of the nearest products first."""
+    def cusparselt_plans(self, rows: int, columns: int, batch: int, count: int = 3) -> list[Plan]:
+        """Up to ``count`` plans of cuSPARSELt for a 2:4 weight, those of the nearest products first."""
 
         def distance(cell: Cell) -> float:
             sizes = (cell.rows, rows), (cell.columns, columns), (cell.batch, batch)
@@ -133,7 +134,7 @@ class Timings:
         return list(dict.fromkeys(cell.vendor for cell in sorted(cells, key=distance)))[:count]
 
     def _of_weight(self, pattern: str, dtype: str, rows: int, columns: int) -> list[Cell]:
-        """Cells of the measured weight nearest in shape, by rising batch."""
+        """Cells of the measured weight nearest in shape, by increasing batch."""
         cells = [cell for cell in self.cells if cell.pattern == pattern and cell.dtype == dtype]
         if not cells:
             return []
@@ -155,7 +156,7 @@ def _cell(fields: Any) -> Cell:
         or not us
         or not all(0 < time < math.inf for time in us.values())
     ):
-        raise ValueError(f"sizes and times of a cell must be positive: {fields!r:.100}")
+        raise OptionError(f"sizes and times of a cell must be positive: {fields!r:.100}")
     algorithm, split, mode = (int(n) for n in fields["vendor"])
     names = str(fields["pattern"]), str(fields["dtype"])
     return Cell(*names, rows, columns, batch, us, (algorithm, split, mode))
@@ -168,7 +169,7 @@ def file_name(device: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def load(device: str, capability: tuple[int, int]) -> Timings | None:
-    """The table of a device: the user's, the shipped one, or a shipped one of the same architecture."""
+    """The table of a device: the user's, the shipped one, or a shipped one of the same capability."""
     own = cache_folder() / file_name(device)
     for path in (own, SHIPPED / file_name(device), *sorted(SHIPPED.glob("timings-*.json"))):
         try:
@@ -177,7 +178,7 @@ def load(device: str, capability: tuple[int, int]) -> Timings | None:
             continue
         except (OSError, ValueError) as error:
             warnings.warn(
-                f"{path} is not read ({error}); write it anew with s3tensor bench --calibrate",
+                f"{path} is ignored ({error}); write it again with s3tensor bench --calibrate",
                 UserWarning,
                 stacklevel=2,
             )
@@ -187,8 +188,18 @@ def load(device: str, capability: tuple[int, int]) -> Timings | None:
     return None
 
 
+def of_device(device: torch.device) -> Timings | None:
+    """The table of a CUDA device; None for other devices and without one."""
+    return None if device.type != "cuda" else load(*_identity(device))
+
+
+@functools.lru_cache(maxsize=64)
+def _identity(device: torch.device) -> tuple[str, tuple[int, int]]:
+    return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+
+
 def save(table: Timings, **facts: Any) -> Path:
-    """Write a table into the user's cache folder, atomically; it counts from the next :func:`load` on."""
+    """Write a table into the user's cache folder, atomically; the next :func:`load` reads it."""
     path = cache_folder() / file_name(table.device)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
@@ -199,11 +210,10 @@ def save(table: Timings, **facts: Any) -> Path:
 
 
 def guess(density: float, rows: int, columns: int, batch: int) -> dict[str, float]:
-    """Times on a GPU that was not measured, from bytes and operations alone.
+    """Times in microseconds on a GPU that was not measured, from bytes and operations alone.
 
-    The constants are those of a current data-centre GPU: 2 TB/s, 400 TFLOP/s, 4 us for a launch; the
-    packed kernels are taken to be slower than dense from 65 rows on, and cuSPARSELt to gain a tenth from
-    1024 on.
+    The constants are those of a current data-centre GPU: 2 TB/s, 400 TFLOP/s, 4 us for a launch. The
+    packed kernels are assumed slower than dense from 65 rows on, and cuSPARSELt a tenth faster from 1024.
     """
     weight = rows * columns * 2 / 2e6
     work = 2 * batch * rows * columns / 4e8

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from s3tensor.errors import PatternError
+from s3tensor.mask import backend
 from s3tensor.mask import projection as masks
 from s3tensor.mask.projection import blocks_in, count, expand_blocks, tile, tile_norms, untile
 from s3tensor.pattern import BoundPattern, Pattern
@@ -339,11 +340,10 @@ class Fused(torch.autograd.Function):
 
 def fused_kernel(weight: Tensor) -> Any:
     """The module of the kernels where they take a weight, contiguous on a GPU; else None."""
+    # Before Triton 3.3 the kernels of ``masks`` cannot be imported; these need as much.
     if torch.compiler.is_compiling() or not masks.on_plain_gpu(weight):
         return None
-    kernels = masks._load_kernels()
-    if kernels is None or kernels[1] is None:  # no Triton, or 3.2
+    if backend.load("masks") is None:
         return None
-    from s3tensor.kernels import masked  # type: ignore[import-not-found]
-
+    masked = backend.load("masked")
     return masked if masked.covers(weight) else None

@@ -137,4 +137,4 @@ def _forward(self: nn.Linear, input: Tensor) -> Tensor:
     if not parametrize.is_parametrized(self, "weight"):  # removed by hand
         return F.linear(input, weight, self.bias)
     chain: Any = self.parametrizations
-    return cores.linear(input, weight, self.bias, _both(chain["weight"][-1]))
+    return cores.train_linear(input, weight, self.bias, _both(chain["weight"][-1]))

@@ -111,7 +111,7 @@ def test_a_calibrated_device_is_chosen_for_by_its_own_times(
     weight = benchmark.random_weight("2:4", (2048, 2048), torch.bfloat16, torch.device("cuda", 0))
     for cell in cells:
         lean = {path: us for path, us in cell.us.items() if path in ("packed", "scratch")}
-        parts = paths.Weight(weight.packed, weight.indices, weight.bound, weight.tiled)
+        parts = paths.Weight(weight.packed, weight.indices, weight.bound, tiled=weight.tiled)
         assert paths.choose(parts, cell.batch, graph=True) == min(lean, key=lean.__getitem__)
     row = next(benchmark.rows("2:4", (2048, 2048), [1], torch.bfloat16, torch.device("cuda", 0)))
     assert row.lean_us > 0 and row.torch_us is not None and row.gb_per_s > 0

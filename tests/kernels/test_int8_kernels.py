@@ -19,7 +19,9 @@ from torch import Tensor
 import s3tensor as s3
 from s3tensor.mask.packing import unpack
 from s3tensor.pattern import Pattern
-from s3tensor.tensor import scaled
+from s3tensor.tensor import linear as paths
+from s3tensor.tensor.int8_values import dense_of, packed_of
+from s3tensor.tensor.weight import Weight
 
 FORMS = tiles.FORMS
 CODES = {  # as the kernel loads them in tile order
@@ -167,12 +169,13 @@ def test_the_launcher_gives_the_kernel_what_it_takes(
     values, codes, scales, dense = random_int8(form, 80, 192)
     bound = Pattern.parse(form).bind((80, 192))
     tiled = tiles.tile_values(values, form, 80, 192), tiles.tile_codes(codes, form, 80, 192)  # type: ignore[arg-type]
-    weight = scaled.Int8Weight(*tiled, scales, bound, tiled=True)
+    weight = Weight(*tiled, bound, scales=scales, tiled=True)
     for n in (1, 9, 20):
         for dtype in (torch.bfloat16, torch.float16):
+            weight = replace(weight, computed_in=dtype)
             x, bias = torch.randn(n, 192).to(dtype), torch.randn(80).to(dtype)
-            close(scaled.linear(x, weight, bias, "packed"), x, dense, bias)
-            y = scaled.linear(x.reshape(n, 1, 192), weight, None, "packed")
+            close(paths.multiply(x, weight, bias, "packed"), x, dense, bias)
+            y = paths.multiply(x.reshape(n, 1, 192), weight, None, "packed")
             assert y.shape == (n, 1, 80)
             close(y.reshape(n, 80), x, dense, None)
 
@@ -374,21 +377,21 @@ def test_a_compiled_model_with_bytes_runs_in_a_graph() -> None:
 def test_tile_order_is_the_same_weight(form: str) -> None:
     bound = Pattern.parse(form).bind((64, 128))
     values, codes, scales, _ = random_int8(form, 64, 128)
-    weight = scaled.Int8Weight(values, codes, scales, bound)
-    assert scaled.choose(weight, torch.bfloat16, 1) == "scratch"  # a CPU
-    assert scaled.packed_of(weight, torch.bfloat16) is None  # not in tile order
+    weight = Weight(values, codes, bound, scales=scales, computed_in=torch.bfloat16)
+    assert paths.choose(weight, 1, graph=False) == "scratch"  # a CPU
+    assert packed_of(weight, torch.bfloat16) is None  # not in tile order
     tiled = replace(
         weight,
         packed=tiles.tile_values(values, form, 64, 128),  # type: ignore[arg-type]
         indices=tiles.tile_codes(codes, form, 64, 128),  # type: ignore[arg-type]
         tiled=True,
     )
-    dense = scaled.dense_of(weight, torch.bfloat16)
-    assert torch.equal(scaled.dense_of(tiled, torch.bfloat16), dense)
-    made = scaled.packed_of(tiled, torch.bfloat16)
+    dense = dense_of(weight, torch.bfloat16)
+    assert torch.equal(dense_of(tiled, torch.bfloat16), dense)
+    made = packed_of(tiled, torch.bfloat16)
     assert (made is None) == (form == "rowpair16")
     if made is not None:
         assert torch.equal(unpack(made, tiled.indices, bound, tiled=True), dense)
         x, bias = torch.randn(40, 128).bfloat16(), torch.randn(64).bfloat16()
-        y = scaled.linear(x, tiled, bias, "values")
+        y = paths.multiply(x, tiled, bias, "values")
         assert torch.equal(y, torch.nn.functional.linear(x, dense, bias))

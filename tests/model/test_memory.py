@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import s3tensor as s3
 from s3tensor import StructuredSparseTensor
 from s3tensor.io import state as checkpoint
+from s3tensor.tensor import cusparselt
 from s3tensor.tensor import linear as paths
 
 FORMS = ("2:4", "coupled2:4", "pair4:8", "rowpair16")
@@ -123,10 +124,10 @@ def test_a_weight_for_the_vendor_is_2_of_4_along_rows_and_gives_the_same_product
     if str(weight.pattern) == "rowpair16":
         return
     dense, bound = weight.to_dense(), weight.bound
-    ordered = paths.vendor_order(dense, bound)
+    ordered = cusparselt.order_columns(dense, bound)
     assert s3.satisfies(ordered, "2:4")
     x = torch.linspace(-1, 1, 3 * dense.shape[1], dtype=torch.float64).reshape(3, -1)
-    y = paths.vendor_order(x, bound) @ ordered.t()
+    y = cusparselt.order_columns(x, bound) @ ordered.t()
     torch.testing.assert_close(y, x @ dense.t())
 
 
@@ -312,12 +313,12 @@ def test_every_possible_path_gives_the_product(pattern: str) -> None:
     dense = weight.to_dense()
     device = weight.device
     copy_ = (
-        paths.vendor_copy(dense, weight.bound)
-        if paths.can_vendor(weight.bound, weight.dtype, device)
+        cusparselt.compress(dense, weight.bound)
+        if cusparselt.takes(weight.bound, weight.dtype, device)
         else None
     )
     parts = paths.Weight(
-        weight.packed, weight.indices, weight.bound, weight.tiled, dense=dense, vendor=copy_
+        weight.packed, weight.indices, weight.bound, tiled=weight.tiled, dense=dense, vendor=copy_
     )
     expected = {"packed", "dense", "scratch"} | ({"vendor"} if copy_ is not None else set())
     assert set(paths.possible(parts, 16)) == expected
@@ -325,9 +326,9 @@ def test_every_possible_path_gives_the_product(pattern: str) -> None:
     for n in (1, 16, 40, 100):
         x = torch.randn(2, n, 1024, device="cuda", dtype=torch.bfloat16)
         for path in paths.possible(parts, 2 * n):
-            y = paths.linear(x, parts, bias, path)
+            y = paths.multiply(x, parts, bias, path)
             close(y.flatten(0, 1), x.flatten(0, 1), dense, bias)
-            one = paths.linear(x, parts, bias[:1], path)
+            one = paths.multiply(x, parts, bias[:1], path)
             close(one.flatten(0, 1), x.flatten(0, 1), dense, bias[:1].expand(512))
 
 

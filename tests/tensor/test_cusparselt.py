@@ -114,7 +114,7 @@ def test_what_is_frozen_keeps_no_activations() -> None:
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, kept=kept: kept.append(tuple(t.shape)) or t, lambda t: t
         ):
-            y = cores.product(a, b, False, True)
+            y = cores.cores_product(a, b, False, True)
         assert sorted(kept) == sorted([(6, 64)] * of_weight + [(128, 64)] * of_x)
         y.sum().backward()
         assert (a.grad is not None, b.grad is not None) == (of_x, of_weight)
@@ -202,8 +202,8 @@ def test_parametrizations_that_are_removed_by_hand_leave_a_plain_product() -> No
 def test_the_operator_keeps_the_rules_of_torch(turned: bool, both: bool) -> None:
     x = torch.randn(6, 128 if turned else 64, requires_grad=True)
     weight = torch.randn(128, 64, requires_grad=True)
-    torch.library.opcheck(cores.product, (x, weight, turned, both))
-    y = cores.product(x, weight, turned, both)
+    torch.library.opcheck(cores.cores_product, (x, weight, turned, both))
+    y = cores.cores_product(x, weight, turned, both)
     upstream = torch.randn_like(y)
     expected = x @ (weight if turned else weight.t())
     torch.testing.assert_close(y, expected)
@@ -346,10 +346,10 @@ def test_the_product_is_the_dense_one(
     weight = torch.where(s3.transposable(weight, "2:4"), weight, 0)
     x = torch.randn(tokens, 192 if turned else 320, device="cuda", dtype=dtype)
     seen = weight if turned else weight.t()
-    y = cores.product(x, weight, turned, True)
+    y = cores.cores_product(x, weight, turned, True)
     assert y.shape == (tokens, seen.shape[1]) and len(cores.choices()) == 1
     close(y, x.double() @ seen.double(), dtype)
-    torch.library.opcheck(cores.product, (x, weight, turned, True))
+    torch.library.opcheck(cores.cores_product, (x, weight, turned, True))
 
 
 @gpu
@@ -413,7 +413,9 @@ def test_a_weight_that_breaks_the_pattern_gives_nan_and_no_wrong_number(sparse_w
     needs_cores()
     weight = torch.zeros(64, 64, device="cuda", dtype=torch.bfloat16)
     weight[3, :3] = 1
-    y = cores.product(torch.ones(16, 64, device="cuda", dtype=torch.bfloat16), weight, False, False)
+    y = cores.cores_product(
+        torch.ones(16, 64, device="cuda", dtype=torch.bfloat16), weight, False, False
+    )
     assert bool(y[:, 3].isnan().all()) and int(y.isnan().sum()) == 16
 
 
@@ -447,10 +449,10 @@ def test_sizes_are_measured_once_and_batches_of_like_size_share_it() -> None:
     weight = torch.randn(4096, 14336, device="cuda", dtype=torch.bfloat16)
     weight = torch.where(s3.project(weight, "2:4"), weight, 0)
     x = torch.randn(8192, 14336, device="cuda", dtype=torch.bfloat16)
-    y = cores.product(x, weight, False, False)
+    y = cores.cores_product(x, weight, False, False)
     (choice,) = cores.choices()
     assert (choice.rows, choice.columns, choice.tokens) == (4096, 14336, 8192)
     assert 0 < choice.sparse_us < float("inf") and choice.dense_us > 0 and choice.call_us > 0
     close(y, x @ weight.t(), torch.bfloat16)
-    cores.product(x[:6000], weight, False, False)
+    cores.cores_product(x[:6000], weight, False, False)
     assert len(cores.choices()) == 1  # a batch of like size asks nothing anew

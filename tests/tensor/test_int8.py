@@ -21,14 +21,13 @@ import s3tensor as s3
 from s3tensor.io.folder import unshared_state
 from s3tensor.io.pretrained import weight_bytes
 from s3tensor.io.state import flatten_state, load_state, save_state, unflatten_state
-from s3tensor.tensor import scaled
+from s3tensor.tensor.int8_values import DTYPES
 from s3tensor.testing import bound_patterns
 
 PATTERNS = (
     *("2:4", "coupled2:4", "pair4:8", "rowpair16", "1:4", "4:8", "3:5"),
     *("block:4x4@0.5", "block:16x16@0.5", "row@0.5", "unstructured@0.3"),
 )
-DTYPES = scaled.DTYPES
 
 
 def shape_for(pattern: str) -> tuple[int, int]:

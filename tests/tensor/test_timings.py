@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 
 from s3tensor.pattern import Pattern
+from s3tensor.tensor import cusparselt, timings
 from s3tensor.tensor import linear as paths
-from s3tensor.tensor import timings
 from s3tensor.tensor.timings import Cell, Timings
 
 NAMES = ("dense", "packed", "scratch", "vendor")
@@ -50,7 +50,9 @@ def test_what_was_measured_is_predicted_exactly(table: Timings) -> None:
         found = table.times(cell.pattern, cell.dtype, cell.rows, cell.columns, cell.batch)
         assert found == cell.us
         if "vendor" in cell.us:
-            plan = table.vendor(cell.pattern, cell.dtype, cell.rows, cell.columns, cell.batch)
+            plan = table.cusparselt_plan(
+                cell.pattern, cell.dtype, cell.rows, cell.columns, cell.batch
+            )
             assert plan == cell.vendor
 
 
@@ -80,7 +82,7 @@ def test_the_nearest_shape_counts_and_other_patterns_are_unknown() -> None:
     assert table.times("2:4", "bfloat16", 512, 2048, 1) == {"dense": 1024.0}
     assert table.times("1:4", "bfloat16", 64, 64, 1) is None
     assert table.times("2:4", "float32", 64, 64, 1) is None
-    assert table.vendor("2:4", "bfloat16", 64, 64, 1) == (0, 1, -1)
+    assert table.cusparselt_plan("2:4", "bfloat16", 64, 64, 1) == (0, 1, -1)
 
 
 def test_plans_of_a_product_are_those_of_the_nearest_ones_each_once() -> None:
@@ -96,9 +98,9 @@ def test_plans_of_a_product_are_those_of_the_nearest_ones_each_once() -> None:
         Cell("2:4", "bfloat16", 4096, 4096, 4096, {"dense": 1.0}, (8, 1, 1)),
     )
     table = Timings("GPU", (9, 0), cells)
-    assert table.vendor_plans(4096, 4096, 9999) == [(5, 1, 1), (4, 1, 1), (3, 1, 1)]
-    assert table.vendor_plans(64, 64, 100, count=1) == [(3, 1, 1)]
-    assert Timings("GPU", (9, 0), ()).vendor_plans(64, 64, 1) == []
+    assert table.cusparselt_plans(4096, 4096, 9999) == [(5, 1, 1), (4, 1, 1), (3, 1, 1)]
+    assert table.cusparselt_plans(64, 64, 100, count=1) == [(3, 1, 1)]
+    assert Timings("GPU", (9, 0), ()).cusparselt_plans(64, 64, 1) == []
 
 
 GOOD = json.loads(
@@ -218,7 +220,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Timings:
         ),
     ]
     made = Timings("GPU", (9, 0), tuple(cells), vendor_call_us=15.0)
-    monkeypatch.setattr(paths, "_table", lambda device: made)
+    monkeypatch.setattr(timings, "of_device", lambda device: made)
     paths.forget()
     yield made
     monkeypatch.undo()
@@ -249,7 +251,7 @@ def test_the_fastest_available_path_is_chosen(
     assert pick(4096, ("scratch",), monkeypatch) == "scratch"
     # outside a graph cuSPARSELt costs the host 15 us, which its 10 us on the GPU do not hide
     assert pick(4096, every, monkeypatch, graph=False) == "dense"
-    assert paths._plan_of(Pattern.parse("2:4").bind((64, 64)), CUDA, 4096) == (7, 2, 1)
+    assert cusparselt.plan_of(Pattern.parse("2:4").bind((64, 64)), CUDA, 4096) == (7, 2, 1)
 
 
 def test_a_pattern_without_a_table_is_chosen_for_by_its_bytes(
@@ -266,7 +268,7 @@ def test_only_copies_that_pay_are_kept(measured: Timings, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         paths, "_possible", lambda kept, n: ["scratch", *(["packed"] if n <= 128 else [])]
     )
-    monkeypatch.setattr(paths, "can_vendor", lambda *_: True)
+    monkeypatch.setattr(cusparselt, "takes", lambda *_: True)
     bound = Pattern.parse("2:4").bind((64, 64))
 
     def keep(first: int, last: int) -> tuple[bool, bool]:
