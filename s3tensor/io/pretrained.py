@@ -34,7 +34,7 @@ from s3tensor.io.folder import unshared_state as unshared_state
 from s3tensor.io.state import apart, load_state
 from s3tensor.mask.projection import satisfies
 from s3tensor.tensor.base import Compressed
-from s3tensor.train.parametrized import parametrized
+from s3tensor.train.parametrized import trained_weights
 
 _LAYERS = 1000  # a config of so many is tried, however few tensors there are: layers may share them
 _BUFFERS = 2**30  # bytes, beyond those of the files, that a model may compute when it is made
@@ -139,7 +139,7 @@ def save_pretrained(
             f"{type(model).__name__} has no Hugging Face config; save its state_dict with "
             "s3tensor.io.state.save_state"
         )
-    under = next((site.path for site in parametrized(model)), None)
+    under = next((weight.path for weight in trained_weights(model)), None)
     if under is not None:
         raise ModelError(
             f"{under} is still under S3Sparse, and no reader of Hugging Face files knows its dense original; "

@@ -28,7 +28,7 @@ from s3tensor.errors import CheckpointError, ModelError
 from s3tensor.files import first_line
 from s3tensor.io.folder import FORMAT, METHOD, quantization, tied_names, unshared_state
 from s3tensor.io.state import METADATA_KEY, flatten_state, read_description
-from s3tensor.model.weights import parameters_of
+from s3tensor.model.weights import model_weights
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.int8 import VALUES, class_of
@@ -238,10 +238,10 @@ class S3Quantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        for held in parameters_of(model):
-            weight = held.parameter
+        for found in model_weights(model):
+            weight = found.parameter
             if isinstance(weight, Compressed):
-                held.replace(nn.Parameter(weight.to_dense(dtype).contiguous()))
+                found.replace(nn.Parameter(weight.to_dense(dtype).contiguous()))
         return model
 
     @property

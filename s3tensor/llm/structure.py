@@ -7,49 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from s3tensor.errors import ModelError, PatternError
-from s3tensor.model.sparsify import is_conv1d
+from s3tensor.model.weights import LayerFilter as LayerFilter
+from s3tensor.model.weights import ModelWeight, Place
+from s3tensor.model.weights import is_linear as is_linear
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
 
-LayerFilter = Callable[[nn.Module, str], bool]
-
-
-@dataclass(frozen=True)
-class LinearLayer:
-    """A linear map inside a decoder block, whichever way round it stores its weight.
-
-    ``nn.Linear`` holds (out_features, in_features); the ``Conv1D`` of GPT-2 holds the transpose.
-    """
-
-    module: nn.Module
-    name: str  # full name in the model
-    transposed: bool
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as (out_features, in_features)."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight.detach().t() if self.transposed else weight.detach()
-
-    def set_weight(self, weight: Tensor) -> None:
-        """Replace the parameter by ``weight``, (out_features, in_features), without gradient."""
-        stored = weight.t() if self.transposed else weight
-        self.module.weight = nn.Parameter(stored, requires_grad=False)
-
-    def copy_weight(self, weight: Tensor) -> None:
-        """Write ``weight``, (out_features, in_features), into the parameter that is there."""
-        self.weight.copy_(weight)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        out_features, in_features = self.weight.shape
-        return out_features, in_features
+LinearLayer = ModelWeight
 
 
 @dataclass(frozen=True)
@@ -59,11 +27,6 @@ class Skipped:
     name: str
     reason: str
     misfit: bool = False  # the pattern does not fit its shape
-
-
-def is_linear(module: nn.Module) -> bool:
-    """True for ``nn.Linear`` and for the transposed ``Conv1D`` of transformers."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -102,20 +65,20 @@ def prunable_layers(
     prefix: str,
     pattern: Pattern | Callable[[str], Pattern],  # or the pattern of each linear by its full name
     filter_fn: LayerFilter | None = None,
-) -> tuple[list[LinearLayer], list[Skipped]]:
+) -> tuple[list[ModelWeight], list[Skipped]]:
     """The linears of one block that fit ``pattern``, and the weights that stay dense with the reason.
 
     Matrices and stacks of matrices that no linear holds (experts in one tensor, convolutions) are
     among those that stay dense.
     """
-    layers: list[LinearLayer] = []
+    layers: list[ModelWeight] = []
     skipped: list[Skipped] = []
     inside: tuple[str, ...] = ()  # prefixes of what belongs to a linear: its parametrizations
     for name, module in block.named_modules():
         full = f"{prefix}.{name}" if name else prefix
         if is_linear(module):
             inside += (f"{name}.",)
-            layer = LinearLayer(module, full, is_conv1d(module))
+            layer = ModelWeight((Place(full, module),))
             wanted = pattern if isinstance(pattern, Pattern) else pattern(full)
             refusal = _refusal(layer, wanted, filter_fn)
             if refusal is None:
@@ -133,7 +96,7 @@ def prunable_layers(
     return layers, skipped
 
 
-def _refusal(layer: LinearLayer, pattern: Pattern, filter_fn: LayerFilter | None) -> Skipped | None:
+def _refusal(layer: ModelWeight, pattern: Pattern, filter_fn: LayerFilter | None) -> Skipped | None:
     """Why a linear stays dense, or None."""
     if filter_fn is not None and not filter_fn(layer.module, layer.name):
         return Skipped(layer.name, "left out by the filter")
@@ -160,7 +123,7 @@ def on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def dense_again(block: nn.Module, layers: list[LinearLayer]) -> Iterator[None]:
+def dense_again(block: nn.Module, layers: list[ModelWeight]) -> Iterator[None]:
     """Give a block its parameters back when what is done to it is broken off, by whatever it is."""
     held = [(layer.module, layer.module.weight) for layer in layers]
     plain = (

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from s3tensor.errors import NonFiniteError, PatternError
+from s3tensor.model.weights import is_linear
 from s3tensor.paper import BlockSpec, Scopes, ScopeSpec, View
 from s3tensor.pattern import Pattern
 from s3tensor.train.masked import Masked, StraightThrough, broken, flipped, weight_of
@@ -238,8 +239,7 @@ class CoupledSparse(Masked):
 
     def pattern_in(self, owner: nn.Module) -> Pattern | None:
         """The weight's own pattern in a linear layer; biases and embeddings have no compressed product."""
-        kinds = {kind.__name__ for kind in type(owner).__mro__}
-        return self.pattern if kinds & {"Linear", "Conv1D"} and self._ndim == 2 else None
+        return self.pattern if is_linear(owner) and self._ndim == 2 else None
 
     @property
     def _ndim(self) -> int:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s3tensor.errors import ModelError
+from s3tensor.errors import ModelError, NonFiniteError, OptionError
+from s3tensor.model.weights import is_conv1d
 from s3tensor.tensor import ops
 from s3tensor.tensor.sparse import StructuredSparseTensor
 from s3tensor.train.masked import Masked
@@ -182,10 +183,5 @@ def _product(x: Tensor, packed: Tensor, layer: nn.Module, bias: Tensor | None) -
         x, packed = x.to(dtype), packed.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     shape = list(weight.bound_shape)
-    facts = (str(weight.pattern), shape, weight.transposed ^ _is_conv1d(layer), weight.tiled)
+    facts = (str(weight.pattern), shape, weight.transposed ^ is_conv1d(layer), weight.tiled)
     return ops.linear(x, packed, weight.indices, bias, *facts)
-
-
-def _is_conv1d(layer: nn.Module) -> bool:
-    """Whether a layer computes ``x @ weight``, as the ``Conv1D`` of transformers."""
-    return not isinstance(layer, nn.Linear)
