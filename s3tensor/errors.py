@@ -19,6 +19,10 @@ class OptionError(S3Error, ValueError):
     """An option of a function that is unknown, out of its range, or at odds with another."""
 
 
+class ArgumentError(OptionError, TypeError):
+    """An option that a function does not take or lacks, or the wrong type of one: a TypeError too."""
+
+
 class PrunerError(OptionError):
     """A pruner that is unknown, or an option of one that is out of its range."""
 

@@ -13,13 +13,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from s3tensor.errors import ModelError
+from s3tensor.model.report import Report
+from s3tensor.model.weights import ModelWeight, Place, model_weights
 from s3tensor.paper import BlockCoupling, BlockSpec, ScopeSpec, View
 
 Kind = Literal["channels", "heads", "hidden"]
@@ -32,23 +34,17 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(ModelWeight):
     """Where the blocks of a unit lie in one parameter: block i is ``size`` slices from ``start + i size``."""
 
-    owner: nn.Module
-    parameter: str
     dim: int
     size: int = 1
     start: int = 0
     role: Literal["reads", "writes", "scales"] = "reads"
 
-    @property
-    def tensor(self) -> nn.Parameter:
-        return getattr(self.owner, self.parameter)
-
     def view(self, count: int) -> View:
         """The part's blocks as a matrix, their dim first: (count * size, rest)."""
-        tensor = self.tensor
+        tensor = self.parameter
         matrix = tensor.unsqueeze(1) if tensor.ndim == 1 else tensor
         own = matrix.stride(self.dim)
         other = 1 - self.dim
@@ -110,20 +106,24 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class CompactReport:
+class CompactReport(Report[Cut]):
     """What a model lost, and whether its configuration can say so.
 
     Args:
-        cuts: one for every unit, also for those that stayed as they were.
+        rows: one for every unit, also for those that stayed as they were.
         parameters_before, parameters_after: elements, shared ones once.
         problem: why the configuration does not describe the model, or empty. Such a model runs, and is
             saved with ``torch.save``, but no ``from_pretrained`` can build it.
     """
 
-    cuts: tuple[Cut, ...]
     parameters_before: int
     parameters_after: int
-    problem: str = field(default="")
+    problem: str = ""
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """The rows."""
+        return self.rows
 
     @property
     def uniform(self) -> bool:
@@ -158,8 +158,12 @@ def units(model: nn.Module, kind: Kind) -> list[Unit]:
     finder = {"channels": _channels, "heads": _heads, "hidden": _hidden}
     if kind not in finder:
         raise ModelError(f"kind={kind!r} must be one of {', '.join(finder)}")
-    found = list(finder[kind](model))
-    _check_parts(model, found)
+    places = {id(weight.parameter): weight.places for weight in model_weights(model)}
+    found = []
+    for unit in finder[kind](model):
+        parts = (replace(p, places=places.get(id(p.parameter), p.places)) for p in unit.parts)
+        found.append(replace(unit, parts=tuple(parts)))
+    _check_parts(found)
     return found
 
 
@@ -251,11 +255,16 @@ def _linears(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear] | Non
     return found if all(isinstance(each, nn.Linear) for each in found) else None  # type: ignore[return-value]
 
 
+def _at(module: nn.Module, attribute: str = "weight") -> tuple[Place]:
+    """Where a parameter is; :func:`units` fills in its path, and the others that share it."""
+    return (Place("", module, attribute),)
+
+
 def _rows(linear: nn.Linear, size: int = 1, start: int = 0, role: Any = "writes") -> Iterator[Part]:
     """Output features of a linear: rows of its weight, entries of its bias."""
-    yield Part(linear, "weight", 0, size, start, role)
+    yield Part(_at(linear), 0, size, start, role)
     if linear.bias is not None:
-        yield Part(linear, "bias", 0, size, start, role)
+        yield Part(_at(linear, "bias"), 0, size, start, role)
 
 
 def _channels(model: nn.Module) -> Iterator[Unit]:
@@ -271,13 +280,13 @@ def _channels(model: nn.Module) -> Iterator[Unit]:
             # An activation may turn zero into something: only what a gate multiplies is zero for sure.
             roles = ("scales", "writes") if len(ins) == 2 else ("scales",)
             parts = [p for i, r in zip(ins, roles, strict=True) for p in _rows(i, role=r)]
-            yield Unit(name, "channels", module, count, (*parts, Part(out, "weight", 1)))
+            yield Unit(name, "channels", module, count, (*parts, Part(_at(out), 1)))
         fused = _linears(module, _FUSED)
         if fused is not None and fused[0].out_features == 2 * fused[1].in_features:
             both, out = fused
             count = out.in_features
             parts = [*_rows(both, role="scales"), *_rows(both, start=count)]
-            yield Unit(name, "channels", module, count, (*parts, Part(out, "weight", 1)))
+            yield Unit(name, "channels", module, count, (*parts, Part(_at(out), 1)))
 
 
 def _heads(model: nn.Module) -> Iterator[Unit]:
@@ -301,7 +310,7 @@ def _heads(model: nn.Module) -> Iterator[Unit]:
             *_rows(q, wide, role="scales"),
             *_rows(k, size, role="scales"),
             *_rows(v, size),
-            Part(o, "weight", 1, wide),
+            Part(_at(o), 1, wide),
         )
         yield Unit(name, "heads", module, groups, parts)
 
@@ -314,7 +323,7 @@ def _hidden(model: nn.Module) -> Iterator[Unit]:
     if len(embeddings) != 1:
         return
     count = embeddings[0].embedding_dim
-    parts = [Part(embeddings[0], "weight", 1, role="writes")]
+    parts = [Part(_at(embeddings[0]), 1, role="writes")]
     for name, module in model.named_modules():
         own = name.rpartition(".")[2]
         if isinstance(module, nn.Linear):
@@ -322,7 +331,7 @@ def _hidden(model: nn.Module) -> Iterator[Unit]:
                 parts += _rows(module)
             elif own in readers and module.in_features == count:
                 if module.weight is not embeddings[0].weight:
-                    parts.append(Part(module, "weight", 1))
+                    parts.append(Part(_at(module), 1))
             else:
                 raise ModelError(
                     f"{name} reads or writes the residual stream in a way that is not known; give "
@@ -337,7 +346,7 @@ def _hidden(model: nn.Module) -> Iterator[Unit]:
                     f"{name} is a {type(module).__name__}: only an RMS norm, with its eps, gives the same "
                     "output when zero channels leave"
                 )
-            parts.append(Part(module, "weight", 0, role="scales"))
+            parts.append(Part(_at(module), 0, role="scales"))
     if len(parts) > 1:
         yield Unit("residual stream", "hidden", model, count, tuple(parts))
 
@@ -351,26 +360,23 @@ def _eps(norm: nn.Module) -> str | None:
     )
 
 
-def _check_parts(model: nn.Module, found: list[Unit]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+def _check_parts(found: list[Unit]) -> None:
     for unit in found:
         for part in unit.parts:
-            kind = type(part.owner).__name__
-            if hasattr(part.owner, "parametrizations"):
+            kind = type(part.module).__name__
+            if hasattr(part.module, "parametrizations"):
                 raise ModelError(
                     f"a {kind} of {unit.name} is parametrized; call s3tensor.finalize, then densify"
                 )
-            tensor = part.tensor
+            tensor = part.parameter
             if hasattr(tensor, "__tensor_flatten__") or not tensor.dtype.is_floating_point:
                 raise ModelError(
                     f"a {kind} of {unit.name} holds a {type(tensor).__name__} of {tensor.dtype}: compact "
                     "dense weights, then compress"
                 )
-            names = owners.get(id(tensor), [])
-            if len(names) > 1 and unit.kind != "hidden":
-                raise ModelError(f"{' and '.join(names)} are one parameter, which cannot be cut")
+            if len(part.places) > 1 and unit.kind != "hidden":
+                names = " and ".join(place.path for place in part.places)
+                raise ModelError(f"{names} are one parameter, which cannot be cut")
 
 
 # Choosing and cutting --------------------------------------------------------------------------
@@ -417,58 +423,47 @@ def _shrink(unit: Unit, kept: Tensor) -> None:
         return
     left = int(kept.sum())
     # Parts of one parameter along one dim are cut together.
-    places: dict[tuple[int, str, int], tuple[Part, Tensor]] = {}
+    kept_of: dict[tuple[str, int], tuple[Part, Tensor]] = {}
     for part in unit.parts:
-        key = (id(part.owner), part.parameter, part.dim)
-        _, keep = places.get(key, (part, torch.ones(part.tensor.shape[part.dim], dtype=torch.bool)))
+        key = (part.path, part.dim)
+        whole = torch.ones(part.parameter.shape[part.dim], dtype=torch.bool)
+        _, keep = kept_of.setdefault(key, (part, whole))
         keep[part.start : part.start + unit.count * part.size] = kept.repeat_interleave(part.size)
-        places[key] = (part, keep)
     if unit.kind == "hidden":
-        _renorm(unit, left)
-    cut: list[tuple[nn.Parameter, nn.Parameter]] = []
-    for part, keep in places.values():
-        old = part.tensor
+        _rescale_norms(unit, left)
+    for part, keep in kept_of.values():
+        old = part.parameter
         index = keep.nonzero().flatten().to(old.device)
-        new = nn.Parameter(
-            old.detach().index_select(part.dim, index), requires_grad=old.requires_grad
-        )
-        cut.append((old, new))
-        setattr(part.owner, part.parameter, new)
-        _resize(part, len(index))
-    if unit.kind == "hidden":  # a head that is the embedding
-        for module in unit.module.modules():
-            for old, new in cut:
-                if module._parameters.get("weight") is old:
-                    module.weight = new
-                    if isinstance(module, nn.Linear):
-                        module.in_features = left
+        cut = old.detach().index_select(part.dim, index)
+        part.replace(nn.Parameter(cut, requires_grad=old.requires_grad))
+        for place in part.places:  # a head that is the embedding, too
+            _resize(place.module, part.dim, len(index))
     for attribute, value in _sizes(unit, left).items():
         if isinstance(getattr(unit.module, attribute, None), int):
             setattr(unit.module, attribute, value)
 
 
-def _resize(part: Part, size: int) -> None:
-    """The size that a module states of itself."""
-    owner = part.owner
-    if isinstance(owner, nn.Linear):
-        if part.dim == 1:
-            owner.in_features = size
+def _resize(module: nn.Module, dim: int, size: int) -> None:
+    """Update the size that a module states of itself."""
+    if isinstance(module, nn.Linear):
+        if dim == 1:
+            module.in_features = size
         else:
-            owner.out_features = size
-    elif isinstance(owner, nn.Embedding):
-        owner.embedding_dim = size
+            module.out_features = size
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = size
 
 
-def _renorm(unit: Unit, left: int) -> None:
+def _rescale_norms(unit: Unit, left: int) -> None:
     """A mean of squares over fewer channels is larger: the norms' weights and eps make up for it."""
     ratio = unit.count / left
     for part in unit.parts:
         if part.role == "scales":
             with torch.no_grad():
-                part.tensor.mul_(math.sqrt(ratio))
-            name = _eps(part.owner)
+                part.parameter.mul_(math.sqrt(ratio))
+            name = _eps(part.module)
             assert name is not None
-            setattr(part.owner, name, getattr(part.owner, name) * ratio)
+            setattr(part.module, name, getattr(part.module, name) * ratio)
 
 
 def _sizes(unit: Unit, left: int) -> dict[str, int]:
@@ -477,7 +472,7 @@ def _sizes(unit: Unit, left: int) -> dict[str, int]:
         return dict.fromkeys(("intermediate_size", "ffn_dim"), left)
     if unit.kind == "hidden":
         return {"hidden_size": left}
-    per_group = unit.parts[0].tensor.shape[0] // left // int(unit.module.head_dim)  # type: ignore[arg-type]
+    per_group = unit.parts[0].parameter.shape[0] // left // int(unit.module.head_dim)  # type: ignore[arg-type]
     return {
         "num_key_value_heads": left,
         "num_attention_heads": left * per_group,
@@ -518,7 +513,7 @@ def _describe(model: nn.Module, cuts: list[Cut], found: dict[Kind, list[Unit]]) 
             return f"the configuration states no number of {kind}: from_pretrained cannot rebuild this model"
         values.update(stated)
         if kind == "hidden":
-            scaled = {part.owner for part in unit.parts if part.role == "scales"}
+            scaled = {part.module for part in unit.parts if part.role == "scales"}
             others = [n for n, m in model.named_modules() if _eps(m) and m not in scaled]
             if others or not hasattr(config, "rms_norm_eps"):
                 where = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,20 @@ from s3tensor.errors import NonFiniteError, PatternError
 from s3tensor.model.weights import is_linear
 from s3tensor.paper import BlockSpec, Scopes, ScopeSpec, View
 from s3tensor.pattern import Pattern
-from s3tensor.train.masked import Masked, StraightThrough, broken, flipped, weight_of
+from s3tensor.train.masked import (
+    Masked,
+    StraightThrough,
+    changed_fraction,
+    check_options,
+    facts_as_tensor,
+    facts_of_tensor,
+    mask_problem,
+    weight_name,
+)
 from s3tensor.train.schedule import Density
 
 MODES = ("fixed", "ste", "srste")
+_FACTS = {"coupling", "place", "steps", "frozen"}  # of the extra state
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Coupling:
 
     Raises:
         PatternError: a budget that does not fit, or a schedule that ends elsewhere.
-        ValueError: an unknown mode, or an option that is out of range or of another mode.
+        OptionError: an unknown mode, or an option that is out of range or of another mode.
     """
 
     def __init__(
@@ -75,37 +84,28 @@ class Coupling:
         decay: float | None = None,
         name: str | None = None,
     ) -> None:
-        if mode not in MODES:
-            why = ": the shortened weights of 'soft' would need every tensor in each forward"
-            raise ValueError(
-                f"mode {mode!r} of a coupling must be one of {', '.join(MODES)}"
-                + (why if mode == "soft" else "")
-            )
-        if type(refresh) is not int or refresh < 1:
-            raise ValueError(f"refresh={refresh!r} of a coupling must be an int >= 1, in steps")
-        if mode == "fixed" and (refresh != 1 or schedule is not None):
-            raise ValueError("a coupling in mode 'fixed' takes no refresh and no schedule")
-        if decay is not None and (mode != "srste" or not 0 <= decay < float("inf")):
-            raise ValueError(
-                f"decay={decay!r} of a coupling must be a number >= 0, and is of mode 'srste' only"
-            )
+        # 'soft' is none: its shortened weights would need every tensor in each forward.
+        self.decay = check_options(mode, MODES, refresh, schedule, decay, " of a coupling")
         label = name or scopes.name or "a coupling"
-        self.budget = CouplingBudget(label, _kept(keep, scopes, label), scopes.numblk_per_scope())
+        self.budget = CouplingBudget(
+            label, _keep_of(keep, scopes, label), scopes.numblk_per_scope()
+        )
         if schedule is not None:
             schedule.check(self.budget)
         self.mode, self.refresh, self.schedule = mode, refresh, schedule
-        self.decay = (2e-4 if decay is None else float(decay)) if mode == "srste" else 0.0
         self.steps = 0
         self.frozen = False
         self.weights: list[Tensor] = []
         for spec in scopes.blocks():
-            root = _root(spec.view)
+            root = _parameter_of(spec.view)
             if not any(root is weight for weight in self.weights):
                 self.weights.append(root)
         # The same geometry over tensors without memory, so that no parameter is held twice.
-        self.scopes: Scopes = copy.deepcopy(scopes, {id(w): _shape_of(w) for w in self.weights})
+        self.scopes: Scopes = copy.deepcopy(
+            scopes, {id(w): _without_memory(w) for w in self.weights}
+        )
         places = [
-            next(i for i, weight in enumerate(self.weights) if weight is _root(spec.view))
+            next(i for i, weight in enumerate(self.weights) if weight is _parameter_of(spec.view))
             for spec in scopes.blocks()
         ]
         self.specs = list(zip(self.scopes.blocks(), places, strict=True))
@@ -141,14 +141,14 @@ class Coupling:
         Raises:
             NonFiniteError: NaN or Inf in one of them.
         """
-        values = {spec: _through(spec.view, weights[i]) for spec, i in self.specs}
+        values = {spec: _elements_of(spec.view, weights[i]) for spec, i in self.specs}
         try:
             found = self.scopes.get_masks(nnz=self.keep_now(), values=values)
         except NonFiniteError as error:
             raise NonFiniteError(f"{self.name}: {error}") from None
         masks = [torch.ones(w.shape, dtype=torch.bool, device=w.device) for w in weights]
         for spec, i in self.specs:
-            masks[i] &= _back(spec.view, found[spec])
+            masks[i] &= _mask_of_parameter(spec.view, found[spec])
         return masks
 
     def advance(self, weights: Sequence[Tensor]) -> None:
@@ -160,7 +160,7 @@ class Coupling:
         if moved or self.steps % self.refresh == 0:
             for member, mask in zip(self.members, self.decide(weights), strict=True):
                 held = member.current_mask(mask)
-                member._flips = flipped(mask, held)
+                member._flips = changed_fraction(mask, held)
                 held.copy_(mask)  # in place: a compiled graph goes on reading it
 
     def freeze(self) -> None:
@@ -279,12 +279,11 @@ class CoupledSparse(Masked):
 
     def get_extra_state(self) -> Tensor:
         """The owner's facts and the place, as bytes of JSON."""
-        facts = {**self.owner.facts(), "place": self.place}
-        return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+        return facts_as_tensor({**self.owner.facts(), "place": self.place})
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over the owner's counts; :meth:`_load_from_state_dict` has checked the rest."""
-        facts = json.loads(bytes(state.tolist()))
+        facts = facts_of_tensor(state, _FACTS)
         self.owner.steps, self.owner.frozen = facts["steps"], facts["frozen"]
 
     def _load_from_state_dict(
@@ -292,12 +291,12 @@ class CoupledSparse(Masked):
     ) -> None:  # rest: local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         saved = state_dict.get(f"{prefix}_extra_state")
         if isinstance(saved, Tensor):
-            where = weight_of(prefix)
+            where = weight_name(prefix)
             try:
-                facts = json.loads(bytes(saved.tolist()))
-                theirs = facts.get("coupling"), facts.get("place")
+                facts = facts_of_tensor(saved, _FACTS)
+                theirs = facts["coupling"], facts["place"]
                 sound = type(facts["steps"]) is int and type(facts["frozen"]) is bool
-            except (KeyError, TypeError, ValueError, AttributeError):
+            except (TypeError, ValueError):
                 theirs, sound = (None, None), False
             mine = self.owner.facts()["coupling"], self.place
             if theirs != mine or not sound:
@@ -323,7 +322,7 @@ class CoupledSparse(Masked):
         )  # else torch has words of its own
         if self.pattern is None or not ended or not shaped:
             return mask.dtype == torch.bool
-        return not broken(mask, self.pattern.bind(tuple(mask.shape)))
+        return not mask_problem(mask, self.pattern.bind(tuple(mask.shape)))
 
     def extra_repr(self) -> str:
         parts = [f"{self.owner.budget}", f"weight {self.place}", f"mode={self.mode!r}"]
@@ -333,7 +332,7 @@ class CoupledSparse(Masked):
 # the geometry of a coupling ---------------------------------------------------------------------------
 
 
-def _kept(keep: int | float, scopes: Scopes, label: str) -> int:
+def _keep_of(keep: int | float, scopes: Scopes, label: str) -> int:
     n = scopes.numblk_per_scope()
     if isinstance(keep, float) and 0 < keep < 1:
         keep = max(1, int(keep * n + 0.5))
@@ -345,24 +344,24 @@ def _kept(keep: int | float, scopes: Scopes, label: str) -> int:
     return keep
 
 
-def _root(view: View) -> Tensor:
+def _parameter_of(view: View) -> Tensor:
     """The tensor under a view, or under views of views."""
-    return _root(view.param) if isinstance(view.param, View) else view.param
+    return _parameter_of(view.param) if isinstance(view.param, View) else view.param
 
 
-def _shape_of(weight: Tensor) -> Tensor:
+def _without_memory(weight: Tensor) -> Tensor:
     return torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
 
 
-def _through(view: View, weight: Tensor) -> Tensor:
+def _elements_of(view: View, weight: Tensor) -> Tensor:
     """The elements of ``weight`` in the view's shape."""
-    return view.of(_through(view.param, weight) if isinstance(view.param, View) else weight)
+    return view.of(_elements_of(view.param, weight) if isinstance(view.param, View) else weight)
 
 
-def _back(view: View, mask: Tensor) -> Tensor:
+def _mask_of_parameter(view: View, mask: Tensor) -> Tensor:
     """A mask of the view's shape in the weight's, True where the view does not reach."""
     whole = view.to_param(mask, fill=True)
-    return _back(view.param, whole) if isinstance(view.param, View) else whole
+    return _mask_of_parameter(view.param, whole) if isinstance(view.param, View) else whole
 
 
 def _patterns(scopes: Scopes, keep: int) -> list[Pattern | None]:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from s3tensor.errors import OptionError
+
 _AT_ONCE = 2**25  # probabilities
 
 
@@ -53,21 +55,21 @@ def distillation_loss(
         0-dim, float32 or float64; 0 where no token counts.
 
     Raises:
-        ValueError: shapes that differ, a temperature or chunk that is not positive.
+        OptionError: shapes that differ, a temperature or chunk that is not positive.
     """
     if student.shape != teacher.shape or student.ndim < 1:
-        raise ValueError(
+        raise OptionError(
             f"student logits of shape {tuple(student.shape)}, teacher logits of {tuple(teacher.shape)}; both "
             "must be (..., vocabulary), of one vocabulary: cut padding off the larger one"
         )
     if not (student.is_floating_point() and teacher.is_floating_point()):
-        raise ValueError(f"logits are floating point, got {student.dtype} and {teacher.dtype}")
+        raise OptionError(f"logits are floating point, got {student.dtype} and {teacher.dtype}")
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature!r} must be a number > 0")
+        raise OptionError(f"temperature={temperature!r} must be a number > 0")
     if chunk is None:
         chunk = max(1, _AT_ONCE // max(1, student.shape[-1]))
     if type(chunk) is not int or chunk < 1:
-        raise ValueError(f"chunk={chunk!r} must be an int >= 1, in tokens")
+        raise OptionError(f"chunk={chunk!r} must be an int >= 1, in tokens")
     counts = _counts(student, labels, ignore_index, mask)
     vocabulary = student.shape[-1]
     divergence: Tensor = _Divergence.apply(
@@ -91,7 +93,7 @@ def _counts(
     counts = torch.ones(positions, dtype=torch.bool, device=student.device)
     for name, given in (("labels", labels), ("mask", mask)):
         if given is not None and given.shape != positions:
-            raise ValueError(
+            raise OptionError(
                 f"{name} of shape {tuple(given.shape)} for logits of {tuple(positions)} positions; give one "
                 "for each position"
             )
@@ -105,7 +107,7 @@ def _counts(
 def _hidden_error(mine: Tensor, theirs: Tensor, counts: Tensor) -> Tensor:
     """Squared error over the tokens that count, relative to the square of the teacher's."""
     if mine.shape != theirs.shape or mine.shape[:-1].numel() != len(counts):
-        raise ValueError(
+        raise OptionError(
             f"hidden states of shapes {tuple(mine.shape)} and {tuple(theirs.shape)} over {len(counts)} "
             "positions; both must be (..., features), over the positions of the logits"
         )

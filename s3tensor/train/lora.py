@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s3tensor.errors import ModelError, NonFiniteError, OptionError
+from s3tensor.errors import ArgumentError, ModelError, NonFiniteError, OptionError
 from s3tensor.model.weights import is_conv1d
 from s3tensor.tensor import ops
 from s3tensor.tensor.sparse import StructuredSparseTensor
@@ -41,7 +41,7 @@ def lora_config(config: Any = None, **options: Any) -> Any:
 
     Raises:
         ModuleNotFoundError: peft is not installed.
-        TypeError: both a config and options.
+        ArgumentError: both a config and options.
     """
     try:
         import peft
@@ -50,7 +50,7 @@ def lora_config(config: Any = None, **options: Any) -> Any:
             "lora_config needs peft: pip install 's3tensor[peft]'", name=error.name
         ) from error
     if config is not None and options:
-        raise TypeError(
+        raise ArgumentError(
             "give a LoraConfig, or the options of a new one, not both; set them on the config"
         )
     made = peft.LoraConfig(**options) if config is None else config
@@ -112,7 +112,7 @@ def layer_class() -> Any:
                 plain: Tensor = super().forward(x, *args, **kwargs)
                 return plain
             if args or kwargs:
-                raise ValueError(
+                raise OptionError(
                     f"adapters on compressed weights take x alone, got {sorted(kwargs) or args}; run rows "
                     "of different adapters in batches of their own"
                 )
@@ -149,7 +149,7 @@ def layer_class() -> Any:
             weight = self.get_base_layer().weight
             packed = self.packed_sum(names, sign)
             if safe and not bool(torch.isfinite(packed).all()):
-                raise ValueError(
+                raise NonFiniteError(
                     f"the weights merged with {', '.join(names)} hold NaN or Inf; the base was left as it was"
                 )
             weight.packed.copy_(packed)
@@ -162,16 +162,16 @@ def _check(config: Any) -> None:
     """Refuse what needs a dense weight.
 
     Raises:
-        ValueError: naming the option.
+        OptionError: naming the option.
     """
     if config.init_lora_weights not in _PLAIN_STARTS:
-        raise ValueError(
+        raise OptionError(
             f"init_lora_weights={config.init_lora_weights!r} on a compressed weight: only "
             f"{', '.join(map(repr, _PLAIN_STARTS))} start without the dense weight"
         )
     for name in ("use_dora", "lora_bias", "use_bdlora", "arrow_config", "alora_invocation_tokens"):
         if getattr(config, name, None):
-            raise ValueError(f"{name} is not supported on a compressed weight; leave it out")
+            raise OptionError(f"{name} is not supported on a compressed weight; leave it out")
 
 
 def _product(x: Tensor, packed: Tensor, layer: nn.Module, bias: Tensor | None) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from s3tensor.errors import PatternError
+from s3tensor.errors import OptionError, PatternError
 from s3tensor.mask import projection as masks
 from s3tensor.mask.projection import blocks_in, count, expand_blocks, tile, tile_norms, untile
 from s3tensor.pattern import BoundPattern, Pattern
@@ -74,6 +75,62 @@ class Masked(nn.Module):
     def flip_rate(self) -> float | None:
         """Fraction of mask elements that the last refresh changed; None before there is one to compare."""
         return None if self._flips is None else float(self._flips)
+
+
+# options and the state dict ---------------------------------------------------------------------------
+
+
+def check_options(
+    mode: str,
+    modes: tuple[str, ...],
+    refresh: int,
+    schedule: Density | None,
+    decay: float | None,
+    of: str = "",
+) -> float:
+    """Refuse options that are out of range or of another mode; returns the decay that holds.
+
+    Args:
+        of: said after what is refused, such as " of a coupling".
+
+    Raises:
+        OptionError: with the option and its value.
+    """
+    if mode not in modes:
+        raise OptionError(f"mode {mode!r}{of} must be one of {', '.join(modes)}")
+    if type(refresh) is not int or refresh < 1:
+        raise OptionError(f"refresh={refresh!r}{of} must be an int >= 1, in steps")
+    if mode == "fixed" and (refresh != 1 or schedule is not None):
+        raise OptionError(f"mode 'fixed'{of} takes no refresh and no schedule: its mask stays")
+    if mode != "srste" and decay is None:
+        return 0.0
+    decay = 2e-4 if decay is None else decay
+    if mode != "srste" or not 0 <= decay < float("inf"):
+        raise OptionError(f"decay={decay!r}{of} must be a number >= 0, and is of mode 'srste' only")
+    return float(decay)
+
+
+def facts_as_tensor(facts: dict[str, Any]) -> Tensor:
+    """Extra state as bytes of JSON, uint8: a tensor, so that safetensors can hold it."""
+    return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+
+
+def facts_of_tensor(state: Tensor, names: set[str]) -> dict[str, Any]:
+    """What :func:`facts_as_tensor` was given.
+
+    Raises:
+        TypeError, ValueError: other bytes, or facts without one of the names.
+    """
+    facts = json.loads(bytes(state.tolist()))
+    if not isinstance(facts, dict) or not names <= facts.keys():
+        raise ValueError(f"it lacks one of {', '.join(sorted(names))}")
+    return facts
+
+
+def weight_name(prefix: str) -> str:
+    """The weight's name from the prefix of its parametrization in a state dict."""
+    owner, _, rest = prefix.rpartition("parametrizations.")
+    return f"{owner}{rest.split('.')[0]}"
 
 
 # masks ------------------------------------------------------------------------------------------------
@@ -157,8 +214,8 @@ def check_mask(mask: Tensor, bound: BoundPattern) -> None:
         )
 
 
-def broken(mask: Tensor, bound: BoundPattern) -> str:
-    """Why a mask of a state dict is none of a pattern, or empty; of one on meta nothing is known."""
+def mask_problem(mask: Tensor, bound: BoundPattern) -> str:
+    """Why a mask of a state dict does not satisfy a pattern, or empty; one on meta is not looked at."""
     if mask.is_meta:
         return ""
     if mask.dtype != torch.bool:
@@ -170,13 +227,7 @@ def broken(mask: Tensor, bound: BoundPattern) -> str:
     return ""
 
 
-def weight_of(prefix: str) -> str:
-    """The weight's name from the prefix of its parametrization in a state dict."""
-    owner, _, rest = prefix.rpartition("parametrizations.")
-    return f"{owner}{rest.split('.')[0]}"
-
-
-def flipped(mask: Tensor, before: Tensor) -> Tensor:
+def changed_fraction(mask: Tensor, before: Tensor) -> Tensor:
     """Fraction of elements that differ, 0-dim float32."""
     return (mask != before.to(mask.device)).mean(dtype=torch.float32)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from s3tensor.errors import ModelError, NonFiniteError
+from s3tensor.errors import ArgumentError, ModelError, NonFiniteError
 from s3tensor.mask.transposable import check as check_transposable
 from s3tensor.model.report import Report, table
 from s3tensor.model.sparsify import names_chosen, reason_to_skip
@@ -93,17 +93,17 @@ def sparsify_training_(
             parametrized already.
         NonFiniteError: NaN or Inf in a weight that is to be trained. Nothing is changed then, nor if a
             score function fails.
-        ValueError: an unknown mode, or an option that is out of range.
-        TypeError: ``mask`` or ``transposed``, which are of one weight.
+        OptionError: an unknown mode, or an option that is out of range.
+        ArgumentError: ``mask`` or ``transposed``, which are of one weight, or what a coupling does not take.
     """
     scopes = [pattern] if isinstance(pattern, Scopes) else pattern
     if not isinstance(scopes, (Pattern, str)):
         if filter_fn is not None:
-            raise TypeError("a coupling names its weights itself: give no filter_fn")
+            raise ArgumentError("a coupling names its weights itself: give no filter_fn")
         return _couple_(model, scopes, mode, **options)
     own = {"mask", "transposed"} & options.keys()
     if own:
-        raise TypeError(
+        raise ArgumentError(
             f"sparsify_training_ takes no {own.pop()}: it is of one weight; use S3Sparse"
         )
     pattern = Pattern.parse(scopes)
@@ -174,13 +174,15 @@ def _couple_(
     """:func:`sparsify_training_` for couplings."""
     wrong = options.keys() - {"keep", "refresh", "schedule", "decay"}
     if wrong:
-        raise TypeError(
+        raise ArgumentError(
             f"a coupling takes no {wrong.pop()}; it takes keep, refresh, schedule, decay"
         )
     if "keep" not in options:
-        raise TypeError("a coupling needs keep=, the blocks of each scope that stay, or a density")
+        raise ArgumentError(
+            "a coupling needs keep=, the blocks of each scope that stay, or a density"
+        )
     if not scopes or not all(isinstance(each, Scopes) for each in scopes):
-        raise TypeError("give a pattern, or a ScopeSpec or ScopeCoupling, or several in a list")
+        raise ArgumentError("give a pattern, or a ScopeSpec or ScopeCoupling, or several in a list")
     known = {id(weight.parameter): weight for weight in model_weights(model)}
     taken: dict[int, str] = {}
     owners = []

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from s3tensor.errors import PatternError
+from s3tensor.errors import OptionError, PatternError
 from s3tensor.mask.projection import project, run_length
 from s3tensor.mask.transposable import check as check_transposable
 from s3tensor.mask.transposable import transposable, transposable_mask
@@ -21,17 +19,21 @@ from s3tensor.train.masked import (
     Fused,
     Masked,
     StraightThrough,
-    broken,
+    changed_fraction,
     check_mask,
-    flipped,
+    check_options,
+    facts_as_tensor,
+    facts_of_tensor,
     fused_kernel,
     magnitude_mask,
+    mask_problem,
     shrunk,
-    weight_of,
+    weight_name,
 )
 from s3tensor.train.schedule import Density
 
 MODES = ("fixed", "ste", "srste", "soft")
+_FACTS = {"pattern", "transposed", "shape", "steps", "frozen"}  # of the extra state
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Score = Callable[[Tensor, "S3Sparse"], Tensor]
@@ -86,7 +88,7 @@ class S3Sparse(Masked):
             ends at another density.
         NonFiniteError: NaN or Inf in the weight, wherever a mask is taken. Forwards on a GPU and compiled
             ones do not wait to look: NaN counts as the largest there, and reaches the loss.
-        ValueError: an unknown mode, or an option that is out of range or of another mode.
+        OptionError: an unknown mode, or an option that is out of range or of another mode.
     """
 
     pattern: Pattern
@@ -106,22 +108,13 @@ class S3Sparse(Masked):
         transposable: bool = False,
     ) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"S3Sparse mode {mode!r} must be one of {', '.join(MODES)}")
-        if type(refresh) is not int or refresh < 1:
-            raise ValueError(f"S3Sparse refresh={refresh!r} must be an int >= 1, in steps")
+        self.decay = check_options(mode, MODES, refresh, schedule, decay)
         if score != "magnitude" and not callable(score):
-            raise ValueError(
-                f"S3Sparse score={score!r} must be 'magnitude' or a function of weight and S3Sparse"
+            raise OptionError(
+                f"score={score!r} must be 'magnitude' or a function of weight and S3Sparse"
             )
-        if mode == "fixed" and (refresh != 1 or schedule is not None):
-            raise ValueError("S3Sparse('fixed') takes no refresh and no schedule: its mask stays")
         if mask is not None and mode != "fixed":
-            raise ValueError(f"S3Sparse takes mask= in mode 'fixed' only, got mode {mode!r}")
-        if decay is not None and (mode != "srste" or not 0 <= decay < math.inf):
-            raise ValueError(
-                f"S3Sparse decay={decay!r} must be a number >= 0, and is of mode 'srste' only"
-            )
+            raise OptionError(f"S3Sparse takes mask= in mode 'fixed' only, got mode {mode!r}")
         if mask is not None and mask.dtype != torch.bool:
             raise PatternError(f"mask has dtype {mask.dtype}; give a bool tensor, True where kept")
         self.pattern = Pattern.parse(pattern)
@@ -129,7 +122,6 @@ class S3Sparse(Masked):
         self.refresh = refresh
         self.score = score
         self.schedule = schedule
-        self.decay = (2e-4 if decay is None else float(decay)) if mode == "srste" else 0.0
         self.transposed = transposed
         self.transposable = transposable
         self.steps = 0  # counted by advance()
@@ -164,7 +156,7 @@ class S3Sparse(Masked):
         else:
             mask = self.upright(magnitude_mask(dense, self._text, self._run, self._budget))
         if self.frozen:  # by freeze() without the weight
-            self.mask = mask = _ordinary(mask.contiguous())
+            self.mask = mask = _outside_inference(mask.contiguous())
         return mask
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -232,7 +224,7 @@ class S3Sparse(Masked):
             self.mask = self._select(weight)
         if self.mode == "soft" and self.beta is None:
             mask = self.mask if self.mask is not None else self._select(weight)
-            self.beta = _ordinary(self._scale(weight.detach(), mask))
+            self.beta = _outside_inference(self._scale(weight.detach(), mask))
         return weight
 
     def upright(self, x: Tensor) -> Tensor:
@@ -281,7 +273,7 @@ class S3Sparse(Masked):
             return torch.empty(weight.shape, dtype=torch.bool, device="meta")
         choose = transposable if self.transposable else project
         mask = choose(self.upright(weight.detach()), pattern, scores)
-        return _ordinary(self.upright(mask).contiguous())
+        return _outside_inference(self.upright(mask).contiguous())
 
     def advance(self, weight: Tensor) -> None:
         """Count one optimizer step, and refresh a held mask when it is due; ``s3tensor.step`` calls it.
@@ -295,14 +287,14 @@ class S3Sparse(Masked):
         if not self.holds_mask:  # each forward takes its own: this one is to count flips
             mask = self._select(weight)
             if self._last is not None:
-                self._flips = flipped(mask, self._last)
+                self._flips = changed_fraction(mask, self._last)
             self._last = mask
             return
         moved = self._keep(self.steps) != self._keep(self.steps - 1)
         if moved or self.steps % self.refresh == 0:
             mask = self._select(weight)
             held = self.current_mask(weight)
-            self._flips = flipped(mask, held)
+            self._flips = changed_fraction(mask, held)
             held.copy_(mask)  # in place: a compiled graph goes on reading it
             if moved and self.beta is not None:
                 self.beta.copy_(self._scale(weight.detach(), mask))
@@ -348,22 +340,25 @@ class S3Sparse(Masked):
         """
         if self._keep(self.steps) == self._bound().keep:
             return True
-        return self.mask is not None and not self._broken(self.mask, self._bound().keep)
+        return self.mask is not None and not self._mask_problem(self.mask, self._bound().keep)
 
-    def _broken(self, mask: Tensor, keep: int) -> str:
+    def _mask_problem(self, mask: Tensor, keep: int) -> str:
         """Why a mask, as the weight is stored, keeps more than so many blocks of a scope, or empty."""
         upright = self.upright(mask)
         pattern = dataclasses.replace(self.pattern, keep=keep)
-        problem = broken(upright, pattern.bind(tuple(upright.shape)))
+        problem = mask_problem(upright, pattern.bind(tuple(upright.shape)))
         if self.transposable and not problem:
-            problem = broken(upright.t(), pattern.bind(tuple(upright.t().shape)))
+            problem = mask_problem(upright.t(), pattern.bind(tuple(upright.t().shape)))
         return problem
 
     # the state dict -----------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
         """Pattern, shape and counts, as bytes of JSON: a tensor, so that safetensors can hold it."""
-        facts = {
+        return facts_as_tensor(self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        return {
             "pattern": self.pattern.parts,
             "transposed": self.transposed,
             "transposable": self.transposable,
@@ -371,11 +366,10 @@ class S3Sparse(Masked):
             "steps": self.steps,
             "frozen": self.frozen,
         }
-        return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what :meth:`get_extra_state` gave; :meth:`_load_from_state_dict` has checked it."""
-        facts = _facts(state)
+        facts = facts_of_tensor(state, _FACTS)
         self.steps, self.frozen = facts["steps"], facts["frozen"]
 
     def _load_from_state_dict(
@@ -387,7 +381,7 @@ class S3Sparse(Masked):
             if problem:
                 rest[-1].append(problem)
                 return
-            self.frozen = _facts(saved)["frozen"]
+            self.frozen = facts_of_tensor(saved, _FACTS)["frozen"]
             if not self.holds_mask:
                 self.mask = None
                 state_dict.pop(f"{prefix}mask", None)  # of a fixed one: each forward takes its own
@@ -396,11 +390,13 @@ class S3Sparse(Masked):
             self._last = self._flips = None
         mask = state_dict.get(f"{prefix}mask")
         if self.holds_mask and isinstance(mask, Tensor) and mask.shape == self._shape:
-            steps = _facts(saved)["steps"] if isinstance(saved, Tensor) else self.steps
-            problem = self._broken(mask, self._keep(steps))
+            steps = (
+                facts_of_tensor(saved, _FACTS)["steps"] if isinstance(saved, Tensor) else self.steps
+            )
+            problem = self._mask_problem(mask, self._keep(steps))
             if problem:
                 rest[-1].append(
-                    f"{weight_of(prefix)}: {problem}; this S3Sparse would train under it after {steps} "
+                    f"{weight_name(prefix)}: {problem}; this S3Sparse would train under it after {steps} "
                     "steps: load what was saved under the same pattern, mode and schedule"
                 )
                 return
@@ -408,16 +404,16 @@ class S3Sparse(Masked):
 
     def _mismatch(self, saved: Tensor, prefix: str) -> str:
         """Why a saved state is not of this pattern and weight, or an empty string."""
-        where = weight_of(prefix)
+        where = weight_name(prefix)
         try:
-            facts = _facts(saved)
+            facts = facts_of_tensor(saved, _FACTS)
         except (TypeError, ValueError):
             return f"{where}: the extra state of S3Sparse is damaged; it must be bytes of JSON"
-        mine = _facts(self.get_extra_state())
-        if _name(facts) != _name(mine):
+        mine = self._facts()
+        if _pattern_and_options(facts) != _pattern_and_options(mine):
             return (
-                f"{where}: the state dict is of S3Sparse({_name(facts)}), this module of "
-                f"S3Sparse({_name(mine)}); register the pattern that it was saved with"
+                f"{where}: the state dict is of S3Sparse({_pattern_and_options(facts)}), this module of "
+                f"S3Sparse({_pattern_and_options(mine)}); register the pattern that it was saved with"
             )
         if None not in (facts["shape"], self._shape) and tuple(facts["shape"]) != self._shape:
             return (
@@ -440,7 +436,7 @@ class S3Sparse(Masked):
         return ", ".join(parts + [flag for flag in flags if getattr(self, flag)])
 
 
-def _ordinary(x: Tensor) -> Tensor:
+def _outside_inference(x: Tensor) -> Tensor:
     """``x``, to be kept: made under ``torch.inference_mode``, autograd would refuse it for ever after."""
     if torch.compiler.is_compiling() or not x.is_inference():
         return x
@@ -448,14 +444,6 @@ def _ordinary(x: Tensor) -> Tensor:
         return x.clone()
 
 
-def _facts(state: Tensor) -> dict[str, Any]:
-    facts = json.loads(bytes(state.tolist()))
-    names = {"pattern", "transposed", "shape", "steps", "frozen"}
-    if not isinstance(facts, dict) or not names <= facts.keys():
-        raise ValueError("not the extra state of an S3Sparse")
-    return facts
-
-
-def _name(facts: dict[str, Any]) -> str:
+def _pattern_and_options(facts: dict[str, Any]) -> str:
     options = [name for name in ("transposed", "transposable") if facts.get(name)]
     return ", ".join([facts["pattern"], *options])

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from s3tensor.errors import PatternError
+from s3tensor.errors import OptionError, PatternError
 
 SHAPES = ("cubic", "step", "constant")
 
@@ -35,7 +35,7 @@ class Density:
             ``end`` all the time, whatever ``start`` is.
 
     Raises:
-        ValueError: densities outside (0, 1], an end above the start, a count below 1, an unknown shape.
+        OptionError: densities outside (0, 1], an end above the start, a count below 1, an unknown shape.
     """
 
     start: float = 1.0
@@ -46,15 +46,15 @@ class Density:
     def __post_init__(self) -> None:
         for name, value in (("start", self.start), ("end", self.end)):
             if value is not None and not 0 < value <= 1:
-                raise ValueError(f"Density {name}={value!r} must be in (0, 1]")
+                raise OptionError(f"Density {name}={value!r} must be in (0, 1]")
         if self.end is not None and self.end > self.start:
-            raise ValueError(
+            raise OptionError(
                 f"Density end={self.end} is above start={self.start}; a schedule only falls"
             )
         if type(self.steps) is not int or self.steps < 1:
-            raise ValueError(f"Density steps={self.steps!r} must be an int >= 1")
+            raise OptionError(f"Density steps={self.steps!r} must be an int >= 1")
         if self.shape not in SHAPES:
-            raise ValueError(f"Density shape {self.shape!r} must be one of {', '.join(SHAPES)}")
+            raise OptionError(f"Density shape {self.shape!r} must be one of {', '.join(SHAPES)}")
 
     def at(self, step: int, end: float) -> float:
         """The density at a step, on the way from ``start`` to ``end``."""
