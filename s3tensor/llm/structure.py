@@ -1,4 +1,4 @@
-"""Find the decoder blocks of a model and the linears inside them, by structure and not by names."""
+"""Find the decoder blocks of a model, and the linears inside them, by structure rather than by name."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ class Skipped:
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder blocks: the largest ``nn.ModuleList`` of blocks that hold linears.
 
-    The blocks may be of several classes (hybrids of attention and state-space layers) when each of
-    them holds linears.
+    The blocks may be of several classes (hybrids of attention and state-space layers) if each holds linears.
 
     Raises:
-        ModelError: when the model has no such list.
+        ModelError: the model has no such list.
     """
     best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
@@ -66,10 +65,9 @@ def prunable_layers(
     pattern: Pattern | Callable[[str], Pattern],  # or the pattern of each linear by its full name
     filter_fn: LayerFilter | None = None,
 ) -> tuple[list[ModelWeight], list[Skipped]]:
-    """The linears of one block that fit ``pattern``, and the weights that stay dense with the reason.
+    """The linears of one block that ``pattern`` fits, and the weights that stay dense with the reason.
 
-    Matrices and stacks of matrices that no linear holds (experts in one tensor, convolutions) are
-    among those that stay dense.
+    Matrices and stacks of matrices outside linears (experts in one tensor, convolutions) stay dense.
     """
     layers: list[ModelWeight] = []
     skipped: list[Skipped] = []
@@ -88,7 +86,7 @@ def prunable_layers(
         elif not name.startswith(inside):
             skipped.extend(
                 Skipped(
-                    f"{full}.{part}", f"a weight of {type(module).__name__}, which is no linear"
+                    f"{full}.{part}", f"a weight of {type(module).__name__}, which is not a linear"
                 )
                 for part, weight in module.named_parameters(recurse=False)
                 if weight.ndim >= 2
@@ -113,7 +111,7 @@ def _refusal(layer: ModelWeight, pattern: Pattern, filter_fn: LayerFilter | None
 
 @contextmanager
 def on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """The block on a device for a while."""
+    """The block on a device, until the exit."""
     home = next(block.parameters()).device
     block.to(device)
     try:
@@ -124,12 +122,12 @@ def on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def dense_again(block: nn.Module, layers: list[ModelWeight]) -> Iterator[None]:
-    """Give a block its parameters back when what is done to it is broken off, by whatever it is."""
+    """Restore a block's parameters and buffers if anything raises."""
     held = [(layer.module, layer.module.weight) for layer in layers]
     plain = (
         x
         for x in (*block.parameters(), *block.buffers())
-        if not isinstance(x, Compressed)  # nothing changes one
+        if not isinstance(x, Compressed)  # which nothing changes
     )
     values = [(x, x.detach().to("cpu", copy=True)) for x in plain]
     try:

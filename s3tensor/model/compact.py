@@ -1,11 +1,10 @@
-"""Whole channels and heads out of a model: one decision over several tensors, then smaller dense modules.
+"""Remove whole channels and heads of a model: one decision over several tensors, then smaller dense modules.
 
 A channel of an MLP is a row of ``gate_proj`` and ``up_proj`` with a column of ``down_proj``; a key-value
 group of an attention is its rows of ``q_proj``, ``k_proj`` and ``v_proj`` with columns of ``o_proj``; a
 channel of the residual stream is a column or row of every weight that reads or writes it. Each is a block
 of a :class:`s3tensor.BlockCoupling`, and the blocks of one unit compete in one scope (S3, arXiv
-2604.11315, section 3). Units are found by the names and shapes of their parts, so that nothing here
-imports transformers.
+2604.11315, section 3). Units are found by the names and shapes of their parts, without transformers.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @dataclass(frozen=True)
 class Part(ModelWeight):
-    """Where the blocks of a unit lie in one parameter: block i is ``size`` slices from ``start + i size``."""
+    """Blocks of a unit in one parameter: block i is ``size`` slices of ``dim`` from ``start + i size``."""
 
     dim: int
     size: int = 1
@@ -58,15 +57,15 @@ class Part(ModelWeight):
 
 @dataclass(frozen=True)
 class Unit:
-    """Channels or heads of one module, or the model's residual stream, that can be taken out.
+    """Channels or heads of one module, or of the model's residual stream, that can be removed.
 
     Args:
         name: of the module, as in ``model.named_modules()``; of the residual stream, the stack's.
         kind: ``channels`` of an MLP, ``heads`` of an attention (in whole key-value groups), ``hidden``.
         count: blocks: channels or key-value groups.
-        parts: every parameter that holds a share of a block. A ``writes`` part makes the block's values
-            and a ``reads`` part uses them: a block that lacks one of them does nothing. ``scales`` are
-            neither.
+        parts: every parameter that holds a share of a block. A ``writes`` part makes the block's values and
+            a ``reads`` part uses them: a block whose values in either are zero does nothing. ``scales``
+            parts are neither.
     """
 
     name: str
@@ -81,7 +80,7 @@ class Unit:
         return ScopeSpec(BlockCoupling(blocks, name=self.name), (-1,), name=self.name)
 
     def used(self) -> Tensor:
-        """The blocks that do something, (count,) bool."""
+        """The blocks that change an output, (count,) bool."""
         reads = torch.zeros(self.count, dtype=torch.bool)
         writes = torch.zeros(self.count, dtype=torch.bool)
         for part in self.parts:
@@ -89,7 +88,7 @@ class Unit:
                 continue
             blocks = part.view(self.count).data.reshape(self.count, -1)
             (reads if part.role == "reads" else writes).logical_or_((blocks != 0).any(1).cpu())
-        if self.kind == "hidden":  # a norm looks at all that is written, read or not
+        if self.kind == "hidden":  # a norm reads all that is written
             return writes
         # What is read but never written, or the reverse, changes no output.
         return reads & writes if any(part.role == "writes" for part in self.parts) else reads
@@ -97,7 +96,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Cut:
-    """What :func:`compact` took out of one unit."""
+    """What :func:`compact` removed from one unit."""
 
     name: str
     kind: Kind
@@ -107,10 +106,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class CompactReport(Report[Cut]):
-    """What a model lost, and whether its configuration can say so.
+    """What a model lost, and whether its configuration can describe it.
 
     Args:
-        rows: one for every unit, also for those that stayed as they were.
+        rows: one for every unit, changed or not.
         parameters_before, parameters_after: elements, shared ones once.
         problem: why the configuration does not describe the model, or empty. Such a model runs, and is
             saved with ``torch.save``, but no ``from_pretrained`` can build it.
@@ -127,7 +126,7 @@ class CompactReport(Report[Cut]):
 
     @property
     def uniform(self) -> bool:
-        """True when the model's configuration describes it, so that it can be saved and reloaded."""
+        """True if the model's configuration describes it, so that it can be saved and reloaded."""
         return not self.problem
 
     def __str__(self) -> str:
@@ -148,8 +147,8 @@ class CompactReport(Report[Cut]):
 def units(model: nn.Module, kind: Kind) -> list[Unit]:
     """Every unit of a kind in a model, in its order.
 
-    ``unit.scope()`` is a :class:`s3tensor.ScopeSpec` for any in-place pruning of one's own;
-    :func:`compact` then takes out what is zero.
+    ``unit.scope()`` is a :class:`s3tensor.ScopeSpec` for your own in-place pruning; :func:`compact` then
+    removes what is zero.
 
     Raises:
         ModelError: a weight that is compressed, parametrized or shared, which cannot be cut; or a
@@ -176,16 +175,15 @@ def compact(
     scores: Mapping[str, Tensor] | None = None,
     uniform: bool = False,
 ) -> CompactReport:
-    """Take channels and heads that are zero out of a model, in place: smaller, dense, the same outputs.
+    """Remove channels and heads of a model that are zero, in place: smaller, dense, the same outputs.
 
     With densities, each unit is first pruned to its density, one decision over all its tensors, by the
     Euclidean norm of its blocks or by ``scores``. Modules keep their types: a Hugging Face model's
     configuration is updated where all layers agree, so that ``save_pretrained`` and ``from_pretrained``
     work as for any other.
 
-    Norms of weights are a poor judge of channels: 3/4 of those of SmolLM2-135M by norm leave it without
-    language. Prune the columns of the projections that read them instead, which also makes up for what
-    goes, and compact what that leaves at zero (perplexity 18.2 before, 21.0 after; ``bench/compact.py``)::
+    Norms of weights judge channels poorly. Prune the columns of the projections that read them instead, which
+    also compensates for what is removed, and compact what that leaves at zero (``bench/compact.py``)::
 
         llm.prune_model(model, calibration, "column@0.75", "obs", compress=False,
                         filter_fn=lambda _, name: name.endswith("down_proj"))
@@ -202,11 +200,11 @@ def compact(
         uniform: leave zero blocks in where other layers need more, so that all layers keep one size.
 
     Returns:
-        what was cut; a warning says why where no configuration can describe the result.
+        what was cut; a warning says why if no configuration can describe the result.
 
     Raises:
         ModelError: nothing to prune, a density out of range, or weights that cannot be cut. The model is
-            then as it was.
+            then unchanged.
     """
     wanted: dict[Kind, float | None] = {"channels": channels, "heads": heads, "hidden": hidden}
     found: dict[Kind, list[Unit]] = {}
@@ -214,13 +212,13 @@ def compact(
         if density is not None and not 0.0 < density <= 1.0:
             raise ModelError(f"{kind}={density} must be a density in (0, 1]")
         if kind == "hidden" and density is None:
-            continue  # zeros in a residual stream need every tensor of the model to agree
+            continue  # only on request: every tensor of the model must agree
         found[kind] = units(model, kind)
         if density is not None and not found[kind]:
-            raise ModelError(f"{type(model).__name__} has no {kind} to take out; see help(compact)")
+            raise ModelError(f"{type(model).__name__} has no {kind} to remove; see help(compact)")
     if not any(found.values()):
         raise ModelError(
-            f"{type(model).__name__} has neither MLPs nor attentions of known parts; see help(compact)"
+            f"{type(model).__name__} has no MLPs or attentions with known parts; see help(compact)"
         )
     chosen = {
         unit.name: _chosen(unit, density, scores or {})
@@ -277,7 +275,7 @@ def _channels(model: nn.Module) -> Iterator[Unit]:
             count = out.in_features
             if any(linear.out_features != count for linear in ins):
                 continue
-            # An activation may turn zero into something: only what a gate multiplies is zero for sure.
+            # An activation may not map zero to zero: only what a gate multiplies is surely zero.
             roles = ("scales", "writes") if len(ins) == 2 else ("scales",)
             parts = [p for i, r in zip(ins, roles, strict=True) for p in _rows(i, role=r)]
             yield Unit(name, "channels", module, count, (*parts, Part(_at(out), 1)))
@@ -316,7 +314,7 @@ def _heads(model: nn.Module) -> Iterator[Unit]:
 
 
 def _hidden(model: nn.Module) -> Iterator[Unit]:
-    """The residual stream: what embeds, every block's readers and writers, the norms, and the head."""
+    """The residual stream: the embedding, every block's readers and writers, the norms, and the head."""
     readers = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "gate_up_proj", "lm_head"}
     writers = {"o_proj", "down_proj"}
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -334,7 +332,7 @@ def _hidden(model: nn.Module) -> Iterator[Unit]:
                     parts.append(Part(_at(module), 1))
             else:
                 raise ModelError(
-                    f"{name} reads or writes the residual stream in a way that is not known; give "
+                    f"{name} reads or writes the residual stream in an unknown way; give "
                     "channels= and heads= alone"
                 )
         elif not isinstance(module, nn.Embedding):
@@ -344,7 +342,7 @@ def _hidden(model: nn.Module) -> Iterator[Unit]:
             if _eps(module) is None or getattr(module, "bias", None) is not None:
                 raise ModelError(
                     f"{name} is a {type(module).__name__}: only an RMS norm, with its eps, gives the same "
-                    "output when zero channels leave"
+                    "output without the zero channels"
                 )
             parts.append(Part(_at(module), 0, role="scales"))
     if len(parts) > 1:
@@ -408,7 +406,7 @@ def _kept(unit: Unit) -> Tensor:
 
 
 def _pad(kept: dict[str, Tensor], each: list[Unit]) -> None:
-    """Keep the same number in every unit of one size: unused blocks stay where others need more."""
+    """Keep the same number in every unit of one size: unused blocks stay if others need more."""
     for count in {unit.count for unit in each}:
         alike = [unit.name for unit in each if unit.count == count]
         most = max(int(kept[name].sum()) for name in alike)
@@ -455,7 +453,7 @@ def _resize(module: nn.Module, dim: int, size: int) -> None:
 
 
 def _rescale_norms(unit: Unit, left: int) -> None:
-    """A mean of squares over fewer channels is larger: the norms' weights and eps make up for it."""
+    """A mean of squares over fewer channels is larger: the norms' weights and eps compensate."""
     ratio = unit.count / left
     for part in unit.parts:
         if part.role == "scales":
@@ -467,7 +465,7 @@ def _rescale_norms(unit: Unit, left: int) -> None:
 
 
 def _sizes(unit: Unit, left: int) -> dict[str, int]:
-    """Attributes of a module, and of a configuration, that state the size of a unit, with the new value."""
+    """Attributes of a module or a configuration that state the size of a unit, with the new values."""
     if unit.kind == "channels":
         return dict.fromkeys(("intermediate_size", "ffn_dim"), left)
     if unit.kind == "hidden":
@@ -524,7 +522,7 @@ def _describe(model: nn.Module, cuts: list[Cut], found: dict[Kind, list[Unit]]) 
                     "this model exactly; use torch.save"
                 )
             values["rms_norm_eps"] = config.rms_norm_eps * unit.count / left
-    # What was derived from the old sizes is stated from now on.
+    # What was derived from the old sizes is now stated.
     sized = next((unit.module for unit in found.get("heads", ())), None)
     if sized is not None and changed & {"heads", "hidden"}:
         values["head_dim"] = int(sized.head_dim)  # type: ignore[arg-type]
@@ -540,7 +538,7 @@ def _describe(model: nn.Module, cuts: list[Cut], found: dict[Kind, list[Unit]]) 
         reason = " ".join(str(error).split())
         return (
             f"{type(config).__name__} refuses {values} ({reason}): from_pretrained cannot rebuild this "
-            "model; choose densities that it takes, or use torch.save"
+            "model; choose other densities, or use torch.save"
         )
     return ""
 

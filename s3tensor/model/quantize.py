@@ -17,7 +17,7 @@ from s3tensor.tensor.sparse import StructuredSparseTensor
 
 @dataclass(frozen=True)
 class QuantizeRow:
-    """What became of one weight."""
+    """One quantized weight."""
 
     name: str
     pattern: str
@@ -71,7 +71,7 @@ def quantize_(
         filter_fn: ``filter_fn(module, name)`` is True for the layers to quantize; by default all.
 
     Returns:
-        a row for each weight: bytes before and after, and the relative error of the weight.
+        a row for each weight: bytes before and after, and its relative error.
 
     Raises:
         OptionError: another dtype.

@@ -1,4 +1,4 @@
-"""Training under a coupling: one owner of the decision over several weights, taken once a step."""
+"""Training under a coupling: one decision over several weights, taken once a step by their owner."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FACTS = {"coupling", "place", "steps", "frozen"}  # of the extra state
 
 @dataclass(frozen=True)
 class CouplingBudget:
-    """Blocks that each scope of a coupling keeps, of how many."""
+    """How many blocks each scope of a coupling keeps, and of how many."""
 
     name: str
     keep: int
@@ -51,15 +51,15 @@ class CouplingBudget:
 class Coupling:
     """The owner of the masks of several weights: one decision over all of them, taken once a step.
 
-    It holds the geometry of a coupling, not its tensors: the weights are given to each decision, so that
-    a model may be copied, moved or loaded. Masks are the largest blocks by Euclidean norm over all tensors,
+    It holds the geometry of a coupling, not its tensors: each decision is given the weights, so that a model
+    may be copied, moved or loaded. Masks keep the largest blocks by Euclidean norm over all tensors,
     as :meth:`s3tensor.ScopeSpec.hard_threshold` keeps them.
 
     Args:
         scopes: a ``ScopeSpec``, over a ``BlockCoupling`` as a rule, or a ``ScopeCoupling``.
         keep: blocks of each scope that stay: an int, or a density in (0, 1) as a float.
         mode: ``"fixed"``, ``"ste"`` or ``"srste"``, as in :class:`s3tensor.S3Sparse`.
-        refresh: steps from one decision to the next.
+        refresh: steps between decisions.
         schedule: a falling :class:`s3tensor.Density`.
         decay: of ``"srste"``.
         name: for messages; by default that of the scopes.
@@ -69,7 +69,7 @@ class Coupling:
         members: a :class:`CoupledSparse` for each of them.
 
     Raises:
-        PatternError: a budget that does not fit, or a schedule that ends elsewhere.
+        PatternError: a budget that does not fit, or a schedule that does not end at it.
         OptionError: an unknown mode, or an option that is out of range or of another mode.
     """
 
@@ -100,7 +100,7 @@ class Coupling:
             root = _parameter_of(spec.view)
             if not any(root is weight for weight in self.weights):
                 self.weights.append(root)
-        # The same geometry over tensors without memory, so that no parameter is held twice.
+        # The same geometry over meta tensors, so that no parameter is held twice.
         self.scopes: Scopes = copy.deepcopy(
             scopes, {id(w): _without_memory(w) for w in self.weights}
         )
@@ -119,7 +119,7 @@ class Coupling:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return self.budget.name
 
     @property
@@ -128,12 +128,12 @@ class Coupling:
         return self.keep_now() / self.budget.blocks_per_scope
 
     def keep_now(self, steps: int | None = None) -> int:
-        """Blocks kept in each scope after so many steps, by default those counted."""
+        """Blocks kept in each scope after ``steps`` steps, by default those counted."""
         steps = self.steps if steps is None else steps
         return self.budget.keep if self.schedule is None else self.schedule.keep(steps, self.budget)
 
     def decide(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """A mask for each weight, bool, True where kept; what no block covers stays.
+        """A mask for each weight, bool, True where kept; elements that no block covers stay.
 
         Args:
             weights: the dense weights, in the order of :attr:`weights`.
@@ -152,7 +152,7 @@ class Coupling:
         return masks
 
     def advance(self, weights: Sequence[Tensor]) -> None:
-        """Count one optimizer step, and decide anew when it is due; ``s3tensor.step`` calls it."""
+        """Count one optimizer step, and decide again when due; ``s3tensor.step`` calls it."""
         self.steps += 1
         if self.mode == "fixed" or self.frozen:
             return
@@ -161,7 +161,7 @@ class Coupling:
             for member, mask in zip(self.members, self.decide(weights), strict=True):
                 held = member.current_mask(mask)
                 member._flips = changed_fraction(mask, held)
-                held.copy_(mask)  # in place: a compiled graph goes on reading it
+                held.copy_(mask)  # in place: compiled graphs keep reading it
 
     def freeze(self) -> None:
         """Keep the masks as they are from now on.
@@ -201,13 +201,13 @@ class Coupling:
 class CoupledSparse(Masked):
     """The parametrization of one weight of a :class:`Coupling`: it applies the mask that its owner decides.
 
-    The mask is a buffer, set at registration and by ``s3tensor.step``; forwards change nothing. Counts are
-    the owner's, and travel in the extra state of every member.
+    The mask is a buffer, set at registration and by ``s3tensor.step``; forwards do not change it. The owner's
+    counts are in the extra state of every member.
 
     Args:
         owner: the coupling.
-        place: of the weight in the coupling.
-        pattern: what the weight alone satisfies, to be compressed under; None where there is none.
+        place: index of the weight in the coupling.
+        pattern: that the weight alone satisfies, and is compressed under; None without one.
     """
 
     def __init__(self, owner: Coupling, place: int, pattern: Pattern | None) -> None:
@@ -238,7 +238,7 @@ class CoupledSparse(Masked):
         return self.mode != "fixed" and not self.frozen
 
     def pattern_in(self, owner: nn.Module) -> Pattern | None:
-        """The weight's own pattern in a linear layer; biases and embeddings have no compressed product."""
+        """The weight's pattern in a linear layer; biases and embeddings have no compressed product."""
         return self.pattern if is_linear(owner) and self._ndim == 2 else None
 
     @property
@@ -282,7 +282,7 @@ class CoupledSparse(Masked):
         return facts_as_tensor({**self.owner.facts(), "place": self.place})
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over the owner's counts; :meth:`_load_from_state_dict` has checked the rest."""
+        """Take the owner's counts; :meth:`_load_from_state_dict` has checked the rest."""
         facts = facts_of_tensor(state, _FACTS)
         self.owner.steps, self.owner.frozen = facts["steps"], facts["frozen"]
 
@@ -308,18 +308,16 @@ class CoupledSparse(Masked):
             mask = state_dict.get(f"{prefix}mask")
             if isinstance(mask, Tensor) and not self._fits(mask, facts["steps"]):
                 rest[-1].append(
-                    f"{where}: the mask is none of {self.owner.budget}; load what was saved under the same "
-                    "coupling and schedule"
+                    f"{where}: the mask is not one of {self.owner.budget}; load what was saved under the "
+                    "same coupling and schedule"
                 )
                 return
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _fits(self, mask: Tensor, steps: int) -> bool:
-        """Whether a mask is one that the owner may have decided, as far as one weight can tell."""
+        """Whether the owner may have decided a mask, as far as one weight can tell."""
         ended = self.owner.keep_now(steps) == self.owner.budget.keep
-        shaped = (
-            self.mask is not None and mask.shape == self.mask.shape
-        )  # else torch has words of its own
+        shaped = self.mask is not None and mask.shape == self.mask.shape  # else torch raises
         if self.pattern is None or not ended or not shaped:
             return mask.dtype == torch.bool
         return not mask_problem(mask, self.pattern.bind(tuple(mask.shape)))
@@ -345,7 +343,7 @@ def _keep_of(keep: int | float, scopes: Scopes, label: str) -> int:
 
 
 def _parameter_of(view: View) -> Tensor:
-    """The tensor under a view, or under views of views."""
+    """The tensor under a view, or under nested views."""
     return _parameter_of(view.param) if isinstance(view.param, View) else view.param
 
 
@@ -359,15 +357,15 @@ def _elements_of(view: View, weight: Tensor) -> Tensor:
 
 
 def _mask_of_parameter(view: View, mask: Tensor) -> Tensor:
-    """A mask of the view's shape in the weight's, True where the view does not reach."""
+    """A mask of the view's shape in the weight's shape, True outside the view."""
     whole = view.to_param(mask, fill=True)
     return _mask_of_parameter(view.param, whole) if isinstance(view.param, View) else whole
 
 
 def _patterns(scopes: Scopes, keep: int) -> list[Pattern | None]:
-    """What each tensor alone satisfies: that of its blocks if all its competitors keep or go with them."""
+    """The pattern that each tensor alone satisfies: that of its blocks, if a block spans all tensors."""
     if not isinstance(scopes, ScopeSpec):
-        return [None for _ in scopes.blocks()]  # its share of a scope's budget is not known
+        return [None for _ in scopes.blocks()]  # its share of a scope's budget is unknown
     found: list[Pattern | None] = []
     for spec, order in scopes.block.members:
         shape = [0] * len(order)
@@ -375,7 +373,7 @@ def _patterns(scopes: Scopes, keep: int) -> list[Pattern | None]:
             shape[axis] = size
         try:
             found.append(ScopeSpec(BlockSpec(spec.view, spec.shape), shape).pattern(keep))
-        except PatternError:  # a part of a parameter, or a view that no rule says
+        except PatternError:  # a part of a parameter, or a view without a rule
             found.append(None)
     return found
 

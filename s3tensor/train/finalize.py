@@ -1,4 +1,4 @@
-"""Leaving training: ``finalize`` replaces weights under S3Sparse by compressed parameters."""
+"""``finalize``: after training, weights under S3Sparse become compressed parameters."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from s3tensor.train.sparse_cores import restore_forward
 def finalize(module: nn.Module, compress: bool = True) -> nn.Module:
     """Replace every weight under :class:`S3Sparse` by a compressed parameter, in place.
 
-    Each parametrization is removed, and what the last forward used is left, value for value, as a
+    Each parametrization is removed, and the weight of the last forward stays, value for value, as a
     ``StructuredSparseTensor`` parameter without gradient. Weights that shared a dense original share the
-    compressed one. What has no compressed product is left dense, with zeros in it: convolutions, embeddings,
-    recurrent layers, the joint projection of ``nn.MultiheadAttention``, and of a coupling biases and weights
+    compressed one. What has no compressed product stays dense, with zeros in it: convolutions, embeddings,
+    recurrent layers, the joint projection of ``nn.MultiheadAttention``, and in a coupling biases and weights
     whose share of a scope's budget is not fixed. Optimizers still hold the dense originals: drop them.
 
     Args:
-        module: a module; those below it count too.
-        compress: False leaves plain dense parameters with zeros in them everywhere, which still train.
+        module: a module; its submodules count too.
+        compress: False leaves plain dense parameters, with zeros in them, which still train.
 
     Returns:
         ``module``.
 
     Raises:
-        ModelError: nothing to finalize: no ``S3Sparse`` and no compressed weight. (With compressed
-            weights only, as after an earlier call, nothing is done.) Or a density schedule that has not
-            ended, or sharded weights. Nothing is changed then.
+        ModelError: no ``S3Sparse`` and no compressed weight (with compressed weights only, as after an
+            earlier call, nothing is done); or a density schedule that has not ended, or sharded weights.
+            Nothing is changed then.
         PatternError: an ``S3Sparse`` under another parametrization, so that the weight that the module
             uses need not satisfy the pattern. Nothing is changed then.
         NonFiniteError: NaN or Inf in a weight, by name. Nothing is changed then.
@@ -71,7 +71,7 @@ def finalize(module: nn.Module, compress: bool = True) -> nn.Module:
 def _final(
     weight: TrainedWeight, compress: bool, made: dict[int, list[nn.Parameter]]
 ) -> nn.Parameter:
-    """What is left of a weight, from ``made`` if it has been made for another module."""
+    """The parameter that a weight becomes, from ``made`` if another module has it already."""
     sparse, originals = weight.sparse, weight.originals
     pattern = sparse.pattern_in(weight.module) if compress else None
     with name_in_errors(weight.path, "; nothing was finalized"):
@@ -100,7 +100,7 @@ def _own_class(owner: nn.Module) -> None:
     """Give a parametrized module a class of its own.
 
     ``copy.deepcopy`` lets the copy (an EMA model, say) share the class that torch made for the
-    parametrization, and ``remove_parametrizations`` deletes the property from it, for both.
+    parametrization, and ``remove_parametrizations`` deletes the property from that class, for both.
     """
     cls = type(owner)
     body = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}

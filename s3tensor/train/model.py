@@ -61,16 +61,16 @@ def sparsify_training_(
     filter_fn: LayerFilter | None = None,
     **options: Any,
 ) -> TrainingReport:
-    """Put the weights of linear layers under :class:`s3tensor.S3Sparse`, in place, to be trained.
+    """Put the weights of linear layers under :class:`s3tensor.S3Sparse`, in place, for training.
 
     Linear layers are ``nn.Linear`` and the ``Conv1D`` of transformers, whose weight is stored transposed;
     for a pattern of 3, 4 or 5 dims the layers are ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``. Parameters
-    stay the same objects, so an optimizer made before goes on. All weights are checked before the first
-    one is changed. Train, call :func:`step` after each optimizer step where the options need it, and end
-    with :func:`s3tensor.finalize`.
+    stay the same objects, so existing optimizers keep working. All weights are checked before the first one
+    is changed. Train, call :func:`step` after each optimizer step if the options need it, and end with
+    :func:`s3tensor.finalize`.
 
-    In place of a pattern, a coupling, or several, whose blocks are bound to parameters of the model: one
-    decision over all tensors of each, taken once in :func:`step`, which must be called. The budget is then
+    In place of a pattern, give one coupling or several, whose blocks are bound to parameters of the model:
+    one decision over all tensors of each, taken in :func:`step`, which must be called. The budget is then
     ``keep=``, and there is no filter. See :class:`s3tensor.train.coupling.Coupling`.
 
     Args:
@@ -160,7 +160,7 @@ def _reason_to_skip(
 
 
 def _unregister(model: nn.Module, made: set[int]) -> None:
-    """Take back the registration of S3Sparse objects, given by identity."""
+    """Undo the registration of S3Sparse objects, given by identity."""
     for weight in list(trained_weights(model)):
         if id(weight.sparse) in made:
             parametrize.remove_parametrizations(
@@ -191,7 +191,7 @@ def _couple_(
         for weight in owner.weights:
             if id(weight) not in known:
                 raise ModelError(
-                    f"{owner.name}: its tensor of shape {tuple(weight.shape)} is no parameter of this "
+                    f"{owner.name}: its tensor of shape {tuple(weight.shape)} is not a parameter of this "
                     f"{type(model).__name__}; bind blocks to the model's own parameters"
                 )
             path = known[id(weight)].path
@@ -218,11 +218,11 @@ def step(model: nn.Module) -> None:
     """Count one optimizer step for every S3Sparse of a model, and refresh the masks that are due.
 
     Call it once after each ``optimizer.step()``, before gradients are cleared if a score reads them. It is
-    needed with ``refresh`` above 1, a schedule, a function as score or a coupling; elsewhere it measures
-    ``flip_rate``, for the price of one more mask.
+    needed with ``refresh`` above 1, a schedule, a function as score or a coupling; otherwise it only measures
+    ``flip_rate``, at the cost of one more mask.
 
     Raises:
-        ModelError: a model without S3Sparse, or with a part of a coupling only.
+        ModelError: a model without S3Sparse, or with only a part of a coupling.
         NonFiniteError: NaN or Inf in a weight whose mask is refreshed, with its name.
     """
     weights = _trained_once(model)
@@ -285,7 +285,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def metrics(model: nn.Module) -> dict[str, dict[str, float]]:
-    """Of each weight under S3Sparse, by its name: its ``density``, and its ``flip_rate`` once there is one.
+    """``density`` of each weight under S3Sparse, by name, and its ``flip_rate`` once there is one.
 
     Raises:
         ModelError: a model without S3Sparse.

@@ -1,4 +1,4 @@
-"""Training under a pattern: ``S3Sparse``."""
+"""``S3Sparse``: a parametrization that trains a weight under a pattern."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class S3Sparse(Masked):
             ``"srste"`` adds ``decay`` times the weight to the gradient of each pruned weight, which stops
             masks from flipping back and forth (SR-STE; A. Zhou et al., arXiv 2102.04010). It is added once
             for each use of the weight in a backward pass, before clipping and the optimizer: with k
-            accumulated passes give ``decay / k``, under a ``GradScaler`` multiply it by the scale.
+            accumulated passes give ``decay / k``; under a ``GradScaler`` multiply it by the scale.
 
             ``"soft"`` also shortens kept blocks by the norm of the largest dropped one in their scope and
             multiplies all by ``beta``, which makes the forward weight continuous (S-STE; Y. Hu et al., arXiv
@@ -62,19 +62,19 @@ class S3Sparse(Masked):
             ``"fixed"`` keeps the blocks that were largest at registration, or ``mask``; pruned weights get
             no gradient.
         mask: of ``"fixed"`` alone: bool, True where kept, of the weight's shape, under the pattern.
-        refresh: the mask is taken anew every so many steps. At 1 each forward takes it from the weight at
-            that time. From 2 on it is a buffer that changes in ``s3tensor.step(model)`` alone, which counts.
+        refresh: steps between new masks. At 1 each forward takes its mask from the weight. From 2 on the mask
+            is a buffer that only ``s3tensor.step(model)`` changes, which counts the steps.
         score: ``"magnitude"``, or a function of the weight and this module that returns the importance of
             each element, in the weight's shape, summed per block. A function is called at registration and
-            by ``s3tensor.step``; the ``.grad`` of the weight is there if it was not cleared.
+            by ``s3tensor.step``; the weight has its ``.grad`` if that was not cleared.
         schedule: a falling :class:`Density`, counted by ``s3tensor.step``.
         decay: of ``"srste"``, default 2e-4.
         transposed: the weight is stored as (in_features, out_features), and the pattern is of its transpose.
-        transposable: of 1:4, 2:4 and 3:4: masks under which the transpose satisfies the pattern too, see
+        transposable: for 1:4, 2:4 and 3:4: masks under which the transpose satisfies the pattern too, see
             :func:`s3tensor.transposable`.
 
-    A mask that is held (``"fixed"``, refresh above 1, a function as score, a schedule, frozen) is a buffer in
-    the state dict; counts are in its extra state. Forwards change nothing.
+    A held mask (``"fixed"``, refresh above 1, a function as score, a schedule, frozen) is a buffer in the
+    state dict; counts are in its extra state. Forwards change neither.
 
     Example:
         >>> linear = nn.Linear(64, 32)
@@ -86,8 +86,8 @@ class S3Sparse(Masked):
         PatternError: a pattern that does not parse; at registration, one that does not fit the weight, a
             weight that is not floating point, a mask that does not satisfy the pattern, or a schedule that
             ends at another density.
-        NonFiniteError: NaN or Inf in the weight, wherever a mask is taken. Forwards on a GPU and compiled
-            ones do not wait to look: NaN counts as the largest there, and reaches the loss.
+        NonFiniteError: NaN or Inf in the weight when a mask is taken. Forwards on a GPU and compiled ones do
+            not check: NaN counts as the largest there, and reaches the loss.
         OptionError: an unknown mode, or an option that is out of range or of another mode.
     """
 
@@ -136,7 +136,7 @@ class S3Sparse(Masked):
 
     @property
     def holds_mask(self) -> bool:
-        """Whether the mask is a buffer, and not taken from the weight at each forward."""
+        """Whether the mask is a buffer, not taken from the weight at each forward."""
         chosen = self.mode == "fixed" or self.refresh > 1 or self.score != "magnitude"
         return chosen or self.schedule is not None or self.frozen
 
@@ -144,10 +144,10 @@ class S3Sparse(Masked):
 
     def current_mask(self, weight: Tensor) -> Tensor:
         """The mask that :meth:`forward` applies to ``weight``: bool, its shape, True where kept."""
-        if self._shape is None:  # used without register_parametrization, or behind another one
+        if self._shape is None:  # used without register_parametrization, or after another one
             self.right_inverse(weight)
         if self.mask is not None:
-            if self.mask.device != weight.device:  # loaded before it was known
+            if self.mask.device != weight.device:  # loaded before the device was known
                 self.mask = self.mask.to(weight.device)
             return self.mask
         dense = self.upright(weight.detach())
@@ -181,7 +181,7 @@ class S3Sparse(Masked):
         return masked
 
     def _fuses(self) -> bool:
-        """Whether one kernel may multiply, and choose the mask or shorten the weight where that is N:4's."""
+        """Whether one kernel may multiply and, for N:4, also choose the mask or shorten the weight."""
         plain = self._run == 4 and not self.transposed
         if self.mask is not None:
             return self.mask.is_contiguous() and (plain or self.beta is None)
@@ -232,7 +232,7 @@ class S3Sparse(Masked):
         return x.t() if self.transposed else x
 
     def _scale(self, weight: Tensor, mask: Tensor) -> Tensor:
-        """The factor of the shrunk weight that is nearest to the weight: 0-dim."""
+        """The factor that brings the shrunk weight nearest to the weight: 0-dim."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         if weight.is_meta:
             return torch.empty((), dtype=wide, device="meta")
@@ -269,7 +269,7 @@ class S3Sparse(Masked):
                 )
             scores = self.upright(scores.detach())
         pattern = dataclasses.replace(self.pattern, keep=self._keep(self.steps))
-        if weight.is_meta:  # a place for the mask that a state dict has
+        if weight.is_meta:  # for the mask of a state dict
             return torch.empty(weight.shape, dtype=torch.bool, device="meta")
         choose = transposable if self.transposable else project
         mask = choose(self.upright(weight.detach()), pattern, scores)
@@ -284,7 +284,7 @@ class S3Sparse(Masked):
         self.steps += 1
         if self.mode == "fixed" or self.frozen:
             return
-        if not self.holds_mask:  # each forward takes its own: this one is to count flips
+        if not self.holds_mask:  # each forward takes its own; this one counts flips
             mask = self._select(weight)
             if self._last is not None:
                 self._flips = changed_fraction(mask, self._last)
@@ -295,7 +295,7 @@ class S3Sparse(Masked):
             mask = self._select(weight)
             held = self.current_mask(weight)
             self._flips = changed_fraction(mask, held)
-            held.copy_(mask)  # in place: a compiled graph goes on reading it
+            held.copy_(mask)  # in place: compiled graphs keep reading it
             if moved and self.beta is not None:
                 self.beta.copy_(self._scale(weight.detach(), mask))
 
@@ -316,7 +316,7 @@ class S3Sparse(Masked):
         self._last = None
 
     def mask_to_freeze(self, weight: Tensor | None) -> Tensor | None:
-        """The mask that :meth:`freeze` would keep, if it can be known; raises what that raises."""
+        """The mask that :meth:`freeze` would keep, if known; raises what that raises."""
         if self._shape is not None and not self.has_ended:
             raise PatternError(
                 f"the schedule is at density {self.density:g} after {self.steps} steps, above the "
@@ -333,9 +333,9 @@ class S3Sparse(Masked):
 
     @property
     def has_ended(self) -> bool:
-        """Whether the density has come to the pattern's budget, by the count or by the mask.
+        """Whether the density has reached the pattern's budget, by the count or by the mask.
 
-        A copy that follows the weights and buffers of a model, as an EMA does, has its mask but not its
+        A copy that follows the weights and buffers of a model, such as an EMA, has its mask but not its
         count.
         """
         if self._keep(self.steps) == self._bound().keep:
@@ -343,7 +343,7 @@ class S3Sparse(Masked):
         return self.mask is not None and not self._mask_problem(self.mask, self._bound().keep)
 
     def _mask_problem(self, mask: Tensor, keep: int) -> str:
-        """Why a mask, as the weight is stored, keeps more than so many blocks of a scope, or empty."""
+        """Why a mask, as the weight is stored, keeps more than ``keep`` blocks of a scope, or empty."""
         upright = self.upright(mask)
         pattern = dataclasses.replace(self.pattern, keep=keep)
         problem = mask_problem(upright, pattern.bind(tuple(upright.shape)))
@@ -368,7 +368,7 @@ class S3Sparse(Masked):
         }
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over what :meth:`get_extra_state` gave; :meth:`_load_from_state_dict` has checked it."""
+        """Take the counts of :meth:`get_extra_state`; :meth:`_load_from_state_dict` has checked them."""
         facts = facts_of_tensor(state, _FACTS)
         self.steps, self.frozen = facts["steps"], facts["frozen"]
 
@@ -384,7 +384,7 @@ class S3Sparse(Masked):
             self.frozen = facts_of_tensor(saved, _FACTS)["frozen"]
             if not self.holds_mask:
                 self.mask = None
-                state_dict.pop(f"{prefix}mask", None)  # of a fixed one: each forward takes its own
+                state_dict.pop(f"{prefix}mask", None)  # of a held mask: each forward takes its own
             elif self.mask is None and f"{prefix}mask" in state_dict:
                 self.mask = torch.empty_like(state_dict[f"{prefix}mask"])
             self._last = self._flips = None
@@ -437,7 +437,7 @@ class S3Sparse(Masked):
 
 
 def _outside_inference(x: Tensor) -> Tensor:
-    """``x``, to be kept: made under ``torch.inference_mode``, autograd would refuse it for ever after."""
+    """``x`` as an ordinary tensor: autograd refuses one made under ``torch.inference_mode``."""
     if torch.compiler.is_compiling() or not x.is_inference():
         return x
     with torch.inference_mode(False):

@@ -12,7 +12,7 @@ SHAPES = ("cubic", "step", "constant")
 
 
 class Budget(Protocol):
-    """What a bound pattern, and a coupling, say of each scope."""
+    """What a bound pattern or a coupling keeps of each scope."""
 
     @property
     def keep(self) -> int: ...
@@ -24,18 +24,18 @@ class Budget(Protocol):
 
 @dataclass(frozen=True)
 class Density:
-    """How the density falls to the pattern's budget while ``s3tensor.step`` counts.
+    """How the density falls to the pattern's, counted by ``s3tensor.step``.
 
     Args:
         start: density at step 0, at least the pattern's.
-        end: density from ``steps`` on; by default the pattern's, and no other is accepted.
-        steps: length of the descent, in steps.
+        end: density from ``steps`` on; the pattern's, which is the default.
+        steps: length of the descent.
         shape: ``"cubic"`` falls fast, then ever slower: ``end + (start - end) (1 - t / steps)^3`` (Zhu and
             Gupta, arXiv 1710.01878). ``"step"`` stays at ``start``, then falls at once. ``"constant"`` is at
             ``end`` all the time, whatever ``start`` is.
 
     Raises:
-        OptionError: densities outside (0, 1], an end above the start, a count below 1, an unknown shape.
+        OptionError: a density outside (0, 1], an end above the start, steps below 1, or an unknown shape.
     """
 
     start: float = 1.0

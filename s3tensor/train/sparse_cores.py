@@ -1,7 +1,7 @@
-"""Training by sparse tensor cores: ``sparse_cores_``.
+"""Training on sparse tensor cores: ``sparse_cores_``.
 
-The weight in use stays what S3Sparse makes, a dense tensor with zeros in it; linear layers get a forward that
-multiplies by it as :mod:`s3tensor.tensor.cusparselt` does.
+The weight in use stays what S3Sparse makes, a dense tensor with zeros; linear layers get a forward that
+multiplies by it with :mod:`s3tensor.tensor.cusparselt`.
 """
 
 from __future__ import annotations
@@ -42,27 +42,25 @@ class CoresReport(Report[CoresRow]):
 
 
 def sparse_cores_(model: nn.Module, enable: bool = True) -> CoresReport:
-    """Let linear layers under :class:`S3Sparse` multiply by sparse tensor cores while they train, in place.
+    """Let linear layers under :class:`S3Sparse` multiply on sparse tensor cores while they train, in place.
 
-    It is of N:4 patterns with N up to 2, and of coupled2:4, on an NVIDIA GPU with cuSPARSELt, in bfloat16 or
-    float16 (under autocast, or in a model of that dtype). The forward product takes the weight; with
-    ``transposable=True`` in S3Sparse the gradient of the input takes its transpose; the gradient of the
-    weight stays dense. Each size of product is timed once, when it first occurs, and runs by sparse tensor
-    cores where that is faster, compression included; :func:`s3tensor.tensor.cusparselt.choices` lists
-    what was found.
-    Elsewhere it is the dense product, and a warning says so once (a compiled forward does not say why x
-    itself is refused).
+    It works for N:4 patterns with N up to 2 and coupled2:4, on an NVIDIA GPU with cuSPARSELt, in bfloat16
+    or float16 (under autocast, or in a model of that dtype). The forward product uses the weight; with
+    ``transposable=True`` in S3Sparse the gradient of the input uses its transpose; the gradient of the
+    weight stays dense. Each size of product is timed once, when it first occurs, and runs on sparse tensor
+    cores if that is faster, compression included; :func:`s3tensor.tensor.cusparselt.choices` lists what was
+    chosen. Otherwise the product is dense, and a warning says so once (a compiled forward does not say why
+    it refuses x).
 
-    Results differ from those of dense products by the order of their sums and by the rounding before the
-    bias is added, and as the timing chooses, between two runs.
+    Results differ from those of dense products by the order of sums and by the rounding before the bias is
+    added; two runs may differ, as the timing may choose differently.
 
     Args:
-        model: a module after :func:`s3tensor.sparsify_training_`; its own weight counts too. On any device:
-            what runs is decided where x is.
-        enable: False takes it back. :func:`s3tensor.finalize` does so too.
+        model: a module after :func:`s3tensor.sparsify_training_`, on any device; its own weight counts too.
+        enable: False undoes it, as :func:`s3tensor.finalize` does.
 
     Returns:
-        One row for each weight: which products may run so, or why they stay dense.
+        One row for each weight: which products may run sparse, or why they stay dense.
 
     Raises:
         ModelError: a model without S3Sparse.
@@ -82,7 +80,7 @@ def sparse_cores_(model: nn.Module, enable: bool = True) -> CoresReport:
 
 
 def restore_forward(module: nn.Module) -> None:
-    """Give a module the forward of its class again, where :func:`sparse_cores_` gave it another."""
+    """Give a module the forward of its class again, if :func:`sparse_cores_` replaced it."""
     own = module.__dict__.get("forward")
     if getattr(own, "__func__", None) is _forward:
         del module.forward

@@ -244,7 +244,7 @@ def test_what_a_killed_save_left_goes_with_the_next_and_what_another_writes_stay
     for name in ("left", "held"):
         (tmp_path / f".saving-{name}").mkdir()
         (tmp_path / f".saving-{name}" / hf.WEIGHTS).write_text("half")
-    with folder._held(tmp_path / ".saving-held") as held:
+    with folder._folder_lock(tmp_path / ".saving-held") as held:
         assert held
         s3.save_pretrained(tiny("llama"), tmp_path)
         assert [path.name for path in tmp_path.glob(".*")] == [".saving-held"]
@@ -257,7 +257,9 @@ def test_what_a_killed_save_left_goes_with_the_next_and_what_another_writes_stay
 def test_a_size_of_shards_that_is_none_is_refused_before_anything_is_written(
     tmp_path: Path, size: Any, dense: bool
 ) -> None:
-    with pytest.raises(s3.CheckpointError, match=r"max_shard_size=.* is no size; give bytes above"):
+    with pytest.raises(
+        s3.CheckpointError, match=r"max_shard_size=.* is not a size; give bytes above"
+    ):
         s3.save_pretrained(tiny("llama"), tmp_path / "new", dense=dense, max_shard_size=size)
     assert not (tmp_path / "new").exists()
 
@@ -502,7 +504,7 @@ def test_a_compressed_model_is_loaded_in_the_dtype_that_is_asked_for(
     as_stored, _ = hf.load_model(saved)
     for (name, one), other in zip(asked.named_parameters(), as_stored.parameters(), strict=True):
         assert one.dtype == torch.bfloat16 and torch.equal(one, other.to(torch.bfloat16)), name
-    with pytest.raises(s3.ModelError, match="'bfloat' is no dtype of torch"):
+    with pytest.raises(s3.ModelError, match="'bfloat' is not a dtype of torch"):
         hf.load_model(saved, "bfloat")
 
 
