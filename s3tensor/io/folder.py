@@ -134,7 +134,7 @@ def staging_folder(folder: Path) -> Iterator[Path]:
     killed process left is deleted by the next save.
 
     Raises:
-        CheckpointError: a file cannot be moved into place, with the system's reason.
+        CheckpointError: a file cannot be moved into place or deleted, with the system's reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{_STAGE}*"):
@@ -153,7 +153,12 @@ def staging_folder(folder: Path) -> Iterator[Path]:
             write_atomically(folder / path.relative_to(stage), partial(os.replace, path))
         names = {path.name for path in found}
         for path in _old_files(folder, names) if names & {WEIGHTS, INDEX} else ():
-            delete(path)
+            try:
+                path.unlink()
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot delete the model that was replaced ({error})"
+                ) from error
 
 
 @contextlib.contextmanager
@@ -198,18 +203,6 @@ def write_files(
     places = dict(sorted(plan.tensor_to_filename.items()))
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     return INDEX
-
-
-def delete(path: Path) -> None:
-    """Delete a file of a model that was replaced.
-
-    Raises:
-        CheckpointError: it cannot be deleted, with the system's reason.
-    """
-    try:
-        path.unlink()
-    except OSError as error:
-        raise CheckpointError(f"cannot delete the model that was replaced ({error})") from error
 
 
 def _old_files(folder: Path, kept: set[str]) -> list[Path]:

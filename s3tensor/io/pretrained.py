@@ -26,10 +26,10 @@ from s3tensor.io.folder import (
     shard_bytes,
     staging_folder,
     tied_names,
+    unshared_state,
     write_files,
 )
 from s3tensor.io.folder import WEIGHTS as WEIGHTS
-from s3tensor.io.folder import unshared_state as unshared_state
 from s3tensor.io.state import load_state, without_shared_storage
 from s3tensor.mask.projection import satisfies
 from s3tensor.tensor.base import Compressed

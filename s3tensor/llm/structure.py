@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from s3tensor.errors import ModelError, PatternError
 from s3tensor.model.weights import LayerFilter as LayerFilter
-from s3tensor.model.weights import ModelWeight, Place
+from s3tensor.model.weights import ModelWeight
 from s3tensor.model.weights import is_linear as is_linear
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
@@ -76,7 +76,7 @@ def prunable_layers(
         full = f"{prefix}.{name}" if name else prefix
         if is_linear(module):
             inside += (f"{name}.",)
-            layer = ModelWeight((Place(full, module),))
+            layer = ModelWeight(full, module)
             wanted = pattern if isinstance(pattern, Pattern) else pattern(full)
             refusal = _refusal(layer, wanted, filter_fn)
             if refusal is None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from s3tensor.errors import ModelError
 from s3tensor.model.report import Report
-from s3tensor.model.weights import ModelWeight, Place, model_weights
+from s3tensor.model.weights import ModelWeight, model_weights
 from s3tensor.paper import BlockCoupling, BlockSpec, ScopeSpec, View
 
 Kind = Literal["channels", "heads", "hidden"]
@@ -32,9 +32,12 @@ _FUSED = ("gate_up_proj", "down_proj")  # gate over up in one weight
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Part(ModelWeight):
-    """Blocks of a unit in one parameter: block i is ``size`` slices of ``dim`` from ``start + i size``."""
+    """Blocks of a unit in one parameter: block i is ``size`` slices of ``dim`` from ``start + i size``.
+
+    The finders below leave the path empty; :func:`units` fills in the places of the parameter.
+    """
 
     dim: int
     size: int = 1
@@ -157,10 +160,10 @@ def units(model: nn.Module, kind: Kind) -> list[Unit]:
     finder = {"channels": _channels, "heads": _heads, "hidden": _hidden}
     if kind not in finder:
         raise ModelError(f"kind={kind!r} must be one of {', '.join(finder)}")
-    places = {id(weight.parameter): weight.places for weight in model_weights(model)}
+    known = {id(weight.parameter): vars(weight) for weight in model_weights(model)}
     found = []
     for unit in finder[kind](model):
-        parts = (replace(p, places=places.get(id(p.parameter), p.places)) for p in unit.parts)
+        parts = (replace(part, **known.get(id(part.parameter), {})) for part in unit.parts)
         found.append(replace(unit, parts=tuple(parts)))
     _check_parts(found)
     return found
@@ -253,16 +256,10 @@ def _linears(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear] | Non
     return found if all(isinstance(each, nn.Linear) for each in found) else None  # type: ignore[return-value]
 
 
-def _at(module: nn.Module, attribute: str = "weight") -> tuple[Place]:
-    """Where a parameter is; :func:`units` fills in its path, and the others that share it."""
-    return (Place("", module, attribute),)
-
-
 def _rows(linear: nn.Linear, size: int = 1, start: int = 0, role: Any = "writes") -> Iterator[Part]:
     """Output features of a linear: rows of its weight, entries of its bias."""
-    yield Part(_at(linear), 0, size, start, role)
-    if linear.bias is not None:
-        yield Part(_at(linear, "bias"), 0, size, start, role)
+    for attribute in ("weight", "bias") if linear.bias is not None else ("weight",):
+        yield Part("", linear, attribute, dim=0, size=size, start=start, role=role)
 
 
 def _channels(model: nn.Module) -> Iterator[Unit]:
@@ -278,13 +275,13 @@ def _channels(model: nn.Module) -> Iterator[Unit]:
             # An activation may not map zero to zero: only what a gate multiplies is surely zero.
             roles = ("scales", "writes") if len(ins) == 2 else ("scales",)
             parts = [p for i, r in zip(ins, roles, strict=True) for p in _rows(i, role=r)]
-            yield Unit(name, "channels", module, count, (*parts, Part(_at(out), 1)))
+            yield Unit(name, "channels", module, count, (*parts, Part("", out, dim=1)))
         fused = _linears(module, _FUSED)
         if fused is not None and fused[0].out_features == 2 * fused[1].in_features:
             both, out = fused
             count = out.in_features
             parts = [*_rows(both, role="scales"), *_rows(both, start=count)]
-            yield Unit(name, "channels", module, count, (*parts, Part(_at(out), 1)))
+            yield Unit(name, "channels", module, count, (*parts, Part("", out, dim=1)))
 
 
 def _heads(model: nn.Module) -> Iterator[Unit]:
@@ -308,7 +305,7 @@ def _heads(model: nn.Module) -> Iterator[Unit]:
             *_rows(q, wide, role="scales"),
             *_rows(k, size, role="scales"),
             *_rows(v, size),
-            Part(_at(o), 1, wide),
+            Part("", o, dim=1, size=wide),
         )
         yield Unit(name, "heads", module, groups, parts)
 
@@ -321,7 +318,7 @@ def _hidden(model: nn.Module) -> Iterator[Unit]:
     if len(embeddings) != 1:
         return
     count = embeddings[0].embedding_dim
-    parts = [Part(_at(embeddings[0]), 1, role="writes")]
+    parts = [Part("", embeddings[0], dim=1, role="writes")]
     for name, module in model.named_modules():
         own = name.rpartition(".")[2]
         if isinstance(module, nn.Linear):
@@ -329,7 +326,7 @@ def _hidden(model: nn.Module) -> Iterator[Unit]:
                 parts += _rows(module)
             elif own in readers and module.in_features == count:
                 if module.weight is not embeddings[0].weight:
-                    parts.append(Part(_at(module), 1))
+                    parts.append(Part("", module, dim=1))
             else:
                 raise ModelError(
                     f"{name} reads or writes the residual stream in an unknown way; give "
@@ -344,7 +341,7 @@ def _hidden(model: nn.Module) -> Iterator[Unit]:
                     f"{name} is a {type(module).__name__}: only an RMS norm, with its eps, gives the same "
                     "output without the zero channels"
                 )
-            parts.append(Part(_at(module), 0, role="scales"))
+            parts.append(Part("", module, dim=0, role="scales"))
     if len(parts) > 1:
         yield Unit("residual stream", "hidden", model, count, tuple(parts))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,12 +13,25 @@ from s3tensor.tensor.base import Compressed
 LayerFilter = Callable[[nn.Module, str], bool]
 
 
-class Place(NamedTuple):
-    """An attribute of a module that holds a weight."""
+@dataclass(frozen=True)
+class ModelWeight:
+    """A weight by where a model has it; the parameter is looked up, so that one that is replaced is freed.
 
-    module_path: str  # in the model, such as "blocks.0.up"; empty for the model itself
+    Args:
+        module_path: in the model, such as ``blocks.0.up``; empty for the model itself.
+        attribute: of the module.
+        sharing: the other places of the same parameter.
+    """
+
+    module_path: str
     module: nn.Module
     attribute: str = "weight"
+    sharing: tuple[ModelWeight, ...] = ()
+
+    @property
+    def places(self) -> tuple[ModelWeight, ...]:
+        """All places of the parameter, its own first."""
+        return (self, *self.sharing)
 
     @property
     def path(self) -> str:
@@ -29,37 +42,6 @@ class Place(NamedTuple):
     def name(self) -> str:
         """The module's: its path, or the class of the model itself."""
         return self.module_path or type(self.module).__name__
-
-
-@dataclass(frozen=True)
-class ModelWeight:
-    """A weight of a model.
-
-    The parameter itself is looked up, not kept, so that one that is replaced is freed.
-
-    Args:
-        places: its own first, then the others that share the parameter.
-    """
-
-    places: tuple[Place, ...]
-
-    @property
-    def path(self) -> str:
-        """The weight's, such as ``blocks.0.up.weight``."""
-        return self.places[0].path
-
-    @property
-    def name(self) -> str:
-        """The module's: its path, or the class of the model itself."""
-        return self.places[0].name
-
-    @property
-    def module(self) -> nn.Module:
-        return self.places[0].module
-
-    @property
-    def attribute(self) -> str:
-        return self.places[0].attribute
 
     @property
     def parameter(self) -> Any:  # an nn.Parameter, which may be a Compressed too
@@ -96,9 +78,8 @@ class ModelWeight:
 
     def set_weight(self, weight: Tensor) -> None:
         """Make ``weight``, (out_features, in_features), the parameter of its own place, without gradient."""
-        setattr(
-            self.module, self.attribute, nn.Parameter(self.upright(weight), requires_grad=False)
-        )
+        parameter = nn.Parameter(self.upright(weight), requires_grad=False)
+        setattr(self.module, self.attribute, parameter)
 
     def copy_weight(self, weight: Tensor) -> None:
         """Write ``weight``, (out_features, in_features), into the parameter that is there."""
@@ -106,8 +87,8 @@ class ModelWeight:
 
     def replace(self, parameter: nn.Parameter) -> None:
         """Put one parameter, as it is stored, in all the places, so that what was shared stays shared."""
-        for _, module, attribute in self.places:
-            setattr(module, attribute, parameter)
+        for place in self.places:
+            setattr(place.module, place.attribute, parameter)
 
 
 def model_weights(model: nn.Module, filter_fn: LayerFilter | None = None) -> list[ModelWeight]:
@@ -118,13 +99,13 @@ def model_weights(model: nn.Module, filter_fn: LayerFilter | None = None) -> lis
         filter_fn: ``filter_fn(module, name)`` is True for the modules to look at. Places in the others are
             left out.
     """
-    places: dict[int, list[Place]] = {}
+    places: dict[int, list[ModelWeight]] = {}
     for path, module in model.named_modules():
         if filter_fn is not None and not filter_fn(module, path):
             continue
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            places.setdefault(id(parameter), []).append(Place(path, module, name))
-    return [ModelWeight(tuple(found)) for found in places.values()]
+            places.setdefault(id(parameter), []).append(ModelWeight(path, module, name))
+    return [replace(first, sharing=tuple(others)) for first, *others in places.values()]
 
 
 def linear_layers(
@@ -134,15 +115,15 @@ def linear_layers(
 
     Each layer has its own, also where several share a parameter, and where it is parametrized.
     """
-    sharing = {id(weight.parameter): weight.places for weight in model_weights(model)}
+    known = {id(weight.parameter): weight for weight in model_weights(model)}
     for path, module in model.named_modules():
         if not (is_conv1d(module) or isinstance(module, kinds)):
             continue
-        parameter = getattr(module, "weight", None)
+        parameter, own = getattr(module, "weight", None), ModelWeight(path, module)
         if isinstance(parameter, Tensor):
-            others = sharing.get(id(parameter), ())
-            own = Place(path, module)
-            yield ModelWeight((own, *(place for place in others if place != own)))
+            found = known.get(id(parameter), own)
+            places = (replace(place, sharing=()) for place in found.places)
+            yield replace(own, sharing=tuple(place for place in places if place != own))
 
 
 def is_linear(module: nn.Module) -> bool:

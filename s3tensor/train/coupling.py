@@ -20,15 +20,12 @@ from s3tensor.train.masked import (
     StraightThrough,
     changed_fraction,
     check_options,
-    facts_as_tensor,
-    facts_of_tensor,
     mask_problem,
     weight_name,
 )
 from s3tensor.train.schedule import Density
 
 MODES = ("fixed", "ste", "srste")
-_FACTS = {"coupling", "place", "steps", "frozen"}  # of the extra state
 
 
 @dataclass(frozen=True)
@@ -210,6 +207,8 @@ class CoupledSparse(Masked):
         pattern: that the weight alone satisfies, and is compressed under; None without one.
     """
 
+    _FACTS = ("coupling", "place", "steps", "frozen")
+
     def __init__(self, owner: Coupling, place: int, pattern: Pattern | None) -> None:
         super().__init__()
         self.owner, self.place, self.pattern = owner, place, pattern
@@ -277,13 +276,13 @@ class CoupledSparse(Masked):
             )
         return weight
 
-    def get_extra_state(self) -> Tensor:
-        """The owner's facts and the place, as bytes of JSON."""
-        return facts_as_tensor({**self.owner.facts(), "place": self.place})
+    def facts(self) -> dict[str, Any]:
+        """The owner's facts, and the place."""
+        return {**self.owner.facts(), "place": self.place}
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the owner's counts; :meth:`_load_from_state_dict` has checked the rest."""
-        facts = facts_of_tensor(state, _FACTS)
+        facts = self.saved_facts(state)
         self.owner.steps, self.owner.frozen = facts["steps"], facts["frozen"]
 
     def _load_from_state_dict(
@@ -293,7 +292,7 @@ class CoupledSparse(Masked):
         if isinstance(saved, Tensor):
             where = weight_name(prefix)
             try:
-                facts = facts_of_tensor(saved, _FACTS)
+                facts = self.saved_facts(saved)
                 theirs = facts["coupling"], facts["place"]
                 sound = type(facts["steps"]) is int and type(facts["frozen"]) is bool
             except (TypeError, ValueError):

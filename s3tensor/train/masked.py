@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class Masked(nn.Module):
     steps: int
     frozen: bool
     _flips: Tensor | None
+    _FACTS: ClassVar[tuple[str, ...]]  # names that every extra state has
 
     def current_mask(self, weight: Tensor) -> Tensor:
         """The mask that :meth:`forward` applies to ``weight``."""
@@ -71,6 +72,21 @@ class Masked(nn.Module):
         """Whether the density has reached the budget."""
         raise NotImplementedError
 
+    def facts(self) -> dict[str, Any]:
+        """What the extra state holds: counts, and what the parametrization is of."""
+        raise NotImplementedError
+
+    def get_extra_state(self) -> Tensor:
+        """:meth:`facts` as bytes of JSON, uint8: a tensor, so that safetensors can hold it."""
+        return torch.tensor(list(json.dumps(self.facts()).encode()), dtype=torch.uint8)
+
+    def saved_facts(self, state: Tensor) -> dict[str, Any]:
+        """The facts in an extra state; TypeError or ValueError if it is damaged."""
+        facts = json.loads(bytes(state.tolist()))
+        if not isinstance(facts, dict) or not all(name in facts for name in self._FACTS):
+            raise ValueError(f"the extra state lacks one of {', '.join(self._FACTS)}")
+        return facts
+
     @property
     def flip_rate(self) -> float | None:
         """Fraction of mask elements that the last refresh changed; None before there is one to compare."""
@@ -88,14 +104,7 @@ def check_options(
     decay: float | None,
     of: str = "",
 ) -> float:
-    """Refuse options that are out of range or of another mode; returns the decay that holds.
-
-    Args:
-        of: said after what is refused, such as " of a coupling".
-
-    Raises:
-        OptionError: with the option and its value.
-    """
+    """Refuse options that are out of range or of another mode, ``of`` what; returns the decay in use."""
     if mode not in modes:
         raise OptionError(f"mode {mode!r}{of} must be one of {', '.join(modes)}")
     if type(refresh) is not int or refresh < 1:
@@ -108,23 +117,6 @@ def check_options(
     if mode != "srste" or not 0 <= decay < float("inf"):
         raise OptionError(f"decay={decay!r}{of} must be a number >= 0, and is of mode 'srste' only")
     return float(decay)
-
-
-def facts_as_tensor(facts: dict[str, Any]) -> Tensor:
-    """Extra state as bytes of JSON, uint8: a tensor, so that safetensors can hold it."""
-    return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
-
-
-def facts_of_tensor(state: Tensor, names: set[str]) -> dict[str, Any]:
-    """What :func:`facts_as_tensor` was given.
-
-    Raises:
-        TypeError, ValueError: other bytes, or facts without one of the names.
-    """
-    facts = json.loads(bytes(state.tolist()))
-    if not isinstance(facts, dict) or not names <= facts.keys():
-        raise ValueError(f"it lacks one of {', '.join(sorted(names))}")
-    return facts
 
 
 def weight_name(prefix: str) -> str:

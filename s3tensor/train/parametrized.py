@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from s3tensor.errors import ModelError, NonFiniteError, PatternError
-from s3tensor.model.weights import ModelWeight, Place
+from s3tensor.model.weights import ModelWeight
 from s3tensor.train.masked import Masked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainedWeight(ModelWeight):
     """A weight under S3Sparse."""
 
@@ -82,16 +82,11 @@ def trained_weights(module: nn.Module) -> Iterator[TrainedWeight]:
                     f"{type(owner).__name__}.{name} has parametrizations after S3Sparse; register "
                     "S3Sparse last, so that the weight in use satisfies its pattern"
                 )
-            yield TrainedWeight((Place(path, owner, name),), chain)
+            yield TrainedWeight(path, owner, name, chain=chain)
 
 
 def require_trained_weights(model: nn.Module) -> list[TrainedWeight]:
-    """:func:`trained_weights`, one at least.
-
-    Raises:
-        ModelError: a model without S3Sparse.
-        PatternError: an S3Sparse that is not the last parametrization.
-    """
+    """:func:`trained_weights`, at least one: a ModelError for a model without S3Sparse."""
     found = list(trained_weights(model))
     if not found:
         raise ModelError(

@@ -22,8 +22,6 @@ from s3tensor.train.masked import (
     changed_fraction,
     check_mask,
     check_options,
-    facts_as_tensor,
-    facts_of_tensor,
     fused_kernel,
     magnitude_mask,
     mask_problem,
@@ -33,7 +31,6 @@ from s3tensor.train.masked import (
 from s3tensor.train.schedule import Density
 
 MODES = ("fixed", "ste", "srste", "soft")
-_FACTS = {"pattern", "transposed", "shape", "steps", "frozen"}  # of the extra state
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Score = Callable[[Tensor, "S3Sparse"], Tensor]
@@ -93,6 +90,7 @@ class S3Sparse(Masked):
 
     pattern: Pattern
     beta: Tensor | None
+    _FACTS = ("pattern", "transposed", "shape", "steps", "frozen")
 
     def __init__(
         self,
@@ -353,11 +351,8 @@ class S3Sparse(Masked):
 
     # the state dict -----------------------------------------------------------------------------------
 
-    def get_extra_state(self) -> Tensor:
-        """Pattern, shape and counts, as bytes of JSON: a tensor, so that safetensors can hold it."""
-        return facts_as_tensor(self._facts())
-
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
+        """Pattern, shape and counts."""
         return {
             "pattern": self.pattern.parts,
             "transposed": self.transposed,
@@ -369,7 +364,7 @@ class S3Sparse(Masked):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the counts of :meth:`get_extra_state`; :meth:`_load_from_state_dict` has checked them."""
-        facts = facts_of_tensor(state, _FACTS)
+        facts = self.saved_facts(state)
         self.steps, self.frozen = facts["steps"], facts["frozen"]
 
     def _load_from_state_dict(
@@ -381,7 +376,7 @@ class S3Sparse(Masked):
             if problem:
                 rest[-1].append(problem)
                 return
-            self.frozen = facts_of_tensor(saved, _FACTS)["frozen"]
+            self.frozen = self.saved_facts(saved)["frozen"]
             if not self.holds_mask:
                 self.mask = None
                 state_dict.pop(f"{prefix}mask", None)  # of a held mask: each forward takes its own
@@ -390,9 +385,7 @@ class S3Sparse(Masked):
             self._last = self._flips = None
         mask = state_dict.get(f"{prefix}mask")
         if self.holds_mask and isinstance(mask, Tensor) and mask.shape == self._shape:
-            steps = (
-                facts_of_tensor(saved, _FACTS)["steps"] if isinstance(saved, Tensor) else self.steps
-            )
+            steps = self.saved_facts(saved)["steps"] if isinstance(saved, Tensor) else self.steps
             problem = self._mask_problem(mask, self._keep(steps))
             if problem:
                 rest[-1].append(
@@ -406,10 +399,10 @@ class S3Sparse(Masked):
         """Why a saved state is not of this pattern and weight, or an empty string."""
         where = weight_name(prefix)
         try:
-            facts = facts_of_tensor(saved, _FACTS)
+            facts = self.saved_facts(saved)
         except (TypeError, ValueError):
             return f"{where}: the extra state of S3Sparse is damaged; it must be bytes of JSON"
-        mine = self._facts()
+        mine = self.facts()
         if _pattern_and_options(facts) != _pattern_and_options(mine):
             return (
                 f"{where}: the state dict is of S3Sparse({_pattern_and_options(facts)}), this module of "
