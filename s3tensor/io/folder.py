@@ -19,12 +19,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from s3tensor.errors import CheckpointError
 from s3tensor.files import first_line, lock_file, write_atomically, write_json
-from s3tensor.io.state import METADATA_KEY, flatten_state, open_weights, without_shared_storage
+from s3tensor.io.state import (
+    METADATA_KEY,
+    flatten_state,
+    open_weights,
+    without_shared_storage,
+    write_tensors,
+)
 from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.int8 import Int8SparseTensor
 
@@ -196,7 +201,8 @@ def write_files(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=largest
     )
     for file, names in plan.filename_to_tensors.items():
-        _write({name: tensors[name] for name in names}, description, folder / file)
+        metadata = {"format": "pt", METADATA_KEY: description}
+        write_tensors(folder / file, {name: tensors[name] for name in names}, metadata)
     if not plan.is_sharded:
         return WEIGHTS
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -255,20 +261,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, not an object")
     return found
-
-
-def _write(tensors: dict[str, Tensor], description: str, path: Path) -> None:
-    save_file(tensors, path, {"format": "pt", METADATA_KEY: description})
-    _order_metadata(path)
-
-
-def _order_metadata(path: Path) -> None:
-    """Sort the entries of a file's metadata: safetensors writes them in an order that varies."""
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # the same entries in the same spelling; spaces may follow
-            file.seek(8)
-            file.write(text.ljust(size))

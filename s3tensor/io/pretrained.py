@@ -142,13 +142,13 @@ def save_pretrained(
             f"{type(model).__name__} has no Hugging Face config; save its state_dict with "
             "s3tensor.io.state.save_state"
         )
+    _forget_gguf(model)
     under = next((weight.path for weight in trained_weights(model)), None)
     if under is not None:
         raise ModelError(
             f"{under} is still under S3Sparse, and no reader of Hugging Face files knows its dense original; "
             "call s3tensor.finalize(model) first, or torch.save(model.state_dict()) to train on later"
         )
-    _forget_gguf(model)
     state = unshared_state(model, tied_names(model))
     absent = [name for name, tensor in state.items() if tensor.is_meta]
     if absent:

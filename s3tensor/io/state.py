@@ -137,9 +137,28 @@ def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
     """
     tensors, description = flatten_state(state, "cpu", checksums=True)
     tensors = without_shared_storage(tensors)
-    # One entry of metadata: safetensors writes several in an order that varies from run to run.
     metadata = {METADATA_KEY: description}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_atomically(path, lambda temporary: write_tensors(temporary, tensors, metadata))
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write one safetensors file; the same tensors and metadata give the same bytes."""
+    save_file(dict(tensors), path, dict(metadata))
+    _order_metadata(path)
+
+
+def _order_metadata(path: str | Path) -> None:
+    """Sort the entries of a file's metadata: safetensors writes them in an order that varies."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # the same entries in the same spelling; spaces may follow
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def load_state(

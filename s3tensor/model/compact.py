@@ -221,7 +221,7 @@ def compact(
             raise ModelError(f"{type(model).__name__} has no {kind} to remove; see help(compact)")
     if not any(found.values()):
         raise ModelError(
-            f"{type(model).__name__} has no MLPs or attentions with known parts; see help(compact)"
+            f"{type(model).__name__} has neither MLPs nor attentions with known parts; see help(compact)"
         )
     chosen = {
         unit.name: _chosen(unit, density, scores or {})
@@ -329,7 +329,7 @@ def _hidden(model: nn.Module) -> Iterator[Unit]:
                     parts.append(Part("", module, dim=1))
             else:
                 raise ModelError(
-                    f"{name} reads or writes the residual stream in an unknown way; give "
+                    f"{name} reads or writes the residual stream in a way not known here; give "
                     "channels= and heads= alone"
                 )
         elif not isinstance(module, nn.Embedding):

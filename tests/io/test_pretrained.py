@@ -16,6 +16,7 @@ import s3tensor as s3
 from s3tensor import llm
 from s3tensor.io import folder
 from s3tensor.io import pretrained as hf
+from s3tensor.io import state as checkpoint
 from s3tensor.tensor import ops
 
 transformers = pytest.importorskip("transformers")
@@ -174,7 +175,7 @@ def test_a_model_is_replaced_as_a_whole_when_asked_for(
 
 def breaking(monkeypatch: pytest.MonkeyPatch, dense: bool, fault: BaseException, last: int) -> None:
     """Let the writing of weights fail at its file of the number ``last``, which is then half there."""
-    module = transformers.modeling_utils if dense else folder
+    module = transformers.modeling_utils if dense else checkpoint
     name = "safe_save_file" if dense else "save_file"
     real, written = getattr(module, name), 0
 
