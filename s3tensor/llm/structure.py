@@ -11,13 +11,9 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from s3tensor.errors import ModelError, PatternError
-from s3tensor.model.weights import LayerFilter as LayerFilter
-from s3tensor.model.weights import ModelWeight
-from s3tensor.model.weights import is_linear as is_linear
+from s3tensor.model.weights import LayerFilter, ModelWeight, is_linear
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
-
-LinearLayer = ModelWeight
 
 
 @dataclass(frozen=True)
