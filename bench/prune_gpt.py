@@ -42,7 +42,7 @@ import s3tensor as s3
 from s3tensor import llm, prune
 from s3tensor.evaluate.harness import evaluate_tasks
 from s3tensor.io import pretrained as hf
-from s3tensor.llm.structure import is_linear
+from s3tensor.model.weights import is_linear
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from demo import packaged_model

@@ -19,6 +19,10 @@ class OptionError(S3Error, ValueError):
     """An option that is unknown, out of range, or at odds with another."""
 
 
+class ArgumentError(OptionError, TypeError):
+    """An option that a function does not take or lacks, or the wrong type of one: a TypeError too."""
+
+
 class PrunerError(OptionError):
     """An unknown pruner, or an option of one that is unknown or out of range."""
 

@@ -129,7 +129,8 @@ def _compress(model: nn.Module, pattern: Pattern | None) -> dict[str, int]:
     """Compress the linears that satisfy a pattern, in place; how many for each pattern."""
     from s3tensor.errors import PatternError
     from s3tensor.mask.projection import satisfies
-    from s3tensor.model.sparsify import is_conv1d, sparsify_
+    from s3tensor.model.sparsify import sparsify_
+    from s3tensor.model.weights import is_conv1d
     from s3tensor.tensor.base import Compressed
 
     found: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""A section of a model's ``README.md``: how the model was pruned, and how to load it."""
+"""The section of a model's ``README.md`` that says how it was pruned and how to load it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CARD = "README.md"
 _BEGIN, _END = "<!-- s3tensor: begin -->", "<!-- s3tensor: end -->"
 _FRONT = "---\nlibrary_name: transformers\ntags:\n- s3tensor\n- structured-sparsity\n---\n\n"
 
-# What a card may say, in this order, and under which name.
+# What a card may say, in this order, and the title of each row.
 _ROWS = {
     "model": "Pruned from",
     "pattern": "Pattern",
@@ -36,12 +36,12 @@ def write_card(
     """Write the section into the ``README.md`` of a model's folder; what else the file says stays.
 
     Args:
-        folder: that holds the model.
+        folder: of the model.
         known: any of ``model, pattern, pruner, density, calibration, evaluation, dense_perplexity,
-            pruned_perplexity, command``, such as the figures of ``s3tensor prune --report``; other keys are
-            left out, and so are values that are None. ``command`` may be a list of several.
-        state: of the model; it tells the patterns where ``known`` does not.
-        dense: the folder holds plain weights, also where those of ``state`` are compressed.
+            pruned_perplexity, command``, such as the figures of ``s3tensor prune --report``; other keys
+            and values that are None are left out. ``command`` may be a list.
+        state: the state dict of the model, for the patterns where ``known`` lacks them.
+        dense: the folder holds dense weights, even where those of ``state`` are compressed.
 
     Raises:
         CheckpointError: when the file cannot be written, with the system's reason.
@@ -78,7 +78,7 @@ def write_card(
     section = "\n".join([*lines, _END]) + "\n"
     path = folder / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else _FRONT
-    start, end = _span(text)
+    start, end = _section(text)
     if 0 <= start < end:
         text = text[:start] + section + text[end + len(_END) :].removeprefix("\n")
     else:
@@ -88,21 +88,21 @@ def write_card(
 
 
 def read_card(folder: Path) -> dict[str, Any] | None:
-    """What the section of a folder's ``README.md`` says, as words by the keys of :func:`write_card`.
+    """The section of a folder's ``README.md``, as strings by the keys of :func:`write_card`.
 
-    ``command`` is a list. None where there is no such section.
+    ``command`` is a list. None without such a section.
     """
     try:
         text = (folder / CARD).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
-    start, end = _span(text)
+    start, end = _section(text)
     if not 0 <= start < end:
         return None
     keys = {title: key for key, title in _ROWS.items()}
     known: dict[str, Any] = {}
     commands: list[str] = []
-    made = False  # within the commands
+    made = False  # among the commands
     for line in text[start:end].splitlines():
         row = re.fullmatch(r"\| ([^|]+) \| (.*) \|", line)
         if row and row[1] in keys:
@@ -116,8 +116,8 @@ def read_card(folder: Path) -> dict[str, Any] | None:
     return known
 
 
-def _span(text: str) -> tuple[int, int]:
-    """Where the section begins and where its last line does; -1 for what is not there."""
+def _section(text: str) -> tuple[int, int]:
+    """Where the section starts, and where its last line starts; -1 for what is missing."""
     return text.find(_BEGIN), text.find(_END)
 
 

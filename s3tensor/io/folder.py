@@ -1,9 +1,9 @@
-"""The files of a compressed model in a folder: which they are, how they are written and read.
+"""The files of a compressed model in a folder: how they are found and written.
 
 The layout is that of Hugging Face: ``model.safetensors``, or shards with an index, beside ``config.json``,
 whose ``quantization_config`` names the pattern of every sparse weight (:func:`quantization`). Each file's
 metadata holds the description and the checksums of :func:`s3tensor.io.state.flatten_state` for the whole
-model, so that the files are one state, however a writer has spread it.
+model, so that the files are one state, however it was split.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from s3tensor.errors import CheckpointError
 from s3tensor.files import first_line, lock_file, write_atomically, write_json
-from s3tensor.io.state import METADATA_KEY, apart, flatten_state, load_state, unflatten_state
+from s3tensor.io.state import (
+    METADATA_KEY,
+    flatten_state,
+    open_weights,
+    without_shared_storage,
+    write_tensors,
+)
 from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.int8 import Int8SparseTensor
 
@@ -36,24 +40,24 @@ METHOD = "s3"  # the name of s3tensor among the quantization methods of transfor
 FORMAT = 1  # of the entry in config.json
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_STAGE = ".saving-"  # a folder of files that have not yet taken their places
+_STAGE = ".saving-"  # prefix of a folder of files that are not in place yet
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # as transformers reads them
-_MAX_JSON = 2**28  # bytes of an index or a config; a larger one is no such file
+_MAX_JSON = 2**28  # bytes; a larger file is neither an index nor a config
 
 
 def quantization(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The ``quantization_config`` of a state dict: what transformers must know to load its sparse weights.
 
     ``patterns`` names the pattern of every sparse weight, ``definitions`` spells these names out,
-    ``transposed`` lists the weights that are kept as transposed views, and ``int8``, where there are any,
-    those with int8 values. Shapes are the model's own.
+    ``transposed`` lists the weights that are transposed views, and ``int8``, where there are any, those with
+    int8 values. Shapes come from the model.
     """
     definitions: dict[str, str] = {}
     patterns: dict[str, str] = {}
     for name, tensor in state.items():
         if isinstance(tensor, Compressed):
             label, parts = str(tensor.pattern), tensor.pattern.parts
-            if definitions.setdefault(label, parts) != parts:  # two patterns of one name
+            if definitions.setdefault(label, parts) != parts:  # two patterns with one name
                 label = parts
                 definitions[label] = parts
             patterns[name] = label
@@ -69,7 +73,7 @@ def quantization(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def tied_names(model: nn.Module) -> set[str]:
-    """The weights that a model of transformers ties to others by itself, whenever it is made."""
+    """The weights that a model of transformers ties to others by itself."""
     return set(getattr(model, "all_tied_weights_keys", ()))
 
 
@@ -77,8 +81,8 @@ def unshared_state(model: nn.Module, spare: set[str] | None = None) -> dict[str,
     """The state dict with each storage once: tied weights keep their first name.
 
     Args:
-        spare: the names that may be left out; ``None`` is any. What a user's code shares, a model that is
-            made from its configuration does not.
+        spare: the names that may be left out; ``None`` is any. What a user's code has tied, a model made
+            from its configuration does not tie.
     """
     seen: set[object] = set()
     state: dict[str, Tensor] = {}
@@ -93,10 +97,10 @@ def unshared_state(model: nn.Module, spare: set[str] | None = None) -> dict[str,
 
 
 def compressed_files(folder: Path) -> list[Path]:
-    """The files that hold a compressed model's weights; none in a folder without one.
+    """The files of a compressed model's weights; an empty list in a folder without one.
 
     Raises:
-        CheckpointError: an index that is damaged.
+        CheckpointError: a damaged index.
     """
     files = [folder / WEIGHTS]
     if not files[0].is_file():
@@ -107,10 +111,10 @@ def compressed_files(folder: Path) -> list[Path]:
 
 
 def shard_bytes(size: int | str | None) -> int:
-    """The most bytes of a file of weights, of a number or a size such as ``"5GB"``; None is no bound.
+    """The largest file of weights in bytes, from a number or a size such as ``"5GB"``; None is no limit.
 
     Raises:
-        CheckpointError: a size that is none, or not above 0.
+        CheckpointError: not a size, or not above 0.
     """
     if size is None:
         return 2**63 - 1
@@ -121,47 +125,52 @@ def shard_bytes(size: int | str | None) -> int:
         number = 0
     if number <= 0:
         raise CheckpointError(
-            f'max_shard_size={size!r:.40} is no size; give bytes above 0, a size such as "5GB" (units '
+            f'max_shard_size={size!r:.40} is not a size; give bytes above 0, a size such as "5GB" (units '
             f"{', '.join(_SIZES)}), or None for one file"
         )
     return number
 
 
 @contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A folder for the files of a model, which take their places in ``folder`` when all are written.
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder for the files of a model, moved into ``folder`` when all are written.
 
-    Where that fails or is interrupted, the model that was there is still whole, and of a new one there is
-    nothing. What a process that was killed left goes with the next save.
+    If that fails or is interrupted, the old model is still whole and nothing of the new one is there. What a
+    killed process left is deleted by the next save.
 
     Raises:
-        CheckpointError: when a file cannot be put in its place, with the system's reason.
+        CheckpointError: a file cannot be moved into place or deleted, with the system's reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{_STAGE}*"):
-        with _held(left) as free:
+        with _folder_lock(left) as free:
             if free:
                 shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=_STAGE, dir=folder) as stage, _held(Path(stage)):
+    with tempfile.TemporaryDirectory(prefix=_STAGE, dir=folder) as stage, _folder_lock(Path(stage)):
         yield Path(stage)
         found = sorted(path for path in Path(stage).rglob("*") if path.is_file())
-        # The weights last, and of several their index: a folder with this file is complete.
+        # The weights last, and their index after them: a folder with it is complete.
         found.sort(key=lambda path: (path.suffix == ".safetensors") + 2 * (path.name == INDEX))
-        for path in found:  # first, as it takes long: then all is moved at once
+        for path in found:  # before the moves, as it takes long
             with open(path, "r+b") as file:
                 os.fsync(file.fileno())
         for path in found:
             write_atomically(folder / path.relative_to(stage), partial(os.replace, path))
         names = {path.name for path in found}
-        for path in _other_files(folder, names) if names & {WEIGHTS, INDEX} else ():
-            delete(path)
+        for path in _old_files(folder, names) if names & {WEIGHTS, INDEX} else ():
+            try:
+                path.unlink()
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot delete the model that was replaced ({error})"
+                ) from error
 
 
 @contextlib.contextmanager
-def _held(stage: Path) -> Iterator[bool]:
-    """Lock a folder until the end, or that of the process; False where another holds it, or none can."""
+def _folder_lock(stage: Path) -> Iterator[bool]:
+    """Lock a folder until the exit, or the end of the process; False if it is locked or cannot be."""
     handle, held = None, False
-    with contextlib.suppress(OSError):  # held by another; Windows, and some file systems
+    with contextlib.suppress(OSError):  # locked by another; on Windows and some file systems
         handle = os.open(stage, os.O_RDONLY)
         lock_file(handle)
         held = True
@@ -177,22 +186,23 @@ def write_files(
     state: Mapping[str, Tensor],
     largest: int,  # bytes of a file, by :func:`shard_bytes`
 ) -> str:
-    """Write a state dict into a folder of :func:`replacing`; returns the name of the file to start from.
+    """Write a state dict into a :func:`staging_folder`; returns the name of the file, or of the index.
 
     The same state gives the same bytes.
 
     Raises:
-        OSError, SafetensorError: when a file cannot be written.
+        OSError, SafetensorError: a file cannot be written.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     tensors, description = flatten_state(state, "cpu", checksums=True)
-    tensors = apart(tensors)
+    tensors = without_shared_storage(tensors)
     plan = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=largest
     )
     for file, names in plan.filename_to_tensors.items():
-        _write({name: tensors[name] for name in names}, description, folder / file)
+        metadata = {"format": "pt", METADATA_KEY: description}
+        write_tensors(folder / file, {name: tensors[name] for name in names}, metadata)
     if not plan.is_sharded:
         return WEIGHTS
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -201,63 +211,17 @@ def write_files(
     return INDEX
 
 
-def read_files(files: list[Path]) -> dict[str, Tensor]:
-    """The state dict of :func:`write_files`; every checksum and every index is verified.
-
-    Raises:
-        CheckpointError: files that are missing, truncated, altered, or not of one model.
-    """
-    if len(files) == 1:
-        return load_state(files[0])
-    tensors: dict[str, Tensor] = {}
-    descriptions: set[str | None] = set()
-    for path in files:
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                descriptions.add((file.metadata() or {}).get(METADATA_KEY))
-                names = set(file.keys())
-                if names & tensors.keys():
-                    raise CheckpointError(
-                        f"{path}: {min(names & tensors.keys())!r} is in two files"
-                    )
-                tensors.update({name: file.get_tensor(name) for name in names})
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} does not exist") from None
-        except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
-            # The last three: a type name that safetensors knows and this version of torch does not.
-            raise CheckpointError(
-                f"{path} is truncated or altered ({first_line(error)}); get it anew"
-            ) from error
-    description = descriptions.pop() if len(descriptions) == 1 else None
-    folder = files[0].parent
-    if description is None:
-        raise CheckpointError(f"{folder}: its {len(files)} files are not of one compressed model")
-    return unflatten_state(tensors, description, where=folder)
-
-
-def delete(path: Path) -> None:
-    """Delete a file of a model that was replaced.
-
-    Raises:
-        CheckpointError: when it cannot be deleted, with the system's reason.
-    """
-    try:
-        path.unlink()
-    except OSError as error:
-        raise CheckpointError(f"cannot delete the model that was replaced ({error})") from error
-
-
-def _other_files(folder: Path, kept: set[str]) -> list[Path]:
+def _old_files(folder: Path, kept: set[str]) -> list[Path]:
     patterns = ("model*.safetensors", INDEX, OLD_WEIGHTS, "pytorch_model*")
     found = {path for pattern in patterns for path in folder.glob(pattern)}
     return sorted(path for path in found if path.name not in kept)
 
 
 def _indexed(index: Path) -> list[Path]:
-    """The files that an index names, which must lie beside it."""
+    """The files that an index names, which must be beside it."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{index} has no weight_map; get it anew")
+        raise CheckpointError(f"{index} has no weight_map; get it again")
     odd = [
         file for file in places.values() if not isinstance(file, str) or not _SHARD.fullmatch(file)
     ]
@@ -276,41 +240,24 @@ def _says_compressed(config: Path) -> bool:
 
 def _described(file: Path) -> bool:
     try:
-        with safe_open(file, framework="pt") as opened:
-            return METADATA_KEY in (opened.metadata() or {})
-    except (OSError, SafetensorError):
+        with open_weights(file) as (_, description):
+            return description is not None
+    except CheckpointError:
         return False
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file of a model holds.
+    """The JSON object in a file of a model.
 
     Raises:
-        CheckpointError: a file that is missing, damaged, too large or of something else.
+        CheckpointError: a file that is missing, damaged, too large or not an object.
     """
     try:
         if path.stat().st_size > _MAX_JSON:
-            raise CheckpointError(f"{path} is too large for what it should be")
+            raise CheckpointError(f"{path} is too large for a config or an index")
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({first_line(error)})") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, not an object")
     return found
-
-
-def _write(tensors: dict[str, Tensor], description: str, path: Path) -> None:
-    save_file(tensors, path, {"format": "pt", METADATA_KEY: description})
-    _order_metadata(path)
-
-
-def _order_metadata(path: Path) -> None:
-    """Sort the entries of a file's metadata: safetensors writes several in an order that changes."""
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # the same entries in the same spelling; spaces may follow
-            file.seek(8)
-            file.write(text.ljust(size))

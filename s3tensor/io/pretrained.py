@@ -1,4 +1,4 @@
-"""Hugging Face models in and out: load, save compressed or dense, reload, verify."""
+"""Hugging Face models: load, save compressed or dense, verify."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ from s3tensor.io.folder import (
     OLD_WEIGHTS,
     compressed_files,
     quantization,
-    read_files,
     read_json,
-    replacing,
     shard_bytes,
+    staging_folder,
     tied_names,
+    unshared_state,
     write_files,
 )
 from s3tensor.io.folder import WEIGHTS as WEIGHTS
-from s3tensor.io.folder import unshared_state as unshared_state
-from s3tensor.io.state import apart, load_state
+from s3tensor.io.state import load_state, without_shared_storage
 from s3tensor.mask.projection import satisfies
 from s3tensor.tensor.base import Compressed
-from s3tensor.train.parametrized import parametrized
+from s3tensor.train.parametrized import trained_weights
 
-_LAYERS = 1000  # a config of so many is tried, however few tensors there are: layers may share them
-_BUFFERS = 2**30  # bytes, beyond those of the files, that a model may compute when it is made
+_LAYERS = 1000  # a config with so many is tried, however few the tensors: layers may share them
+_BUFFERS = 2**30  # bytes beyond those of the files that a new model may compute
 
 
 def load_model(
@@ -50,19 +49,19 @@ def load_model(
     Args:
         source: a folder or hub name of a Hugging Face model, a ``.gguf`` file, or a folder that
             :func:`save_pretrained` wrote.
-        dtype: of the weights, or its name; ``auto`` is the checkpoint's own, float32 for GGUF.
-        device: where the model goes.
+        dtype: of the weights, or its name; ``auto`` is that of the checkpoint, float32 for GGUF.
+        device: of the model.
 
     Raises:
-        ModelError: when nothing can be loaded, in one line.
+        ModelError: nothing can be loaded; the reason in one line.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = _place(source)
+    path = _expanded(source)
     if compressed_files(path):
         wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if dtype != "auto" and not isinstance(wanted, torch.dtype):
-            raise ModelError(f"dtype={dtype!r:.40} is no dtype of torch, nor 'auto'")
+            raise ModelError(f"dtype={dtype!r:.40} is not a dtype of torch, nor 'auto'")
         model = from_pretrained(path, device)
         return model if dtype == "auto" else model.to(wanted), _tokenizer(path)
     names: dict[str, Any] = {}
@@ -73,7 +72,9 @@ def load_model(
         location, names = path.parent, {"gguf_file": path.name}
     elif path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"{path} is no folder of a Hugging Face model: it has no config.json")
+            raise ModelError(
+                f"{path} is not the folder of a Hugging Face model: it has no config.json"
+            )
         location = path
     elif path.exists():
         raise ModelError(f"{path} is a file; give a model's folder, a hub name or a .gguf file")
@@ -86,10 +87,12 @@ def load_model(
             wanted = torch.float32 if names and dtype == "auto" else dtype
             model = AutoModelForCausalLM.from_pretrained(str(location), dtype=wanted, **names)
             tokenizer = AutoTokenizer.from_pretrained(str(location), **names)
-        except Exception as error:  # the library raises many kinds; all mean that there is no model
+        except (
+            Exception
+        ) as error:  # transformers raises many kinds; all mean that there is no model
             raise ModelError(f"cannot load a model from {source} ({first_line(error)})") from error
     _forget_gguf(model)
-    return _placed(model, device), tokenizer
+    return _on_device(model, device), tokenizer
 
 
 def save_pretrained(
@@ -110,27 +113,27 @@ def save_pretrained(
     Face user can load without s3tensor.
 
     Args:
-        model: a Hugging Face model, its sparse weights compressed, with int8 values or without, or dense
+        model: a Hugging Face model, its sparse weights compressed, with or without int8 values, or dense
             with zeros.
-        directory: made if it is not there.
+        directory: created if missing.
         tokenizer: written beside the model when given.
         dense: write plain dense safetensors.
-        overwrite: replace a model that is there; one that cannot be replaced as a whole is left whole.
+        overwrite: replace a model that is there; if that fails, it is still whole.
         max_shard_size: bytes, or a string such as ``"5GB"``, above which the weights are split; None for
             one file.
         card: what is known of the model, for a section of ``README.md``
-            (:func:`s3tensor.io.card.write_card`); without, no such file is written.
+            (:func:`s3tensor.io.card.write_card`); None writes no such file.
 
     Returns:
         The file of the weights, the index of several, or for ``dense=True`` the folder.
 
     Raises:
-        CheckpointError: a model is there already, the folder cannot be written, or ``max_shard_size`` is no
-            size.
+        CheckpointError: a model is there already, the folder cannot be written, or ``max_shard_size`` is not
+            a size.
         ModelError: a model without a config, with parameters on the meta device, or still in training
             under S3Sparse.
     """
-    folder = _place(directory)
+    folder = _expanded(directory)
     refuse_existing(folder, overwrite)
     largest = shard_bytes(max_shard_size)
     config = getattr(model, "config", None)
@@ -139,34 +142,36 @@ def save_pretrained(
             f"{type(model).__name__} has no Hugging Face config; save its state_dict with "
             "s3tensor.io.state.save_state"
         )
-    under = next((site.path for site in parametrized(model)), None)
+    _forget_gguf(model)
+    under = next((weight.path for weight in trained_weights(model)), None)
     if under is not None:
         raise ModelError(
             f"{under} is still under S3Sparse, and no reader of Hugging Face files knows its dense original; "
             "call s3tensor.finalize(model) first, or torch.save(model.state_dict()) to train on later"
         )
-    _forget_gguf(model)
     state = unshared_state(model, tied_names(model))
     absent = [name for name, tensor in state.items() if tensor.is_meta]
     if absent:
         raise ModelError(f"{absent[0]} is on the meta device and has no values to save")
     entry = None if dense else quantization(state)
     try:
-        with replacing(folder) as stage:
+        with staging_folder(folder) as stage:
             if card is not None:
-                if (folder / CARD).is_file():  # the rest of which stays
+                if (folder / CARD).is_file():  # whose other sections stay
                     shutil.copyfile(folder / CARD, stage / CARD)
                 write_card(stage, card, state, dense)
             if tokenizer is not None:
                 tokenizer.save_pretrained(stage)
             if dense:
-                plain = apart({name: densified(part).contiguous() for name, part in state.items()})
-                with _quiet(), _configured(model, None):
+                plain = without_shared_storage(
+                    {name: densified(part).contiguous() for name, part in state.items()}
+                )
+                with _quiet(), _config_as_stored(model, None):
                     model.save_pretrained(  # type: ignore[operator]
                         stage, state_dict=plain, max_shard_size=largest
                     )
                 return folder
-            with _configured(model, entry):
+            with _config_as_stored(model, entry):
                 config.save_pretrained(stage)
             generation = getattr(model, "generation_config", None)
             if generation is not None:
@@ -179,12 +184,12 @@ def save_pretrained(
 
 
 @contextlib.contextmanager
-def _configured(model: nn.Module, entry: dict[str, Any] | None) -> Iterator[None]:
-    """A model whose config says how it is stored, compressed or plain, as it is written."""
+def _config_as_stored(model: nn.Module, entry: dict[str, Any] | None) -> Iterator[None]:
+    """While a model is written, its config says how it is stored: compressed, or plain."""
     config: Any = model.config
     quantizer, before = getattr(model, "hf_quantizer", None), vars(config).copy()
     config.architectures = [type(model).__name__]
-    config.dtype = getattr(model, "dtype", None)  # what dtype="auto" will take
+    config.dtype = getattr(model, "dtype", None)  # what dtype="auto" will be
     vars(config).pop("quantization_config", None)
     if entry is not None:
         config.quantization_config = entry
@@ -214,42 +219,42 @@ def from_pretrained(directory: str | Path, device: torch.device | str = "cpu") -
 
     from s3tensor.io.transformers_quantizer import attach
 
-    folder = _place(directory)
+    folder = _expanded(directory)
     files = compressed_files(folder)
     if not files:
         raise CheckpointError(
             f"{folder} holds no compressed model; give a folder that s3tensor.save_pretrained wrote, or "
             "load a dense model with transformers"
         )
-    state = read_files(files)
+    state = load_state(files)
     path = folder / "config.json"
-    with _usable(path):
+    with _config_errors(path):
         _check_layers(read_json(path), max(len(state), _LAYERS))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        vars(config).pop("quantization_config", None)  # the files say the same, and are checked
-        # Once without any memory: a config is believed when it fits the files.
+        vars(config).pop("quantization_config", None)  # the files say the same, under a checksum
+        # First without any memory: a config is trusted once it fits the files.
         with torch.device("meta"), _quiet():
-            outline = _built(copy.deepcopy(config))
-    _fill(outline, state, folder)
+            outline = _new_model(copy.deepcopy(config))
+    _take_parameters(outline, state, folder)
     idle = sum(buffer.nbytes for buffer in outline.buffers() if buffer.is_meta)
     if idle > _BUFFERS + sum(file.stat().st_size for file in files):
         raise CheckpointError(
             f"{path} cannot be used (it asks for {idle} bytes that the files do not hold)"
         )
-    # Parameters start on the meta device, so that no dense copy of them is ever made.
-    with _usable(path), init_empty_weights(include_buffers=False), _quiet():
-        model = _built(config)
-    _fill(model, state, folder)
+    # Parameters start on the meta device: no dense copy of them is ever made.
+    with _config_errors(path), init_empty_weights(include_buffers=False), _quiet():
+        model = _new_model(config)
+    _take_parameters(model, state, folder)
     if (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return attach(_placed(model, device))
+    return attach(_on_device(model, device))
 
 
 @contextlib.contextmanager
-def _usable(config: Path) -> Iterator[None]:
-    """Raise CheckpointError where a config is read: the library raises many kinds, all of one meaning."""
+def _config_errors(config: Path) -> Iterator[None]:
+    """Raise CheckpointError where a config is used: transformers raises many kinds, all of one meaning."""
     try:
         yield
     except Exception as error:
@@ -257,7 +262,7 @@ def _usable(config: Path) -> Iterator[None]:
 
 
 def _check_layers(config: dict[str, Any], most: int) -> None:
-    """Raise ValueError for a number of layers, here or in a part of the config, that no file could fill."""
+    """Raise ValueError for a number of layers, anywhere in the config, that the files cannot fill."""
     for key, value in config.items():
         if isinstance(value, dict):
             _check_layers(value, most)
@@ -265,8 +270,8 @@ def _check_layers(config: dict[str, Any], most: int) -> None:
             raise ValueError(f"{key} is {value!r:.40}, more than the tensors of the files")
 
 
-def _built(config: Any) -> Any:
-    """A new model of the class that a config names, if transformers has it, else a causal one."""
+def _new_model(config: Any) -> Any:
+    """A new model of the class that a config names, if transformers has it, else a causal language model."""
     import transformers
 
     names = getattr(config, "architectures", None)
@@ -278,18 +283,18 @@ def _built(config: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def _fill(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Give a model without memory of its own the parameters of a state dict.
+def _take_parameters(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Make the tensors of a state dict the parameters of a model on the meta device.
 
     Raises:
-        CheckpointError: a state of another model.
+        CheckpointError: the state of another model.
     """
     model.tie_weights()  # type: ignore[operator]
     model.requires_grad_(False)  # int8 values take no gradient
     try:
         found = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
-        odd = str(error).strip().splitlines()[-1].strip()  # the first line names the class alone
+        odd = str(error).strip().splitlines()[-1].strip()  # the first line names only the class
         raise CheckpointError(f"{folder} does not fit its own config ({odd})") from error
     model.tie_weights()  # type: ignore[operator]
     missing = [name for name, value in model.named_parameters() if value.is_meta]
@@ -302,9 +307,9 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def verify(source: nn.Module | str | Path) -> list[tuple[str, str, float]]:
-    """Check that every sparse weight of a model or of a saved folder satisfies its pattern.
+    """Check that every sparse weight of a model, or of a saved folder, satisfies its pattern.
 
-    For a folder every checksum and every index is verified too.
+    Of a folder every checksum and every index is verified too.
 
     Returns:
         ``(name, pattern, density)`` for each sparse weight.
@@ -315,7 +320,7 @@ def verify(source: nn.Module | str | Path) -> list[tuple[str, str, float]]:
     if isinstance(source, nn.Module):
         state = dict(source.state_dict())
     else:
-        path = _place(source)
+        path = _expanded(source)
         files = compressed_files(path) if path.is_dir() else []
         if path.is_dir() and not files:
             what = "a dense model" if _models_in(path) else "no model"
@@ -323,7 +328,7 @@ def verify(source: nn.Module | str | Path) -> list[tuple[str, str, float]]:
                 f"{path} holds {what}, without patterns and checksums to verify; give a folder that "
                 "s3tensor.save_pretrained wrote compressed"
             )
-        state = read_files(files) if files else load_state(path)
+        state = load_state(files or path)
     rows = []
     for name, tensor in state.items():
         sparse = isinstance(tensor, Compressed)
@@ -343,7 +348,7 @@ def densified(tensor: Tensor) -> Tensor:
 
 
 def weight_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of a model's weights in memory, ``(now, if all were dense)``; tied weights count once."""
+    """Bytes of a model's weights in memory: ``(now, if all were dense)``. Tied weights count once."""
     now = dense = 0
     for tensor in unshared_state(model).values():
         whole = tensor.numel() * tensor.element_size()
@@ -366,8 +371,8 @@ def refuse_existing(
         )
 
 
-def _place(path: str | Path) -> Path:
-    """A path that a user gave; ``~`` is the home folder."""
+def _expanded(path: str | Path) -> Path:
+    """A user's path; ``~`` is the home folder."""
     return Path(os.path.expanduser(path))
 
 
@@ -377,16 +382,16 @@ def _models_in(folder: Path) -> list[Path]:
     return [path for name in names for path in sorted(folder.glob(name))]
 
 
-def _placed(model: nn.Module, device: torch.device | str) -> nn.Module:
+def _on_device(model: nn.Module, device: torch.device | str) -> nn.Module:
     """The model on a device, for evaluation."""
     try:
         return model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:  # no such device, or no room on it
+    except (RuntimeError, AssertionError) as error:  # no such device, or too little memory on it
         raise ModelError(f"cannot move the model to {device} ({first_line(error)})") from error
 
 
 def _forget_gguf(model: nn.Module) -> None:
-    """A model that was dequantized from GGUF is plain; transformers would refuse to save it."""
+    """Mark a model that was dequantized from GGUF as plain: transformers would refuse to save it."""
     config = getattr(model, "config", None)
     quantization = getattr(config, "quantization_config", None)
     if (
@@ -403,7 +408,7 @@ def _tokenizer(folder: Path) -> Any:
 
     try:
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # transformers raises many kinds
         raise CheckpointError(f"{folder} has no tokenizer ({first_line(error)})") from error
     files = {"tokenizer.json", "tokenizer_config.json", *found.vocab_files_names.values()}
     if not any(
@@ -415,7 +420,7 @@ def _tokenizer(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars and advice of transformers; errors stay."""
+    """Silence the progress bars and warnings of transformers; errors stay."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""transformers gets to know s3tensor as soon as a program has imported both, in either order."""
+"""Register s3tensor with transformers as soon as a program has imported both, in either order."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ _AUTO = "transformers.quantizers.auto"  # holds the table of quantization method
 
 
 def watch() -> None:
-    """Register with transformers: now where it has its table, else when it makes it.
+    """Register with transformers: now if it has its table of quantization methods, else when it makes it.
 
-    transformers finds quantization methods in a table and nowhere else, and importing it here would cost
-    seconds. So one finder waits for the one module that makes the table, finds it as the others do, and
-    has the method entered behind the module's own code; then it is gone.
+    Importing transformers here would cost seconds. So a finder waits for the one module that makes the table,
+    finds it as the others do, and registers after the module's own code has run; then it removes itself.
     """
     if hasattr(sys.modules.get(_AUTO), "register_quantizer"):
         _register()
@@ -50,11 +49,11 @@ class _Watch(MetaPathFinder):
 
 
 def _register() -> None:
-    """Enter the method; a transformers that does not take it must still be importable."""
+    """Register; a version of transformers that refuses must still be importable."""
     try:
         importlib.import_module(
             "s3tensor.io.transformers_quantizer"
-        )  # which registers; or is about to, on the way here
+        )  # which registers, or is doing so
     except Exception as error:
         warnings.warn(
             f"s3tensor cannot register with transformers ({error}): load compressed models with "

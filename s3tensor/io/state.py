@@ -1,17 +1,17 @@
 """Compressed safetensors: a state dict with structured-sparse tensors in one flat, checked file.
 
 A sparse tensor ``name`` becomes the plain tensors ``name.packed`` and ``name.indices``, and with int8 values
-``name.scales``; its pattern
-(spelled out in parts), shape and orientation, and a SHA-256 of every stored tensor, are JSON in the
-file's metadata, behind a SHA-256 of that JSON. No pickle is read or written, and every size is
-checked before memory is taken.
+``name.scales``. Its pattern (spelled out in parts), shape and orientation, and a SHA-256 of every stored
+tensor, are JSON in the file's metadata, after a SHA-256 of that JSON. No pickle is read or written, and every
+size is checked before memory is allocated.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def flatten_state(
     framework. :func:`unflatten_state` is the inverse.
 
     Args:
-        device: move what is stored there; ``None`` leaves it, and what was contiguous shares its memory.
+        device: where the tensors go; ``None`` leaves them, and contiguous ones share their memory.
         checksums: put a SHA-256 of every tensor in the string.
 
     Returns:
@@ -48,7 +48,7 @@ def flatten_state(
         int8 values ``name.scales`` too, and the description: a SHA-256, a space and JSON.
 
     Raises:
-        CheckpointError: when a name is also that of a part of a sparse tensor.
+        CheckpointError: a name is also that of a part of a sparse tensor.
     """
     tensors: dict[str, Tensor] = {}
     sparse: dict[str, dict[str, Any]] = {}
@@ -78,17 +78,19 @@ def unflatten_state(
     """The state dict that :func:`flatten_state` took apart; indices, and checksums if any, are verified.
 
     Args:
-        device: where the tensors go; ``None`` leaves them where they are, and they share their memory.
-        where: what to call the state in errors, such as its path.
+        device: where the tensors go; ``None`` leaves them, and they share their memory.
+        where: the name of the state in errors, such as its path.
 
     Raises:
         CheckpointError: a description that is damaged, of another format or of other tensors, a checksum
-            that fails, parts that no sparse tensor could have given.
+            that fails, or parts that no sparse tensor has.
     """
     document = _document(description, where)
     sums = document.get("sha256")
     if sums is not None:
-        _same_names(tensors, sums, where)
+        odd = sorted(tensors.keys() ^ sums.keys())
+        if odd:
+            raise CheckpointError(f"{where}: tensor {odd[0]!r} is missing, or not in the checksums")
         for name, tensor in tensors.items():
             if checksum(tensor) != sums[name]:
                 raise CheckpointError(
@@ -112,8 +114,8 @@ def unflatten_state(
     return state if device is None else {name: part.to(device) for name, part in state.items()}
 
 
-def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, copied where one shares the storage of another, which safetensors refuses."""
+def without_shared_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, copied where they share storage, which safetensors refuses."""
     stored: set[int] = set()  # addresses
     made = {}
     for name, tensor in tensors.items():
@@ -124,41 +126,83 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a state dict to ``path`` atomically: the file is whole and checked, or it is not there.
+    """Write a state dict to ``path`` atomically: the whole file or none.
 
-    The same state gives the same bytes. Tensors that share storage are stored once for each name;
-    drop tied names before.
+    The same state gives the same bytes. Tensors that share storage are stored once for each name: drop tied
+    names first.
 
     Raises:
-        CheckpointError: when the file cannot be written, with the system's reason, or when a name is
-            also that of a part of a sparse tensor.
+        CheckpointError: the file cannot be written, with the system's reason, or a name is also that of a
+            part of a sparse tensor.
     """
     tensors, description = flatten_state(state, "cpu", checksums=True)
-    tensors = apart(tensors)
-    # One entry of metadata: safetensors writes several in an order that changes from run to run.
+    tensors = without_shared_storage(tensors)
     metadata = {METADATA_KEY: description}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_atomically(path, lambda temporary: write_tensors(temporary, tensors, metadata))
 
 
-def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Read what :func:`save_state` wrote; every checksum and every index is verified.
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write one safetensors file; the same tensors and metadata give the same bytes."""
+    save_file(dict(tensors), path, dict(metadata))
+    _order_metadata(path)
+
+
+def _order_metadata(path: str | Path) -> None:
+    """Sort the entries of a file's metadata: safetensors writes them in an order that varies."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # the same entries in the same spelling; spaces may follow
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
+def load_state(
+    path: Path | Sequence[Path], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Read what :func:`save_state` wrote, or the files of one model; every checksum and index is verified.
 
     Raises:
-        CheckpointError: a file that is missing, truncated, altered, or not of this format.
+        CheckpointError: a file that is missing, truncated, altered, or not of this format, or files that
+            are not of one model.
+    """
+    paths = [path] if isinstance(path, (str, Path)) else list(path)
+    where = paths[0] if len(paths) == 1 else paths[0].parent
+    tensors: dict[str, Tensor] = {}
+    descriptions = set()
+    for each in paths:
+        with open_weights(each) as (file, description):
+            if description is None:
+                raise CheckpointError(
+                    f"{each} is not an s3tensor file: its metadata lacks {METADATA_KEY!r}"
+                )
+            descriptions.add(description)
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                if name in tensors:
+                    raise CheckpointError(f"{each}: {name!r} is in two files")
+                tensors[name] = file.get_tensor(name)
+    description = descriptions.pop()
+    if descriptions:
+        raise CheckpointError(f"{where}: its {len(paths)} files are not of one compressed model")
+    if "sha256" not in _document(description, where):
+        raise CheckpointError(f"{where}: metadata lacks 'sha256'")
+    return unflatten_state(tensors, description, device, where)
+
+
+@contextlib.contextmanager
+def open_weights(path: str | Path) -> Iterator[tuple[Any, str | None]]:
+    """A safetensors file, open, and the description in its metadata: None in one without sparse weights.
+
+    Raises:
+        CheckpointError: a file that is missing, truncated or altered, here or while it is read.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            description = (file.metadata() or {}).get(METADATA_KEY)
-            if description is None:
-                raise CheckpointError(
-                    f"{path} is no s3tensor file: its metadata lacks {METADATA_KEY!r}"
-                )
-            sums = _document(description, path).get("sha256")
-            if sums is None:
-                raise CheckpointError(f"{path}: metadata lacks 'sha256'")
-            _same_names(file.keys(), sums, path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-        return unflatten_state(tensors, description, device, path)
+            yield file, (file.metadata() or {}).get(METADATA_KEY)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except OSError as error:
@@ -166,7 +210,7 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Tens
     except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
         # The last three: a type name that safetensors knows and this version of torch does not.
         raise CheckpointError(
-            f"{path} is truncated or altered ({first_line(error)}); get it anew"
+            f"{path} is truncated or altered ({first_line(error)}); get it again"
         ) from error
 
 
@@ -177,12 +221,6 @@ def read_description(description: object, where: str | Path) -> dict[str, Any]:
         CheckpointError: a string that is damaged, or of another format.
     """
     return _document(description, where)["sparse"]
-
-
-def _same_names(found: Iterable[str], sums: dict[str, Any], where: str | Path) -> None:
-    odd = sorted(set(found) ^ set(sums))
-    if odd:
-        raise CheckpointError(f"{where}: tensor {odd[0]!r} is missing, or not in the checksums")
 
 
 def _document(description: object, where: str | Path) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """Compressed models in transformers: ``from_pretrained`` loads them, ``save_pretrained`` writes them.
 
 To transformers a pruned model is a quantized one, of the method ``"s3"``. While it loads, each sparse weight
-is a small module with the parameters ``packed``, ``indices`` and, with int8 values, ``scales``, of the names,
-shapes and dtypes of what is stored: so placement, casting, sharded files and the account of memory are
-transformers' own, and no dense weight exists at any time. When all is loaded, the compressed tensor takes the
-module's place.
+is a small module with the parameters ``packed``, ``indices`` and, with int8 values, ``scales``, with the
+names, shapes and dtypes of what is stored: transformers itself places, casts and counts them, and no dense
+weight is ever made. When all is loaded, the compressed tensor replaces the module.
 
-Importing the module registers the method, and :mod:`s3tensor.io.registration` imports it when transformers
-is there.
+Importing this module registers the method; :mod:`s3tensor.io.registration` imports it once transformers is
+imported.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -27,8 +25,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from s3tensor.errors import CheckpointError, ModelError
 from s3tensor.files import first_line
 from s3tensor.io.folder import FORMAT, METHOD, quantization, tied_names, unshared_state
-from s3tensor.io.state import METADATA_KEY, flatten_state, read_description
-from s3tensor.model.weights import parameters_of
+from s3tensor.io.state import METADATA_KEY, flatten_state, open_weights, read_description
+from s3tensor.model.weights import model_weights
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.int8 import VALUES, class_of
@@ -38,18 +36,18 @@ _INTEGERS, _FLOATS = (
     {torch.uint8: "U8", torch.int8: "I8"},
     {"F64", "F32", "F16", "BF16"},
 )  # of safetensors
-_FLOOR = (5, 0)  # before it, transformers does not save and load compressed weights whole
+_OLDEST = (5, 0)  # earlier versions of transformers do not save and load compressed weights whole
 
 
 class S3Config(QuantizationConfigMixin):
-    """``quantization_config`` of a compressed model; made by saving one, never by hand.
+    """The ``quantization_config`` of a compressed model, made when one is saved.
 
     Attributes:
         patterns: the name of each sparse weight's pattern, by weight.
         definitions: the patterns spelled out, by name.
-        transposed: the weights that are kept as transposed views, such as those of GPT-2.
-        int8: the weights with int8 values; left out where there are none.
-        format: of this entry.
+        transposed: the weights that are transposed views, such as those of GPT-2.
+        int8: the weights with int8 values; absent without such.
+        format: version of this entry.
     """
 
     def __init__(
@@ -59,7 +57,7 @@ class S3Config(QuantizationConfigMixin):
         transposed: list[str] | None = None,
         int8: list[str] | None = None,
         format: int = FORMAT,
-        **_: Any,  # quant_method, and what a later version may add
+        **_: Any,  # quant_method, and what later versions add
     ) -> None:
         self.quant_method = METHOD
         self.format = format
@@ -75,7 +73,7 @@ class S3Quantizer(HfQuantizer):
 
     Raises:
         CheckpointError: a configuration that is damaged, or of a later format.
-        ModelError: for a model that is not pruned yet, or a device_map with weights left on the disk.
+        ModelError: a model that is not pruned yet, or a device_map that leaves weights on the disk.
     """
 
     requires_calibration = True
@@ -125,7 +123,7 @@ class S3Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        """Put a module of parts in the place of every sparse weight, and look for the parts in the files."""
+        """Replace every sparse weight by a module of its parts, and check the files for them."""
         if getattr(model.config, "distributed_config", None) is not None:
             raise ModelError("compressed weights cannot be loaded under a tensor-parallel plan")
         config = self.quantization_config
@@ -135,10 +133,10 @@ class S3Quantizer(HfQuantizer):
         transposed, int8 = set(config.transposed), set(getattr(config, "int8", ()))
         owners: dict[str, nn.Module] = {}
         described: dict[str, dict[str, Any]] = {}
-        # What the files hold: of parts an integer type or any float type, of biases any tensor.
+        # What the files must hold: parts of an integer type or any float type; of biases, any tensor.
         expected: dict[str, nn.Parameter | None] = {}
         for stored, label in config.patterns.items():
-            # A body may be loaded without its head, which gives its weights shorter names.
+            # A base model, loaded without its head, has shorter names.
             names = stored, stored.removeprefix(prefix), prefix + stored
             name = next((name for name in names if name in weights), None)
             if name is None:
@@ -168,7 +166,7 @@ class S3Quantizer(HfQuantizer):
             self._orders.setdefault(owner, list(owner._parameters))
             delattr(owner, leaf)
             owner.add_module(leaf, parts)
-            # No initial values: their functions expect a weight. What is missing is refused below.
+            # No initial values: those functions expect a weight. What is missing is refused below.
             vars(owner)["_is_hf_initialized"] = vars(parts)["_is_hf_initialized"] = True
             self._loading.append((name, owner, leaf, fields))
             described[stored] = fields
@@ -188,21 +186,21 @@ class S3Quantizer(HfQuantizer):
     # after --------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        """Make the weights of the parts that were loaded; every index is checked."""
+        """Make weights of the loaded parts; every index is checked."""
         for name, owner, leaf, fields in self._loading:
             parts = getattr(owner, leaf)
             kind: Any = class_of(fields)
             stored = (getattr(parts, part).detach() for part in kind.PARTS)
             weight = kind.from_stored(*stored, fields, name)
             setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
-            # Back in its place, before its bias: the order of a state dict is that of its files.
+            # Back before its bias: the order of the state dict is that of the files.
             order = self._orders[owner]
             for later in order[order.index(leaf) + 1 :]:
                 if later in owner._parameters:
                     owner._parameters[later] = owner._parameters.pop(later)
         self._loading.clear()
         self._orders.clear()
-        model.is_quantized = False  # type: ignore[assignment]  # these weights may be cast: .half() is allowed
+        model.is_quantized = False  # type: ignore[assignment]  # or .half() would be refused
         return model
 
     # saving and leaving -------------------------------------------------------------------------------
@@ -214,7 +212,7 @@ class S3Quantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: nn.Module, safe_serialization: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Plain tensors of a model and the files' metadata; the model's config is brought up to date."""
+        """The plain tensors of a model, and the files' metadata; the model's config is updated."""
         ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
         state = {
             name: part
@@ -225,23 +223,23 @@ class S3Quantizer(HfQuantizer):
         if not _stored_as_named(model, tensors):
             raise ModelError(
                 f"transformers would store the weights of {type(model).__name__} under other names than "
-                "it runs them; save the model with s3tensor.save_pretrained, or with "
+                "they have now; save the model with s3tensor.save_pretrained, or with "
                 "save_original_format=False"
             )
         model.config.quantization_config = S3Config(**quantization(state))  # type: ignore[union-attr]
         return tensors, {METADATA_KEY: description}
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """The model with dense weights, in place; transformers then knows it as a plain one."""
+        """Make the weights dense, in place; to transformers the model is then a plain one."""
         model = self._dequantize(model, dtype)
         self.remove_quantization_config(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        for held in parameters_of(model):
-            weight = held.parameter
+        for found in model_weights(model):
+            weight = found.parameter
             if isinstance(weight, Compressed):
-                held.replace(nn.Parameter(weight.to_dense(dtype).contiguous()))
+                found.replace(nn.Parameter(weight.to_dense(dtype).contiguous()))
         return model
 
     @property
@@ -256,7 +254,7 @@ class S3Quantizer(HfQuantizer):
 
 
 class _Parts(nn.Module):
-    """A sparse weight while it loads: what is stored of it, without values."""
+    """A sparse weight while it loads: its parts, on the meta device."""
 
     def __init__(self, dtype: torch.dtype, fields: dict[str, Any], name: str) -> None:
         super().__init__()
@@ -280,7 +278,7 @@ class _Parts(nn.Module):
 
 
 def register() -> None:
-    """Enter the method in the tables of transformers; again does nothing.
+    """Add the method to the tables of transformers, once.
 
     Raises:
         ModelError: a version of transformers that is too old.
@@ -288,7 +286,7 @@ def register() -> None:
     if METHOD in auto.AUTO_QUANTIZER_MAPPING:
         return
     numbers = transformers.__version__.split(".")[:2]
-    if tuple(int(number) for number in numbers) < _FLOOR:
+    if tuple(int(number) for number in numbers) < _OLDEST:
         raise ModelError(
             f"transformers {transformers.__version__} is too old; update it to 5.0 or later"
         )
@@ -297,7 +295,7 @@ def register() -> None:
 
 
 def attach(model: nn.Module) -> nn.Module:
-    """Make ``model.save_pretrained`` of a model with compressed weights write them; returns the model."""
+    """Make ``model.save_pretrained`` write a model's compressed weights; returns the model."""
     config = S3Config(**quantization(unshared_state(model, tied_names(model))))
     model.hf_quantizer = S3Quantizer(config)
     model.quantization_method = METHOD  # type: ignore[assignment]
@@ -311,49 +309,43 @@ def _check_files(
     described: dict[str, dict[str, Any]],
     named: set[str],
 ) -> None:
-    """Raise CheckpointError unless the files hold what is expected; their headers alone are read.
+    """Raise CheckpointError unless the files hold what is expected; only their headers are read.
 
-    Where they describe the sparse weights themselves, under a checksum, they must say the same, of those
-    that are loaded (``described``) and of no others than the config has (``named``).
+    Where they describe the sparse weights, under a checksum, the description must agree with the config: for
+    those that are loaded (``described``), and with no others than the config names (``named``).
     """
     found: set[str] = set()
     for path in files:
         if not str(path).endswith(".safetensors"):
             raise CheckpointError(f"{path}: compressed weights are read from safetensors only")
-        try:
-            with safe_open(path, framework="pt") as file:
-                description = (file.metadata() or {}).get(METADATA_KEY)
-                if description is not None:
-                    _agree(described, named, read_description(description, path), path)
-                for name in expected.keys() & set(file.keys()):
-                    found.add(name)
-                    part, wanted = file.get_slice(name), expected[name]
-                    if wanted is None:
-                        continue
-                    kind, needed = part.get_dtype(), _INTEGERS.get(wanted.dtype)
-                    fits = kind == needed if needed else kind in _FLOATS
-                    if tuple(part.get_shape()) != tuple(wanted.shape) or not fits:
-                        raise CheckpointError(
-                            f"{path}: {name} is {kind} of shape {part.get_shape()!s:.80}; its pattern needs "
-                            f"{needed or 'a float type'} of shape {list(wanted.shape)}"
-                        )
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path} is truncated or altered ({first_line(error)}); get it anew"
-            ) from error
+        with open_weights(path) as (file, description):
+            if description is not None:
+                _check_same(described, named, read_description(description, path), path)
+            for name in expected.keys() & set(file.keys()):
+                found.add(name)
+                part, wanted = file.get_slice(name), expected[name]
+                if wanted is None:
+                    continue
+                kind, needed = part.get_dtype(), _INTEGERS.get(wanted.dtype)
+                fits = kind == needed if needed else kind in _FLOATS
+                if tuple(part.get_shape()) != tuple(wanted.shape) or not fits:
+                    raise CheckpointError(
+                        f"{path}: {name} is {kind} of shape {part.get_shape()!s:.80}; its pattern needs "
+                        f"{needed or 'a float type'} of shape {list(wanted.shape)}"
+                    )
     missing = expected.keys() - found
     if missing:
-        raise CheckpointError(f"{min(missing)!r} is missing from the model's files; get them anew")
+        raise CheckpointError(f"{min(missing)!r} is missing from the model's files; get them again")
 
 
-def _agree(
+def _check_same(
     config: dict[str, dict[str, Any]], named: set[str], file: dict[str, Any], path: str
 ) -> None:
     unnamed = file.keys() - named
     if unnamed:  # transformers would give it random values
         raise CheckpointError(
             f"config.json has no pattern for {min(unnamed)!r:.80}, which {path} holds compressed; get "
-            "config.json anew, or save the model again"
+            "config.json again, or save the model again"
         )
     for name, fields in config.items():
         found = file.get(name)
@@ -363,12 +355,12 @@ def _agree(
         )
         if not same:
             raise CheckpointError(
-                f"config.json describes {name} otherwise than {path} does; get them anew"
+                f"config.json and {path} describe {name} differently; get them again"
             )
 
 
 def _stored_as_named(model: nn.Module, tensors: dict[str, Tensor]) -> bool:
-    """False when transformers 5 would rename or rearrange tensors that it saves, as it did on loading."""
+    """Whether transformers saves the tensors as they are: on loading it may have renamed or merged them."""
     from transformers.core_model_loading import revert_weight_conversion
 
     stored = revert_weight_conversion(model, dict(tensors))

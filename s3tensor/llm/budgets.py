@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from s3tensor.errors import CheckpointError, PatternError
 from s3tensor.files import write_json
 from s3tensor.llm.calibrate import BlockRunner, Chunk
-from s3tensor.llm.structure import LinearLayer, decoder_blocks, is_linear, on_device
+from s3tensor.llm.structure import decoder_blocks, on_device
 from s3tensor.mask.projection import select
+from s3tensor.model.weights import ModelWeight, is_linear
 from s3tensor.pattern import Pattern
 from s3tensor.prune.admm import block_scale, refit
 from s3tensor.prune.hessian import Factors, Hessian, output_error
@@ -144,7 +145,7 @@ def sensitivities(
 @torch.no_grad()
 def gain(
     runner: BlockRunner,
-    layer: LinearLayer,
+    layer: ModelWeight,
     chunk: Chunk,  # on its way into the block
     expected: Tensor,  # the dense block's output for it
     hessian: Tensor,  # (K, K), undamped, of the linear's inputs
@@ -220,7 +221,7 @@ def allocate(
 def mixed_budgets(
     pattern: Pattern,
     runners: Sequence[BlockRunner],
-    layers: Sequence[Sequence[LinearLayer]],  # to prune, of each block
+    layers: Sequence[Sequence[ModelWeight]],  # to prune, of each block
     chunks: Sequence[Chunk],  # the input of the first block
     damp: float,
     progress: Callable[[int, str], None],  # called with the block and what is done
@@ -254,8 +255,8 @@ def mixed_budgets(
 
 
 def _dense_hessians(
-    runner: BlockRunner, layers: Sequence[LinearLayer], stream: list[Chunk], damp: float
-) -> Iterable[tuple[LinearLayer, Tensor, Factors]]:
+    runner: BlockRunner, layers: Sequence[ModelWeight], stream: list[Chunk], damp: float
+) -> Iterable[tuple[ModelWeight, Tensor, Factors]]:
     """Move the stream past a block; its linears that see every token, with their Hessian and factors."""
     order = runner.input_groups(stream[0], [layer.module for layer in layers]) if layers else []
     leaders = [layers[group[0]].module for group in order]

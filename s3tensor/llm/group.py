@@ -17,7 +17,7 @@ from s3tensor.llm.plan import Plan
 from s3tensor.llm.progress import PruneProgress
 from s3tensor.llm.recover import out_of_memory
 from s3tensor.llm.report import LinearRow, PeakMemory
-from s3tensor.llm.structure import LinearLayer
+from s3tensor.model.weights import ModelWeight
 from s3tensor.prune.hessian import Factors, output_error
 from s3tensor.prune.problem import MEMORY_BUDGET, row_stacks
 
@@ -27,14 +27,14 @@ _SQUARES, _WEIGHTS = 8, 5
 
 
 def prune_group(
-    group: Sequence[LinearLayer],
+    group: Sequence[ModelWeight],
     index: int,  # of the block
     splits: list[Moments],  # of the calibration tokens
     held_out: Tensor | None,  # (K, K), the Hessian of held-out tokens
     plan: Plan,
     bar: PruneProgress,
     memory: PeakMemory,
-) -> list[tuple[LinearRow, LinearLayer, Tensor]]:
+) -> list[tuple[LinearRow, ModelWeight, Tensor]]:
     """Prune the linears of one input, in place; a row and the mask (out_features, in_features) of each.
 
     Empties ``splits``: their sums take two to four tensors (K, K), memory that the pruner needs.
@@ -101,7 +101,7 @@ def prune_group(
 
 
 def _solve(
-    stack: Sequence[LinearLayer],
+    stack: Sequence[ModelWeight],
     weight: Tensor,  # (M, K), theirs one above the other
     factors: Factors,
     plan: Plan,
@@ -133,7 +133,7 @@ def _solve(
             torch.cuda.empty_cache()
 
 
-def _no_memory(stack: Sequence[LinearLayer], weight: Tensor, device: torch.device) -> str:
+def _no_memory(stack: Sequence[ModelWeight], weight: Tensor, device: torch.device) -> str:
     rows, columns = weight.shape
     size = max(weight.element_size(), 4)
     need = (_SQUARES * columns * columns + _WEIGHTS * rows * columns) * size + _LEAST_BUDGET
@@ -148,7 +148,7 @@ def _no_memory(stack: Sequence[LinearLayer], weight: Tensor, device: torch.devic
     )
 
 
-def _stacks(group: Sequence[LinearLayer], plan: Plan) -> list[list[LinearLayer]]:
+def _stacks(group: Sequence[ModelWeight], plan: Plan) -> list[list[ModelWeight]]:
     """Linears of one input that are pruned as one weight: their Hessian is factored once."""
     if plan.pruner not in prune.ROW_WISE or len({layer.weight.dtype for layer in group}) > 1:
         return [[layer] for layer in group]
@@ -160,6 +160,6 @@ def _stacks(group: Sequence[LinearLayer], plan: Plan) -> list[list[LinearLayer]]
     return stacks
 
 
-def short_names(group: Sequence[LinearLayer]) -> str:
+def short_names(group: Sequence[ModelWeight]) -> str:
     """The last part of each linear's name."""
     return ", ".join(layer.name.rpartition(".")[2] for layer in group)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from s3tensor.errors import NonFiniteError
 from s3tensor.llm.calibrate import BlockRunner, Chunk
-from s3tensor.llm.structure import LinearLayer
+from s3tensor.model.weights import ModelWeight
 from s3tensor.prune.hessian import Hessian
 
 
@@ -24,7 +24,7 @@ class Moments(NamedTuple):
 def input_moments(
     runner: BlockRunner,
     chunks: Sequence[Chunk],
-    group: Sequence[LinearLayer],  # linears of one input
+    group: Sequence[ModelWeight],  # linears of one input
     targets: Sequence[Tensor] | None = None,  # for each chunk the input in the dense model
     weigh: bool = False,
 ) -> Moments | None:
@@ -53,7 +53,7 @@ def input_moments(
 
 def update(
     hessian: Hessian,
-    layer: LinearLayer,
+    layer: ModelWeight,
     inputs: Tensor,
     dense: Tensor | None,
     weights: Tensor | None,

@@ -21,13 +21,8 @@ from s3tensor.llm.budgets import Budgets, parse_budgets, pattern_of
 from s3tensor.llm.calibrate import check_batches, has_room
 from s3tensor.llm.recover import Recovery, shared_parameters
 from s3tensor.llm.resume import fingerprint, tokens_digest
-from s3tensor.llm.structure import (
-    LayerFilter,
-    LinearLayer,
-    Skipped,
-    decoder_blocks,
-    prunable_layers,
-)
+from s3tensor.llm.structure import Skipped, decoder_blocks, prunable_layers
+from s3tensor.model.weights import LayerFilter, ModelWeight
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
 
@@ -40,7 +35,7 @@ class BlockPlan:
 
     module: nn.Module
     name: str  # full name in the model
-    layers: list[LinearLayer]  # to prune
+    layers: list[ModelWeight]  # to prune
     skipped: list[Skipped]  # stay dense
 
     @property
@@ -239,7 +234,7 @@ def _plan_blocks(
     return planned
 
 
-def _check_weight(layer: LinearLayer) -> None:
+def _check_weight(layer: ModelWeight) -> None:
     if isinstance(layer.module.weight, Compressed):
         raise ModelError(f"{layer.name} is compressed already; prune the dense model")
     if not bool(torch.isfinite(layer.weight).all()):

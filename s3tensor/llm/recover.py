@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from s3tensor.errors import PrunerError
 from s3tensor.llm.calibrate import BlockRunner, Chunk
 from s3tensor.llm.sequences import Sequences
-from s3tensor.llm.structure import LinearLayer, is_linear
+from s3tensor.model.weights import ModelWeight, is_linear
 from s3tensor.prune.linalg import full_precision
 
 Target = Literal["dense", "mixed"]
@@ -134,7 +134,7 @@ def shared_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> set[int]
 
 def recover_block(
     runner: BlockRunner,
-    masks: Sequence[tuple[LinearLayer, Tensor]],  # (out_features, in_features) bool
+    masks: Sequence[tuple[ModelWeight, Tensor]],  # (out_features, in_features) bool
     chunks: Sequence[Chunk],  # the block's inputs in the model pruned so far
     targets: Sequence[Tensor],  # (batch, tokens, hidden) for each chunk, on the cache device
     recovery: Recovery,
@@ -208,7 +208,7 @@ class _Leaf:
 
 def _leaves(
     block: nn.Module,
-    masks: Sequence[tuple[LinearLayer, Tensor]],
+    masks: Sequence[tuple[ModelWeight, Tensor]],
     fixed: set[int] | frozenset[int],
     norms: bool,
 ) -> list[_Leaf]:

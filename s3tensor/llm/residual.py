@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from s3tensor.llm.calibrate import BlockRunner, Chunk
 from s3tensor.llm.moments import Moments, token_weights, update
-from s3tensor.llm.structure import LinearLayer
+from s3tensor.model.weights import ModelWeight
 from s3tensor.prune.hessian import Hessian
 from s3tensor.prune.linalg import full_precision
 
@@ -26,7 +26,7 @@ _ALIKE = (
 
 
 def writers(
-    runner: BlockRunner, chunk: Chunk, groups: Sequence[Sequence[LinearLayer]]
+    runner: BlockRunner, chunk: Chunk, groups: Sequence[Sequence[ModelWeight]]
 ) -> list[int]:
     """Indices, in order of call, of the groups of one linear whose output the block adds to its stream.
 
@@ -49,7 +49,7 @@ def writers(
 
 
 def _without(
-    runner: BlockRunner, chunk: Chunk, layers: Sequence[LinearLayer]
+    runner: BlockRunner, chunk: Chunk, layers: Sequence[ModelWeight]
 ) -> tuple[Tensor, Tensor | None]:
     """The block's output with these linears set to zero, and what the first of them gave.
 
@@ -85,7 +85,7 @@ def writer_moments(
     runner: BlockRunner,
     pruned: Sequence[Chunk],
     dense: Sequence[Chunk],  # past the block
-    layers: Sequence[LinearLayer],  # a writer and those that write after it, all still dense
+    layers: Sequence[ModelWeight],  # a writer and those that write after it, all still dense
     inputs: Sequence[Sequence[Tensor]],  # theirs in the dense model, for each chunk
 ) -> Moments | None:
     """Of a writer, over weighted tokens: the moments of its inputs, and the drift ``E'X / N`` (M, K).

@@ -30,7 +30,8 @@ from s3tensor.llm.recover import Recovered, Recovery, Target, recover_block
 from s3tensor.llm.report import BlockRow, LinearRow, PeakMemory, PruneReport
 from s3tensor.llm.residual import writer_moments, writers
 from s3tensor.llm.resume import RunFolder
-from s3tensor.llm.structure import LayerFilter, LinearLayer, dense_again, on_device
+from s3tensor.llm.structure import dense_again, on_device
+from s3tensor.model.weights import LayerFilter, ModelWeight
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.sparse import StructuredSparseTensor
@@ -238,7 +239,7 @@ def _replay(
 
 def _prune_block(
     runner: BlockRunner,
-    layers: Sequence[LinearLayer],
+    layers: Sequence[ModelWeight],
     streams: _Streams,
     plan: Plan,
     bar: PruneProgress,
@@ -252,7 +253,7 @@ def _prune_block(
         [] if plan.recovery is None else _recovery_targets(runner, streams, plan.recovery.target)
     )
     rows: list[LinearRow] = []
-    masks: list[tuple[LinearLayer, Tensor]] = []
+    masks: list[tuple[ModelWeight, Tensor]] = []
     writing: list[int] = []
     if plan.coefficients.beta > 0 and groups:
         writing = writers(runner, streams.pruned[0], [group.layers for group in groups])
@@ -310,12 +311,12 @@ def _prune_block(
 class _Group:
     """Linears of one input, and with a dense target that input in the dense model, for each chunk."""
 
-    layers: list[LinearLayer]
+    layers: list[ModelWeight]
     dense_inputs: list[Tensor]
 
 
 def _dense_pass(
-    runner: BlockRunner, layers: Sequence[LinearLayer], streams: _Streams, plan: Plan
+    runner: BlockRunner, layers: Sequence[ModelWeight], streams: _Streams, plan: Plan
 ) -> list[_Group]:
     """Move the dense stream past the block; the groups that see every token, in order of call."""
     order = runner.input_groups(streams.pruned[0], [layer.module for layer in layers])

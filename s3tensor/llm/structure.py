@@ -1,4 +1,4 @@
-"""Find the decoder blocks of a model and the linears inside them, by structure and not by names."""
+"""Find the decoder blocks of a model, and the linears inside them, by structure rather than by name."""
 
 from __future__ import annotations
 
@@ -7,49 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from s3tensor.errors import ModelError, PatternError
-from s3tensor.model.sparsify import is_conv1d
+from s3tensor.model.weights import LayerFilter, ModelWeight, is_linear
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
-
-LayerFilter = Callable[[nn.Module, str], bool]
-
-
-@dataclass(frozen=True)
-class LinearLayer:
-    """A linear map inside a decoder block, whichever way round it stores its weight.
-
-    ``nn.Linear`` holds (out_features, in_features); the ``Conv1D`` of GPT-2 holds the transpose.
-    """
-
-    module: nn.Module
-    name: str  # full name in the model
-    transposed: bool
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as (out_features, in_features)."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight.detach().t() if self.transposed else weight.detach()
-
-    def set_weight(self, weight: Tensor) -> None:
-        """Replace the parameter by ``weight``, (out_features, in_features), without gradient."""
-        stored = weight.t() if self.transposed else weight
-        self.module.weight = nn.Parameter(stored, requires_grad=False)
-
-    def copy_weight(self, weight: Tensor) -> None:
-        """Write ``weight``, (out_features, in_features), into the parameter that is there."""
-        self.weight.copy_(weight)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        out_features, in_features = self.weight.shape
-        return out_features, in_features
 
 
 @dataclass(frozen=True)
@@ -61,19 +25,13 @@ class Skipped:
     misfit: bool = False  # the pattern does not fit its shape
 
 
-def is_linear(module: nn.Module) -> bool:
-    """True for ``nn.Linear`` and for the transposed ``Conv1D`` of transformers."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder blocks: the largest ``nn.ModuleList`` of blocks that hold linears.
 
-    The blocks may be of several classes (hybrids of attention and state-space layers) when each of
-    them holds linears.
+    The blocks may be of several classes (hybrids of attention and state-space layers) if each holds linears.
 
     Raises:
-        ModelError: when the model has no such list.
+        ModelError: the model has no such list.
     """
     best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
@@ -102,20 +60,19 @@ def prunable_layers(
     prefix: str,
     pattern: Pattern | Callable[[str], Pattern],  # or the pattern of each linear by its full name
     filter_fn: LayerFilter | None = None,
-) -> tuple[list[LinearLayer], list[Skipped]]:
-    """The linears of one block that fit ``pattern``, and the weights that stay dense with the reason.
+) -> tuple[list[ModelWeight], list[Skipped]]:
+    """The linears of one block that ``pattern`` fits, and the weights that stay dense with the reason.
 
-    Matrices and stacks of matrices that no linear holds (experts in one tensor, convolutions) are
-    among those that stay dense.
+    Matrices and stacks of matrices outside linears (experts in one tensor, convolutions) stay dense.
     """
-    layers: list[LinearLayer] = []
+    layers: list[ModelWeight] = []
     skipped: list[Skipped] = []
     inside: tuple[str, ...] = ()  # prefixes of what belongs to a linear: its parametrizations
     for name, module in block.named_modules():
         full = f"{prefix}.{name}" if name else prefix
         if is_linear(module):
             inside += (f"{name}.",)
-            layer = LinearLayer(module, full, is_conv1d(module))
+            layer = ModelWeight(full, module)
             wanted = pattern if isinstance(pattern, Pattern) else pattern(full)
             refusal = _refusal(layer, wanted, filter_fn)
             if refusal is None:
@@ -125,7 +82,7 @@ def prunable_layers(
         elif not name.startswith(inside):
             skipped.extend(
                 Skipped(
-                    f"{full}.{part}", f"a weight of {type(module).__name__}, which is no linear"
+                    f"{full}.{part}", f"a weight of {type(module).__name__}, which is not a linear"
                 )
                 for part, weight in module.named_parameters(recurse=False)
                 if weight.ndim >= 2
@@ -133,7 +90,7 @@ def prunable_layers(
     return layers, skipped
 
 
-def _refusal(layer: LinearLayer, pattern: Pattern, filter_fn: LayerFilter | None) -> Skipped | None:
+def _refusal(layer: ModelWeight, pattern: Pattern, filter_fn: LayerFilter | None) -> Skipped | None:
     """Why a linear stays dense, or None."""
     if filter_fn is not None and not filter_fn(layer.module, layer.name):
         return Skipped(layer.name, "left out by the filter")
@@ -150,7 +107,7 @@ def _refusal(layer: LinearLayer, pattern: Pattern, filter_fn: LayerFilter | None
 
 @contextmanager
 def on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """The block on a device for a while."""
+    """The block on a device, until the exit."""
     home = next(block.parameters()).device
     block.to(device)
     try:
@@ -160,13 +117,13 @@ def on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def dense_again(block: nn.Module, layers: list[LinearLayer]) -> Iterator[None]:
-    """Give a block its parameters back when what is done to it is broken off, by whatever it is."""
+def dense_again(block: nn.Module, layers: list[ModelWeight]) -> Iterator[None]:
+    """Restore a block's parameters and buffers if anything raises."""
     held = [(layer.module, layer.module.weight) for layer in layers]
     plain = (
         x
         for x in (*block.parameters(), *block.buffers())
-        if not isinstance(x, Compressed)  # nothing changes one
+        if not isinstance(x, Compressed)  # which nothing changes
     )
     values = [(x, x.detach().to("cpu", copy=True)) for x in plain]
     try:

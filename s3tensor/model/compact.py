@@ -1,11 +1,10 @@
-"""Whole channels and heads out of a model: one decision over several tensors, then smaller dense modules.
+"""Remove whole channels and heads of a model: one decision over several tensors, then smaller dense modules.
 
 A channel of an MLP is a row of ``gate_proj`` and ``up_proj`` with a column of ``down_proj``; a key-value
 group of an attention is its rows of ``q_proj``, ``k_proj`` and ``v_proj`` with columns of ``o_proj``; a
 channel of the residual stream is a column or row of every weight that reads or writes it. Each is a block
 of a :class:`s3tensor.BlockCoupling`, and the blocks of one unit compete in one scope (S3, arXiv
-2604.11315, section 3). Units are found by the names and shapes of their parts, so that nothing here
-imports transformers.
+2604.11315, section 3). Units are found by the names and shapes of their parts, without transformers.
 """
 
 from __future__ import annotations
@@ -13,13 +12,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from s3tensor.errors import ModelError
+from s3tensor.model.report import Report
+from s3tensor.model.weights import ModelWeight, model_weights
 from s3tensor.paper import BlockCoupling, BlockSpec, ScopeSpec, View
 
 Kind = Literal["channels", "heads", "hidden"]
@@ -31,24 +32,21 @@ _FUSED = ("gate_up_proj", "down_proj")  # gate over up in one weight
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-@dataclass(frozen=True)
-class Part:
-    """Where the blocks of a unit lie in one parameter: block i is ``size`` slices from ``start + i size``."""
+@dataclass(frozen=True, kw_only=True)
+class Part(ModelWeight):
+    """Blocks of a unit in one parameter: block i is ``size`` slices of ``dim`` from ``start + i size``.
 
-    owner: nn.Module
-    parameter: str
+    The finders below leave the path empty; :func:`units` fills in the places of the parameter.
+    """
+
     dim: int
     size: int = 1
     start: int = 0
     role: Literal["reads", "writes", "scales"] = "reads"
 
-    @property
-    def tensor(self) -> nn.Parameter:
-        return getattr(self.owner, self.parameter)
-
     def view(self, count: int) -> View:
         """The part's blocks as a matrix, their dim first: (count * size, rest)."""
-        tensor = self.tensor
+        tensor = self.parameter
         matrix = tensor.unsqueeze(1) if tensor.ndim == 1 else tensor
         own = matrix.stride(self.dim)
         other = 1 - self.dim
@@ -62,15 +60,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Unit:
-    """Channels or heads of one module, or the model's residual stream, that can be taken out.
+    """Channels or heads of one module, or of the model's residual stream, that can be removed.
 
     Args:
         name: of the module, as in ``model.named_modules()``; of the residual stream, the stack's.
         kind: ``channels`` of an MLP, ``heads`` of an attention (in whole key-value groups), ``hidden``.
         count: blocks: channels or key-value groups.
-        parts: every parameter that holds a share of a block. A ``writes`` part makes the block's values
-            and a ``reads`` part uses them: a block that lacks one of them does nothing. ``scales`` are
-            neither.
+        parts: every parameter that holds a share of a block. A ``writes`` part makes the block's values and
+            a ``reads`` part uses them: a block whose values in either are zero does nothing. ``scales``
+            parts are neither.
     """
 
     name: str
@@ -85,7 +83,7 @@ class Unit:
         return ScopeSpec(BlockCoupling(blocks, name=self.name), (-1,), name=self.name)
 
     def used(self) -> Tensor:
-        """The blocks that do something, (count,) bool."""
+        """The blocks that change an output, (count,) bool."""
         reads = torch.zeros(self.count, dtype=torch.bool)
         writes = torch.zeros(self.count, dtype=torch.bool)
         for part in self.parts:
@@ -93,7 +91,7 @@ class Unit:
                 continue
             blocks = part.view(self.count).data.reshape(self.count, -1)
             (reads if part.role == "reads" else writes).logical_or_((blocks != 0).any(1).cpu())
-        if self.kind == "hidden":  # a norm looks at all that is written, read or not
+        if self.kind == "hidden":  # a norm reads all that is written
             return writes
         # What is read but never written, or the reverse, changes no output.
         return reads & writes if any(part.role == "writes" for part in self.parts) else reads
@@ -101,7 +99,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Cut:
-    """What :func:`compact` took out of one unit."""
+    """What :func:`compact` removed from one unit."""
 
     name: str
     kind: Kind
@@ -110,24 +108,28 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class CompactReport:
-    """What a model lost, and whether its configuration can say so.
+class CompactReport(Report[Cut]):
+    """What a model lost, and whether its configuration can describe it.
 
     Args:
-        cuts: one for every unit, also for those that stayed as they were.
+        rows: one for every unit, changed or not.
         parameters_before, parameters_after: elements, shared ones once.
         problem: why the configuration does not describe the model, or empty. Such a model runs, and is
             saved with ``torch.save``, but no ``from_pretrained`` can build it.
     """
 
-    cuts: tuple[Cut, ...]
     parameters_before: int
     parameters_after: int
-    problem: str = field(default="")
+    problem: str = ""
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """The rows."""
+        return self.rows
 
     @property
     def uniform(self) -> bool:
-        """True when the model's configuration describes it, so that it can be saved and reloaded."""
+        """True if the model's configuration describes it, so that it can be saved and reloaded."""
         return not self.problem
 
     def __str__(self) -> str:
@@ -148,8 +150,8 @@ class CompactReport:
 def units(model: nn.Module, kind: Kind) -> list[Unit]:
     """Every unit of a kind in a model, in its order.
 
-    ``unit.scope()`` is a :class:`s3tensor.ScopeSpec` for any in-place pruning of one's own;
-    :func:`compact` then takes out what is zero.
+    ``unit.scope()`` is a :class:`s3tensor.ScopeSpec` for your own in-place pruning; :func:`compact` then
+    removes what is zero.
 
     Raises:
         ModelError: a weight that is compressed, parametrized or shared, which cannot be cut; or a
@@ -158,8 +160,12 @@ def units(model: nn.Module, kind: Kind) -> list[Unit]:
     finder = {"channels": _channels, "heads": _heads, "hidden": _hidden}
     if kind not in finder:
         raise ModelError(f"kind={kind!r} must be one of {', '.join(finder)}")
-    found = list(finder[kind](model))
-    _check_parts(model, found)
+    known = {id(weight.parameter): vars(weight) for weight in model_weights(model)}
+    found = []
+    for unit in finder[kind](model):
+        parts = (replace(part, **known.get(id(part.parameter), {})) for part in unit.parts)
+        found.append(replace(unit, parts=tuple(parts)))
+    _check_parts(found)
     return found
 
 
@@ -172,16 +178,15 @@ def compact(
     scores: Mapping[str, Tensor] | None = None,
     uniform: bool = False,
 ) -> CompactReport:
-    """Take channels and heads that are zero out of a model, in place: smaller, dense, the same outputs.
+    """Remove channels and heads of a model that are zero, in place: smaller, dense, the same outputs.
 
     With densities, each unit is first pruned to its density, one decision over all its tensors, by the
     Euclidean norm of its blocks or by ``scores``. Modules keep their types: a Hugging Face model's
     configuration is updated where all layers agree, so that ``save_pretrained`` and ``from_pretrained``
     work as for any other.
 
-    Norms of weights are a poor judge of channels: 3/4 of those of SmolLM2-135M by norm leave it without
-    language. Prune the columns of the projections that read them instead, which also makes up for what
-    goes, and compact what that leaves at zero (perplexity 18.2 before, 21.0 after; ``bench/compact.py``)::
+    Norms of weights judge channels poorly. Prune the columns of the projections that read them instead, which
+    also compensates for what is removed, and compact what that leaves at zero (``bench/compact.py``)::
 
         llm.prune_model(model, calibration, "column@0.75", "obs", compress=False,
                         filter_fn=lambda _, name: name.endswith("down_proj"))
@@ -198,11 +203,11 @@ def compact(
         uniform: leave zero blocks in where other layers need more, so that all layers keep one size.
 
     Returns:
-        what was cut; a warning says why where no configuration can describe the result.
+        what was cut; a warning says why if no configuration can describe the result.
 
     Raises:
         ModelError: nothing to prune, a density out of range, or weights that cannot be cut. The model is
-            then as it was.
+            then unchanged.
     """
     wanted: dict[Kind, float | None] = {"channels": channels, "heads": heads, "hidden": hidden}
     found: dict[Kind, list[Unit]] = {}
@@ -210,13 +215,13 @@ def compact(
         if density is not None and not 0.0 < density <= 1.0:
             raise ModelError(f"{kind}={density} must be a density in (0, 1]")
         if kind == "hidden" and density is None:
-            continue  # zeros in a residual stream need every tensor of the model to agree
+            continue  # only on request: every tensor of the model must agree
         found[kind] = units(model, kind)
         if density is not None and not found[kind]:
-            raise ModelError(f"{type(model).__name__} has no {kind} to take out; see help(compact)")
+            raise ModelError(f"{type(model).__name__} has no {kind} to remove; see help(compact)")
     if not any(found.values()):
         raise ModelError(
-            f"{type(model).__name__} has neither MLPs nor attentions of known parts; see help(compact)"
+            f"{type(model).__name__} has neither MLPs nor attentions with known parts; see help(compact)"
         )
     chosen = {
         unit.name: _chosen(unit, density, scores or {})
@@ -253,9 +258,8 @@ def _linears(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear] | Non
 
 def _rows(linear: nn.Linear, size: int = 1, start: int = 0, role: Any = "writes") -> Iterator[Part]:
     """Output features of a linear: rows of its weight, entries of its bias."""
-    yield Part(linear, "weight", 0, size, start, role)
-    if linear.bias is not None:
-        yield Part(linear, "bias", 0, size, start, role)
+    for attribute in ("weight", "bias") if linear.bias is not None else ("weight",):
+        yield Part("", linear, attribute, dim=0, size=size, start=start, role=role)
 
 
 def _channels(model: nn.Module) -> Iterator[Unit]:
@@ -268,16 +272,16 @@ def _channels(model: nn.Module) -> Iterator[Unit]:
             count = out.in_features
             if any(linear.out_features != count for linear in ins):
                 continue
-            # An activation may turn zero into something: only what a gate multiplies is zero for sure.
+            # An activation may not map zero to zero: only what a gate multiplies is surely zero.
             roles = ("scales", "writes") if len(ins) == 2 else ("scales",)
             parts = [p for i, r in zip(ins, roles, strict=True) for p in _rows(i, role=r)]
-            yield Unit(name, "channels", module, count, (*parts, Part(out, "weight", 1)))
+            yield Unit(name, "channels", module, count, (*parts, Part("", out, dim=1)))
         fused = _linears(module, _FUSED)
         if fused is not None and fused[0].out_features == 2 * fused[1].in_features:
             both, out = fused
             count = out.in_features
             parts = [*_rows(both, role="scales"), *_rows(both, start=count)]
-            yield Unit(name, "channels", module, count, (*parts, Part(out, "weight", 1)))
+            yield Unit(name, "channels", module, count, (*parts, Part("", out, dim=1)))
 
 
 def _heads(model: nn.Module) -> Iterator[Unit]:
@@ -301,20 +305,20 @@ def _heads(model: nn.Module) -> Iterator[Unit]:
             *_rows(q, wide, role="scales"),
             *_rows(k, size, role="scales"),
             *_rows(v, size),
-            Part(o, "weight", 1, wide),
+            Part("", o, dim=1, size=wide),
         )
         yield Unit(name, "heads", module, groups, parts)
 
 
 def _hidden(model: nn.Module) -> Iterator[Unit]:
-    """The residual stream: what embeds, every block's readers and writers, the norms, and the head."""
+    """The residual stream: the embedding, every block's readers and writers, the norms, and the head."""
     readers = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "gate_up_proj", "lm_head"}
     writers = {"o_proj", "down_proj"}
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     if len(embeddings) != 1:
         return
     count = embeddings[0].embedding_dim
-    parts = [Part(embeddings[0], "weight", 1, role="writes")]
+    parts = [Part("", embeddings[0], dim=1, role="writes")]
     for name, module in model.named_modules():
         own = name.rpartition(".")[2]
         if isinstance(module, nn.Linear):
@@ -322,10 +326,10 @@ def _hidden(model: nn.Module) -> Iterator[Unit]:
                 parts += _rows(module)
             elif own in readers and module.in_features == count:
                 if module.weight is not embeddings[0].weight:
-                    parts.append(Part(module, "weight", 1))
+                    parts.append(Part("", module, dim=1))
             else:
                 raise ModelError(
-                    f"{name} reads or writes the residual stream in a way that is not known; give "
+                    f"{name} reads or writes the residual stream in a way not known here; give "
                     "channels= and heads= alone"
                 )
         elif not isinstance(module, nn.Embedding):
@@ -335,9 +339,9 @@ def _hidden(model: nn.Module) -> Iterator[Unit]:
             if _eps(module) is None or getattr(module, "bias", None) is not None:
                 raise ModelError(
                     f"{name} is a {type(module).__name__}: only an RMS norm, with its eps, gives the same "
-                    "output when zero channels leave"
+                    "output without the zero channels"
                 )
-            parts.append(Part(module, "weight", 0, role="scales"))
+            parts.append(Part("", module, dim=0, role="scales"))
     if len(parts) > 1:
         yield Unit("residual stream", "hidden", model, count, tuple(parts))
 
@@ -351,26 +355,23 @@ def _eps(norm: nn.Module) -> str | None:
     )
 
 
-def _check_parts(model: nn.Module, found: list[Unit]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+def _check_parts(found: list[Unit]) -> None:
     for unit in found:
         for part in unit.parts:
-            kind = type(part.owner).__name__
-            if hasattr(part.owner, "parametrizations"):
+            kind = type(part.module).__name__
+            if hasattr(part.module, "parametrizations"):
                 raise ModelError(
                     f"a {kind} of {unit.name} is parametrized; call s3tensor.finalize, then densify"
                 )
-            tensor = part.tensor
+            tensor = part.parameter
             if hasattr(tensor, "__tensor_flatten__") or not tensor.dtype.is_floating_point:
                 raise ModelError(
                     f"a {kind} of {unit.name} holds a {type(tensor).__name__} of {tensor.dtype}: compact "
                     "dense weights, then compress"
                 )
-            names = owners.get(id(tensor), [])
-            if len(names) > 1 and unit.kind != "hidden":
-                raise ModelError(f"{' and '.join(names)} are one parameter, which cannot be cut")
+            if len(part.places) > 1 and unit.kind != "hidden":
+                names = " and ".join(place.path for place in part.places)
+                raise ModelError(f"{names} are one parameter, which cannot be cut")
 
 
 # Choosing and cutting --------------------------------------------------------------------------
@@ -402,7 +403,7 @@ def _kept(unit: Unit) -> Tensor:
 
 
 def _pad(kept: dict[str, Tensor], each: list[Unit]) -> None:
-    """Keep the same number in every unit of one size: unused blocks stay where others need more."""
+    """Keep the same number in every unit of one size: unused blocks stay if others need more."""
     for count in {unit.count for unit in each}:
         alike = [unit.name for unit in each if unit.count == count]
         most = max(int(kept[name].sum()) for name in alike)
@@ -417,67 +418,56 @@ def _shrink(unit: Unit, kept: Tensor) -> None:
         return
     left = int(kept.sum())
     # Parts of one parameter along one dim are cut together.
-    places: dict[tuple[int, str, int], tuple[Part, Tensor]] = {}
+    kept_of: dict[tuple[str, int], tuple[Part, Tensor]] = {}
     for part in unit.parts:
-        key = (id(part.owner), part.parameter, part.dim)
-        _, keep = places.get(key, (part, torch.ones(part.tensor.shape[part.dim], dtype=torch.bool)))
+        key = (part.path, part.dim)
+        whole = torch.ones(part.parameter.shape[part.dim], dtype=torch.bool)
+        _, keep = kept_of.setdefault(key, (part, whole))
         keep[part.start : part.start + unit.count * part.size] = kept.repeat_interleave(part.size)
-        places[key] = (part, keep)
     if unit.kind == "hidden":
-        _renorm(unit, left)
-    cut: list[tuple[nn.Parameter, nn.Parameter]] = []
-    for part, keep in places.values():
-        old = part.tensor
+        _rescale_norms(unit, left)
+    for part, keep in kept_of.values():
+        old = part.parameter
         index = keep.nonzero().flatten().to(old.device)
-        new = nn.Parameter(
-            old.detach().index_select(part.dim, index), requires_grad=old.requires_grad
-        )
-        cut.append((old, new))
-        setattr(part.owner, part.parameter, new)
-        _resize(part, len(index))
-    if unit.kind == "hidden":  # a head that is the embedding
-        for module in unit.module.modules():
-            for old, new in cut:
-                if module._parameters.get("weight") is old:
-                    module.weight = new
-                    if isinstance(module, nn.Linear):
-                        module.in_features = left
+        cut = old.detach().index_select(part.dim, index)
+        part.replace(nn.Parameter(cut, requires_grad=old.requires_grad))
+        for place in part.places:  # a head that is the embedding, too
+            _resize(place.module, part.dim, len(index))
     for attribute, value in _sizes(unit, left).items():
         if isinstance(getattr(unit.module, attribute, None), int):
             setattr(unit.module, attribute, value)
 
 
-def _resize(part: Part, size: int) -> None:
-    """The size that a module states of itself."""
-    owner = part.owner
-    if isinstance(owner, nn.Linear):
-        if part.dim == 1:
-            owner.in_features = size
+def _resize(module: nn.Module, dim: int, size: int) -> None:
+    """Update the size that a module states of itself."""
+    if isinstance(module, nn.Linear):
+        if dim == 1:
+            module.in_features = size
         else:
-            owner.out_features = size
-    elif isinstance(owner, nn.Embedding):
-        owner.embedding_dim = size
+            module.out_features = size
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = size
 
 
-def _renorm(unit: Unit, left: int) -> None:
-    """A mean of squares over fewer channels is larger: the norms' weights and eps make up for it."""
+def _rescale_norms(unit: Unit, left: int) -> None:
+    """A mean of squares over fewer channels is larger: the norms' weights and eps compensate."""
     ratio = unit.count / left
     for part in unit.parts:
         if part.role == "scales":
             with torch.no_grad():
-                part.tensor.mul_(math.sqrt(ratio))
-            name = _eps(part.owner)
+                part.parameter.mul_(math.sqrt(ratio))
+            name = _eps(part.module)
             assert name is not None
-            setattr(part.owner, name, getattr(part.owner, name) * ratio)
+            setattr(part.module, name, getattr(part.module, name) * ratio)
 
 
 def _sizes(unit: Unit, left: int) -> dict[str, int]:
-    """Attributes of a module, and of a configuration, that state the size of a unit, with the new value."""
+    """Attributes of a module or a configuration that state the size of a unit, with the new values."""
     if unit.kind == "channels":
         return dict.fromkeys(("intermediate_size", "ffn_dim"), left)
     if unit.kind == "hidden":
         return {"hidden_size": left}
-    per_group = unit.parts[0].tensor.shape[0] // left // int(unit.module.head_dim)  # type: ignore[arg-type]
+    per_group = unit.parts[0].parameter.shape[0] // left // int(unit.module.head_dim)  # type: ignore[arg-type]
     return {
         "num_key_value_heads": left,
         "num_attention_heads": left * per_group,
@@ -518,7 +508,7 @@ def _describe(model: nn.Module, cuts: list[Cut], found: dict[Kind, list[Unit]]) 
             return f"the configuration states no number of {kind}: from_pretrained cannot rebuild this model"
         values.update(stated)
         if kind == "hidden":
-            scaled = {part.owner for part in unit.parts if part.role == "scales"}
+            scaled = {part.module for part in unit.parts if part.role == "scales"}
             others = [n for n, m in model.named_modules() if _eps(m) and m not in scaled]
             if others or not hasattr(config, "rms_norm_eps"):
                 where = (
@@ -529,7 +519,7 @@ def _describe(model: nn.Module, cuts: list[Cut], found: dict[Kind, list[Unit]]) 
                     "this model exactly; use torch.save"
                 )
             values["rms_norm_eps"] = config.rms_norm_eps * unit.count / left
-    # What was derived from the old sizes is stated from now on.
+    # What was derived from the old sizes is now stated.
     sized = next((unit.module for unit in found.get("heads", ())), None)
     if sized is not None and changed & {"heads", "hidden"}:
         values["head_dim"] = int(sized.head_dim)  # type: ignore[arg-type]
@@ -545,7 +535,7 @@ def _describe(model: nn.Module, cuts: list[Cut], found: dict[Kind, list[Unit]]) 
         reason = " ".join(str(error).split())
         return (
             f"{type(config).__name__} refuses {values} ({reason}): from_pretrained cannot rebuild this "
-            "model; choose densities that it takes, or use torch.save"
+            "model; choose other densities, or use torch.save"
         )
     return ""
 

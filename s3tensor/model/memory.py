@@ -8,44 +8,46 @@ from typing import Any, Literal
 from torch import nn
 
 from s3tensor.errors import ModelError
-from s3tensor.model.weights import parameters_of
+from s3tensor.model.report import Report
+from s3tensor.model.weights import model_weights
 from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.sparse import StructuredSparseTensor
 
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """What one weight takes, in bytes."""
+    """What one weight takes."""
 
     name: str
-    compressed: int  # values and indices alone
-    held: int  # with the second forms
-    dense: int  # of the dense weight in this dtype
     forms: tuple[str, ...]  # "packed", then "dense", "vendor" where kept
+    bytes_before: int  # with the second forms
+    bytes_after: int
+    bytes_compressed: int  # values and indices alone
+    bytes_dense: int  # of the dense weight in this dtype
 
 
-@dataclass(frozen=True)
-class MemoryReport:
-    """What the compressed weights of a model take; ``str`` sums it up."""
-
-    rows: tuple[MemoryRow, ...]
-
-    @property
-    def compressed(self) -> int:
-        return sum(row.compressed for row in self.rows)
+class MemoryReport(Report[MemoryRow]):
+    """What the compressed weights of a model take."""
 
     @property
     def held(self) -> int:
-        return sum(row.held for row in self.rows)
+        """Bytes of all weights, second forms included: ``bytes_after``."""
+        return self.bytes_after
+
+    @property
+    def compressed(self) -> int:
+        """Bytes of all weights without second forms."""
+        return self.total("bytes_compressed")
 
     @property
     def dense(self) -> int:
-        return sum(row.dense for row in self.rows)
+        """Bytes of all weights, if they were dense in their dtypes."""
+        return self.total("bytes_dense")
 
     def __str__(self) -> str:
-        copies = [row for row in self.rows if len(row.forms) > 1]
+        copies = [row for row in self if len(row.forms) > 1]
         return (
-            f"{len(self.rows)} compressed weights hold {self.held / 1e6:.1f} MB: "
+            f"{len(self)} compressed weights hold {self.held / 1e6:.1f} MB: "
             f"{self.held / self.dense:.3f} of dense ({self.dense / 1e6:.1f} MB); compressed alone "
             f"{self.compressed / 1e6:.1f} MB; {len(copies)} keep a second form"
         )
@@ -54,7 +56,7 @@ class MemoryReport:
 def set_memory_(
     model: nn.Module, memory: Literal["lean", "fast"], batches: tuple[int, int] = (1, 4096)
 ) -> MemoryReport:
-    """Keep every compressed weight of a model for few bytes or for speed, in place.
+    """Keep every compressed weight of a model in few bytes or in the forms that are fast, in place.
 
     Args:
         model: a module on its final device and in its final dtype: what is worth a copy depends on both.
@@ -68,7 +70,7 @@ def set_memory_(
 
     Raises:
         ModelError: a model without compressed weights.
-        ValueError: another word for the memory, or batches that are no range.
+        OptionError: an unknown ``memory``, or ``batches`` that are not a range.
 
     Example:
         >>> model = nn.Linear(64, 32)
@@ -78,14 +80,14 @@ def set_memory_(
         (4352, 12544, 8192)
     """
     rows = []
-    for held in parameters_of(model):
-        before = held.parameter
+    for found in model_weights(model):
+        before = found.parameter
         if isinstance(before, StructuredSparseTensor):
             bare: Any = before.detach()
             weight = bare.with_memory(memory, batches)
+            rows.append(_row(found.path, before.nbytes_held, weight))
             # One at a time, so that the copies of an earlier call are freed as new ones are made.
-            held.replace(nn.Parameter(weight, requires_grad=before.requires_grad))
-            rows.append(_row(held.path, weight))
+            found.replace(nn.Parameter(weight, requires_grad=before.requires_grad))
     if not rows:
         int8 = any(isinstance(weight, Compressed) for weight in model.parameters())
         raise ModelError(
@@ -99,12 +101,13 @@ def set_memory_(
     return MemoryReport(tuple(rows))
 
 
-def _row(name: str, weight: StructuredSparseTensor) -> MemoryRow:
+def _row(name: str, bytes_before: int, weight: StructuredSparseTensor) -> MemoryRow:
     copies = tuple(form for form in ("dense", "vendor") if getattr(weight, form) is not None)
     return MemoryRow(
         name,
-        weight.nbytes_compressed,
-        weight.nbytes_held,
-        weight.numel() * weight.dtype.itemsize,
-        ("packed", *copies),
+        forms=("packed", *copies),
+        bytes_before=bytes_before,
+        bytes_after=weight.nbytes_held,
+        bytes_compressed=weight.nbytes_compressed,
+        bytes_dense=weight.numel() * weight.dtype.itemsize,
     )

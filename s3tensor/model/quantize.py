@@ -2,53 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from s3tensor.errors import ModelError
-from s3tensor.model.weights import Held, parameters_of
+from s3tensor.errors import ModelError, OptionError
+from s3tensor.model.report import Report
+from s3tensor.model.weights import LayerFilter, ModelWeight, model_weights
 from s3tensor.tensor.int8 import Int8SparseTensor
 from s3tensor.tensor.sparse import StructuredSparseTensor
 
 
 @dataclass(frozen=True)
 class QuantizeRow:
-    """What became of one weight."""
+    """One quantized weight."""
 
     name: str
     pattern: str
-    before: int  # bytes of the compressed weight, copies for speed included
-    after: int
-    dense: int  # bytes of the dense weight in this dtype
+    bytes_before: int  # of the compressed weight, copies for speed included
+    bytes_after: int
+    bytes_dense: int  # of the dense weight in this dtype
     error: float  # relative to the weight, Frobenius norms
 
 
-@dataclass(frozen=True)
-class QuantizeReport:
-    """What :func:`quantize_` did; ``str`` sums it up."""
-
-    rows: tuple[QuantizeRow, ...]
+class QuantizeReport(Report[QuantizeRow]):
+    """What :func:`quantize_` did."""
 
     @property
     def before(self) -> int:
-        return sum(row.before for row in self.rows)
+        """``bytes_before``."""
+        return self.bytes_before
 
     @property
     def after(self) -> int:
-        return sum(row.after for row in self.rows)
+        """``bytes_after``."""
+        return self.bytes_after
 
     @property
     def dense(self) -> int:
-        return sum(row.dense for row in self.rows)
+        """Bytes of all weights, if they were dense in their dtypes."""
+        return self.total("bytes_dense")
 
     def __str__(self) -> str:
-        worst = max(self.rows, key=lambda row: row.error)
+        worst = max(self, key=lambda row: row.error)
         return (
-            f"{len(self.rows)} compressed weights have int8 values: {self.after / 1e6:.1f} MB, before "
+            f"{len(self)} compressed weights have int8 values: {self.after / 1e6:.1f} MB, before "
             f"{self.before / 1e6:.1f} MB, dense {self.dense / 1e6:.1f} MB; the largest relative error of a "
             f"weight is {worst.error:.4f} ({worst.name})"
         )
@@ -57,7 +57,7 @@ class QuantizeReport:
 def quantize_(
     model: nn.Module,
     dtype: Literal["int8"] = "int8",
-    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    filter_fn: LayerFilter | None = None,
 ) -> QuantizeReport:
     """Give the compressed weights of a model int8 values, in place: for inference of small batches.
 
@@ -66,15 +66,15 @@ def quantize_(
     is replaced. Second forms of ``set_memory_`` are dropped.
 
     Args:
-        model: a pruned model with compressed weights, which need no gradient any more.
-        dtype: ``"int8"``; there are no others.
+        model: a pruned model with compressed weights, which no longer train.
+        dtype: ``"int8"``, the only one.
         filter_fn: ``filter_fn(module, name)`` is True for the layers to quantize; by default all.
 
     Returns:
-        a row for each weight: bytes before and after, and the relative error of the weight.
+        a row for each weight: bytes before and after, and its relative error.
 
     Raises:
-        ValueError: another dtype.
+        OptionError: another dtype.
         ModelError: a model without compressed weights, or none that the filter takes.
         NonFiniteError: NaN or Inf in a weight; nothing was changed.
 
@@ -86,15 +86,15 @@ def quantize_(
         (4352, 1408, 8192)
     """
     if dtype != "int8":
-        raise ValueError(f'dtype={dtype!r:.40}; it must be "int8"')
-    made: list[tuple[Held, nn.Parameter]] = []
+        raise OptionError(f'dtype={dtype!r:.40}; it must be "int8"')
+    made: list[tuple[ModelWeight, nn.Parameter]] = []
     rows = []
-    for held in parameters_of(model, filter_fn):
-        before = held.parameter
+    for found in model_weights(model, filter_fn):
+        before = found.parameter
         if isinstance(before, StructuredSparseTensor) and before.ndim == 2:
             weight = Int8SparseTensor.from_sparse(before)
-            made.append((held, nn.Parameter(weight, requires_grad=False)))
-            rows.append(_row(held.path, before, weight))
+            made.append((found, nn.Parameter(weight, requires_grad=False)))
+            rows.append(_row(found.path, before, weight))
     if not rows:
         done = any(isinstance(weight, Int8SparseTensor) for weight in model.parameters())
         raise ModelError(
@@ -102,8 +102,8 @@ def quantize_(
             + ("" if filter_fn is None else " that filter_fn takes")
             + ("; it has int8 values" if done else "; prune it, or call s3tensor.sparsify_, first")
         )
-    for held, parameter in made:
-        held.replace(parameter)
+    for found, parameter in made:
+        found.replace(parameter)
     return QuantizeReport(tuple(rows))
 
 

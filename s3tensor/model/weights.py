@@ -1,62 +1,142 @@
-"""Which modules of a model hold a parameter, so that another one is put in all its places."""
+"""A weight somewhere in a model: where it is, which modules share it, which way round it is stored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from s3tensor.tensor.base import Compressed
 
-class Place(NamedTuple):
-    """An attribute of a module that is a parameter."""
-
-    path: str  # in the model, such as "blocks.0.up.weight"
-    module: nn.Module
-    name: str  # in the module
+LayerFilter = Callable[[nn.Module, str], bool]
 
 
 @dataclass(frozen=True)
-class Held:
-    """A parameter by where a model holds it; it has several places where modules share it.
+class ModelWeight:
+    """A weight by where a model has it; the parameter is looked up, so that one that is replaced is freed.
 
-    The parameter itself is looked up, not kept: replaced in all its places, it goes.
+    Args:
+        module_path: in the model, such as ``blocks.0.up``; empty for the model itself.
+        attribute: of the module.
+        sharing: the other places of the same parameter.
     """
 
-    places: tuple[Place, ...]  # in the model's order, one at least
+    module_path: str
+    module: nn.Module
+    attribute: str = "weight"
+    sharing: tuple[ModelWeight, ...] = ()
+
+    @property
+    def places(self) -> tuple[ModelWeight, ...]:
+        """All places of the parameter, its own first."""
+        return (self, *self.sharing)
 
     @property
     def path(self) -> str:
-        """The first place's."""
-        return self.places[0].path
+        """The weight's, such as ``blocks.0.up.weight``."""
+        return f"{self.module_path}.{self.attribute}" if self.module_path else self.attribute
 
     @property
-    def parameter(self) -> Any:  # an nn.Parameter, and of a subclass what that is
-        _, module, name = self.places[0]
-        return getattr(module, name)
+    def name(self) -> str:
+        """The module's: its path, or the class of the model itself."""
+        return self.module_path or type(self.module).__name__
+
+    @property
+    def parameter(self) -> Any:  # an nn.Parameter, which may be a Compressed too
+        """The parameter as it is stored; computed where it is parametrized."""
+        return getattr(self.module, self.attribute)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is stored as (in_features, out_features)."""
+        return self.attribute == "weight" and is_conv1d(self.module)
+
+    def upright(self, stored: Tensor) -> Tensor:
+        """What is stored as the weight is, as (out_features, in_features); its own inverse."""
+        return stored.t() if self.transposed else stored
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight without gradient, (out_features, in_features), or as a convolution stores it."""
+        return self.upright(self.parameter.detach())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of a linear layer."""
+        out_features, in_features = self.weight.shape
+        return out_features, in_features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight, compressed or dense, without copies for speed."""
+        parameter = self.parameter
+        if isinstance(parameter, Compressed):
+            return parameter.nbytes_compressed
+        return int(parameter.numel() * parameter.element_size())
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Make ``weight``, (out_features, in_features), the parameter of its own place, without gradient."""
+        parameter = nn.Parameter(self.upright(weight), requires_grad=False)
+        setattr(self.module, self.attribute, parameter)
+
+    def copy_weight(self, weight: Tensor) -> None:
+        """Write ``weight``, (out_features, in_features), into the parameter that is there."""
+        self.weight.copy_(weight)
 
     def replace(self, parameter: nn.Parameter) -> None:
-        """Put one parameter in all the places, so that what was shared stays shared."""
-        for _, module, name in self.places:
-            setattr(module, name, parameter)
+        """Put one parameter, as it is stored, in all the places, so that what was shared stays shared."""
+        for place in self.places:
+            setattr(place.module, place.attribute, parameter)
 
 
-def parameters_of(
-    model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None
-) -> list[Held]:
-    """The parameters of a model, each once, in its order.
+def model_weights(model: nn.Module, filter_fn: LayerFilter | None = None) -> list[ModelWeight]:
+    """The parameters of a model, biases too, each once, in its order.
 
     Args:
         model: a module; its own parameters count too.
         filter_fn: ``filter_fn(module, name)`` is True for the modules to look at. Places in the others are
             left out.
     """
-    places: dict[int, list[Place]] = {}
+    places: dict[int, list[ModelWeight]] = {}
     for path, module in model.named_modules():
         if filter_fn is not None and not filter_fn(module, path):
             continue
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            place = Place(f"{path}.{name}" if path else name, module, name)
-            places.setdefault(id(parameter), []).append(place)
-    return [Held(tuple(found)) for found in places.values()]
+            places.setdefault(id(parameter), []).append(ModelWeight(path, module, name))
+    return [replace(first, sharing=tuple(others)) for first, *others in places.values()]
+
+
+def linear_layers(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)
+) -> Iterator[ModelWeight]:
+    """The weight of each linear layer and each module of other ``kinds``, in the model's order.
+
+    Each layer has its own, also where several share a parameter, and where it is parametrized.
+    """
+    known = {id(weight.parameter): weight for weight in model_weights(model)}
+    for path, module in model.named_modules():
+        if not (is_conv1d(module) or isinstance(module, kinds)):
+            continue
+        parameter, own = getattr(module, "weight", None), ModelWeight(path, module)
+        if isinstance(parameter, Tensor):
+            found = known.get(id(parameter), own)
+            places = (replace(place, sharing=()) for place in found.places)
+            yield replace(own, sharing=tuple(place for place in places if place != own))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for ``nn.Linear`` and for the ``Conv1D`` of transformers, parametrized or not."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """True for the ``Conv1D`` of transformers, a linear layer that stores its weight transposed."""
+    # By the name of its class, or of the base that a parametrization gives it, and by its shape, so that
+    # transformers need not be imported, nor installed.
+    return (
+        any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
+        and isinstance(getattr(module, "nf", None), int)
+        and getattr(module._parameters.get("weight"), "ndim", 2) == 2
+    )

@@ -1,10 +1,9 @@
-"""Training under a coupling: one owner of the decision over several weights, taken once a step."""
+"""Training under a coupling: one decision over several weights, taken once a step by their owner."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from s3tensor.errors import NonFiniteError, PatternError
+from s3tensor.model.weights import is_linear
 from s3tensor.paper import BlockSpec, Scopes, ScopeSpec, View
 from s3tensor.pattern import Pattern
-from s3tensor.train.masked import Masked, StraightThrough, broken, flipped, weight_of
+from s3tensor.train.masked import (
+    Masked,
+    StraightThrough,
+    changed_fraction,
+    check_options,
+    mask_problem,
+    weight_name,
+)
 from s3tensor.train.schedule import Density
 
 MODES = ("fixed", "ste", "srste")
@@ -23,7 +30,7 @@ MODES = ("fixed", "ste", "srste")
 
 @dataclass(frozen=True)
 class CouplingBudget:
-    """Blocks that each scope of a coupling keeps, of how many."""
+    """How many blocks each scope of a coupling keeps, and of how many."""
 
     name: str
     keep: int
@@ -41,15 +48,15 @@ class CouplingBudget:
 class Coupling:
     """The owner of the masks of several weights: one decision over all of them, taken once a step.
 
-    It holds the geometry of a coupling, not its tensors: the weights are given to each decision, so that
-    a model may be copied, moved or loaded. Masks are the largest blocks by Euclidean norm over all tensors,
+    It holds the geometry of a coupling, not its tensors: each decision is given the weights, so that a model
+    may be copied, moved or loaded. Masks keep the largest blocks by Euclidean norm over all tensors,
     as :meth:`s3tensor.ScopeSpec.hard_threshold` keeps them.
 
     Args:
         scopes: a ``ScopeSpec``, over a ``BlockCoupling`` as a rule, or a ``ScopeCoupling``.
         keep: blocks of each scope that stay: an int, or a density in (0, 1) as a float.
         mode: ``"fixed"``, ``"ste"`` or ``"srste"``, as in :class:`s3tensor.S3Sparse`.
-        refresh: steps from one decision to the next.
+        refresh: steps between decisions.
         schedule: a falling :class:`s3tensor.Density`.
         decay: of ``"srste"``.
         name: for messages; by default that of the scopes.
@@ -59,8 +66,8 @@ class Coupling:
         members: a :class:`CoupledSparse` for each of them.
 
     Raises:
-        PatternError: a budget that does not fit, or a schedule that ends elsewhere.
-        ValueError: an unknown mode, or an option that is out of range or of another mode.
+        PatternError: a budget that does not fit, or a schedule that does not end at it.
+        OptionError: an unknown mode, or an option that is out of range or of another mode.
     """
 
     def __init__(
@@ -74,37 +81,28 @@ class Coupling:
         decay: float | None = None,
         name: str | None = None,
     ) -> None:
-        if mode not in MODES:
-            why = ": the shortened weights of 'soft' would need every tensor in each forward"
-            raise ValueError(
-                f"mode {mode!r} of a coupling must be one of {', '.join(MODES)}"
-                + (why if mode == "soft" else "")
-            )
-        if type(refresh) is not int or refresh < 1:
-            raise ValueError(f"refresh={refresh!r} of a coupling must be an int >= 1, in steps")
-        if mode == "fixed" and (refresh != 1 or schedule is not None):
-            raise ValueError("a coupling in mode 'fixed' takes no refresh and no schedule")
-        if decay is not None and (mode != "srste" or not 0 <= decay < float("inf")):
-            raise ValueError(
-                f"decay={decay!r} of a coupling must be a number >= 0, and is of mode 'srste' only"
-            )
+        # 'soft' is none: its shortened weights would need every tensor in each forward.
+        self.decay = check_options(mode, MODES, refresh, schedule, decay, " of a coupling")
         label = name or scopes.name or "a coupling"
-        self.budget = CouplingBudget(label, _kept(keep, scopes, label), scopes.numblk_per_scope())
+        self.budget = CouplingBudget(
+            label, _keep_of(keep, scopes, label), scopes.numblk_per_scope()
+        )
         if schedule is not None:
             schedule.check(self.budget)
         self.mode, self.refresh, self.schedule = mode, refresh, schedule
-        self.decay = (2e-4 if decay is None else float(decay)) if mode == "srste" else 0.0
         self.steps = 0
         self.frozen = False
         self.weights: list[Tensor] = []
         for spec in scopes.blocks():
-            root = _root(spec.view)
+            root = _parameter_of(spec.view)
             if not any(root is weight for weight in self.weights):
                 self.weights.append(root)
-        # The same geometry over tensors without memory, so that no parameter is held twice.
-        self.scopes: Scopes = copy.deepcopy(scopes, {id(w): _shape_of(w) for w in self.weights})
+        # The same geometry over meta tensors, so that no parameter is held twice.
+        self.scopes: Scopes = copy.deepcopy(
+            scopes, {id(w): _without_memory(w) for w in self.weights}
+        )
         places = [
-            next(i for i, weight in enumerate(self.weights) if weight is _root(spec.view))
+            next(i for i, weight in enumerate(self.weights) if weight is _parameter_of(spec.view))
             for spec in scopes.blocks()
         ]
         self.specs = list(zip(self.scopes.blocks(), places, strict=True))
@@ -118,7 +116,7 @@ class Coupling:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return self.budget.name
 
     @property
@@ -127,12 +125,12 @@ class Coupling:
         return self.keep_now() / self.budget.blocks_per_scope
 
     def keep_now(self, steps: int | None = None) -> int:
-        """Blocks kept in each scope after so many steps, by default those counted."""
+        """Blocks kept in each scope after ``steps`` steps, by default those counted."""
         steps = self.steps if steps is None else steps
         return self.budget.keep if self.schedule is None else self.schedule.keep(steps, self.budget)
 
     def decide(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """A mask for each weight, bool, True where kept; what no block covers stays.
+        """A mask for each weight, bool, True where kept; elements that no block covers stay.
 
         Args:
             weights: the dense weights, in the order of :attr:`weights`.
@@ -140,18 +138,18 @@ class Coupling:
         Raises:
             NonFiniteError: NaN or Inf in one of them.
         """
-        values = {spec: _through(spec.view, weights[i]) for spec, i in self.specs}
+        values = {spec: _elements_of(spec.view, weights[i]) for spec, i in self.specs}
         try:
             found = self.scopes.get_masks(nnz=self.keep_now(), values=values)
         except NonFiniteError as error:
             raise NonFiniteError(f"{self.name}: {error}") from None
         masks = [torch.ones(w.shape, dtype=torch.bool, device=w.device) for w in weights]
         for spec, i in self.specs:
-            masks[i] &= _back(spec.view, found[spec])
+            masks[i] &= _mask_of_parameter(spec.view, found[spec])
         return masks
 
     def advance(self, weights: Sequence[Tensor]) -> None:
-        """Count one optimizer step, and decide anew when it is due; ``s3tensor.step`` calls it."""
+        """Count one optimizer step, and decide again when due; ``s3tensor.step`` calls it."""
         self.steps += 1
         if self.mode == "fixed" or self.frozen:
             return
@@ -159,8 +157,8 @@ class Coupling:
         if moved or self.steps % self.refresh == 0:
             for member, mask in zip(self.members, self.decide(weights), strict=True):
                 held = member.current_mask(mask)
-                member._flips = flipped(mask, held)
-                held.copy_(mask)  # in place: a compiled graph goes on reading it
+                member._flips = changed_fraction(mask, held)
+                held.copy_(mask)  # in place: compiled graphs keep reading it
 
     def freeze(self) -> None:
         """Keep the masks as they are from now on.
@@ -200,14 +198,16 @@ class Coupling:
 class CoupledSparse(Masked):
     """The parametrization of one weight of a :class:`Coupling`: it applies the mask that its owner decides.
 
-    The mask is a buffer, set at registration and by ``s3tensor.step``; forwards change nothing. Counts are
-    the owner's, and travel in the extra state of every member.
+    The mask is a buffer, set at registration and by ``s3tensor.step``; forwards do not change it. The owner's
+    counts are in the extra state of every member.
 
     Args:
         owner: the coupling.
-        place: of the weight in the coupling.
-        pattern: what the weight alone satisfies, to be compressed under; None where there is none.
+        place: index of the weight in the coupling.
+        pattern: that the weight alone satisfies, and is compressed under; None without one.
     """
+
+    _FACTS = ("coupling", "place", "steps", "frozen")
 
     def __init__(self, owner: Coupling, place: int, pattern: Pattern | None) -> None:
         super().__init__()
@@ -237,9 +237,8 @@ class CoupledSparse(Masked):
         return self.mode != "fixed" and not self.frozen
 
     def pattern_in(self, owner: nn.Module) -> Pattern | None:
-        """The weight's own pattern in a linear layer; biases and embeddings have no compressed product."""
-        kinds = {kind.__name__ for kind in type(owner).__mro__}
-        return self.pattern if kinds & {"Linear", "Conv1D"} and self._ndim == 2 else None
+        """The weight's pattern in a linear layer; biases and embeddings have no compressed product."""
+        return self.pattern if is_linear(owner) and self._ndim == 2 else None
 
     @property
     def _ndim(self) -> int:
@@ -277,14 +276,13 @@ class CoupledSparse(Masked):
             )
         return weight
 
-    def get_extra_state(self) -> Tensor:
-        """The owner's facts and the place, as bytes of JSON."""
-        facts = {**self.owner.facts(), "place": self.place}
-        return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+    def facts(self) -> dict[str, Any]:
+        """The owner's facts, and the place."""
+        return {**self.owner.facts(), "place": self.place}
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over the owner's counts; :meth:`_load_from_state_dict` has checked the rest."""
-        facts = json.loads(bytes(state.tolist()))
+        """Take the owner's counts; :meth:`_load_from_state_dict` has checked the rest."""
+        facts = self.saved_facts(state)
         self.owner.steps, self.owner.frozen = facts["steps"], facts["frozen"]
 
     def _load_from_state_dict(
@@ -292,12 +290,12 @@ class CoupledSparse(Masked):
     ) -> None:  # rest: local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         saved = state_dict.get(f"{prefix}_extra_state")
         if isinstance(saved, Tensor):
-            where = weight_of(prefix)
+            where = weight_name(prefix)
             try:
-                facts = json.loads(bytes(saved.tolist()))
-                theirs = facts.get("coupling"), facts.get("place")
+                facts = self.saved_facts(saved)
+                theirs = facts["coupling"], facts["place"]
                 sound = type(facts["steps"]) is int and type(facts["frozen"]) is bool
-            except (KeyError, TypeError, ValueError, AttributeError):
+            except (TypeError, ValueError):
                 theirs, sound = (None, None), False
             mine = self.owner.facts()["coupling"], self.place
             if theirs != mine or not sound:
@@ -309,21 +307,19 @@ class CoupledSparse(Masked):
             mask = state_dict.get(f"{prefix}mask")
             if isinstance(mask, Tensor) and not self._fits(mask, facts["steps"]):
                 rest[-1].append(
-                    f"{where}: the mask is none of {self.owner.budget}; load what was saved under the same "
-                    "coupling and schedule"
+                    f"{where}: the mask is not one of {self.owner.budget}; load what was saved under the "
+                    "same coupling and schedule"
                 )
                 return
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _fits(self, mask: Tensor, steps: int) -> bool:
-        """Whether a mask is one that the owner may have decided, as far as one weight can tell."""
+        """Whether the owner may have decided a mask, as far as one weight can tell."""
         ended = self.owner.keep_now(steps) == self.owner.budget.keep
-        shaped = (
-            self.mask is not None and mask.shape == self.mask.shape
-        )  # else torch has words of its own
+        shaped = self.mask is not None and mask.shape == self.mask.shape  # else torch raises
         if self.pattern is None or not ended or not shaped:
             return mask.dtype == torch.bool
-        return not broken(mask, self.pattern.bind(tuple(mask.shape)))
+        return not mask_problem(mask, self.pattern.bind(tuple(mask.shape)))
 
     def extra_repr(self) -> str:
         parts = [f"{self.owner.budget}", f"weight {self.place}", f"mode={self.mode!r}"]
@@ -333,7 +329,7 @@ class CoupledSparse(Masked):
 # the geometry of a coupling ---------------------------------------------------------------------------
 
 
-def _kept(keep: int | float, scopes: Scopes, label: str) -> int:
+def _keep_of(keep: int | float, scopes: Scopes, label: str) -> int:
     n = scopes.numblk_per_scope()
     if isinstance(keep, float) and 0 < keep < 1:
         keep = max(1, int(keep * n + 0.5))
@@ -345,30 +341,30 @@ def _kept(keep: int | float, scopes: Scopes, label: str) -> int:
     return keep
 
 
-def _root(view: View) -> Tensor:
-    """The tensor under a view, or under views of views."""
-    return _root(view.param) if isinstance(view.param, View) else view.param
+def _parameter_of(view: View) -> Tensor:
+    """The tensor under a view, or under nested views."""
+    return _parameter_of(view.param) if isinstance(view.param, View) else view.param
 
 
-def _shape_of(weight: Tensor) -> Tensor:
+def _without_memory(weight: Tensor) -> Tensor:
     return torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
 
 
-def _through(view: View, weight: Tensor) -> Tensor:
+def _elements_of(view: View, weight: Tensor) -> Tensor:
     """The elements of ``weight`` in the view's shape."""
-    return view.of(_through(view.param, weight) if isinstance(view.param, View) else weight)
+    return view.of(_elements_of(view.param, weight) if isinstance(view.param, View) else weight)
 
 
-def _back(view: View, mask: Tensor) -> Tensor:
-    """A mask of the view's shape in the weight's, True where the view does not reach."""
+def _mask_of_parameter(view: View, mask: Tensor) -> Tensor:
+    """A mask of the view's shape in the weight's shape, True outside the view."""
     whole = view.to_param(mask, fill=True)
-    return _back(view.param, whole) if isinstance(view.param, View) else whole
+    return _mask_of_parameter(view.param, whole) if isinstance(view.param, View) else whole
 
 
 def _patterns(scopes: Scopes, keep: int) -> list[Pattern | None]:
-    """What each tensor alone satisfies: that of its blocks if all its competitors keep or go with them."""
+    """The pattern that each tensor alone satisfies: that of its blocks, if a block spans all tensors."""
     if not isinstance(scopes, ScopeSpec):
-        return [None for _ in scopes.blocks()]  # its share of a scope's budget is not known
+        return [None for _ in scopes.blocks()]  # its share of a scope's budget is unknown
     found: list[Pattern | None] = []
     for spec, order in scopes.block.members:
         shape = [0] * len(order)
@@ -376,7 +372,7 @@ def _patterns(scopes: Scopes, keep: int) -> list[Pattern | None]:
             shape[axis] = size
         try:
             found.append(ScopeSpec(BlockSpec(spec.view, spec.shape), shape).pattern(keep))
-        except PatternError:  # a part of a parameter, or a view that no rule says
+        except PatternError:  # a part of a parameter, or a view without a rule
             found.append(None)
     return found
 

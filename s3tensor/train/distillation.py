@@ -1,4 +1,4 @@
-"""A distillation loss: what a pruned student learns from the dense teacher's distribution of each token."""
+"""A distillation loss: a pruned student learns the dense teacher's distribution of each token."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from s3tensor.errors import OptionError
 
 _AT_ONCE = 2**25  # probabilities
 
@@ -25,49 +27,49 @@ def distillation_loss(
     hidden_weight: float = 1.0,
     chunk: int | None = None,
 ) -> Tensor:
-    """``T^2 KL(teacher || student)`` of the next token, at temperature T, meaned over the tokens that count.
+    """``T^2 KL(teacher || student)`` of the next token at temperature T, averaged over the tokens that count.
 
     G. Hinton et al., arXiv 1503.02531: both distributions are softened by T, and T^2 keeps the size of the
-    gradient. With hidden states, ``hidden_weight`` times their squared error, relative to the square of the
-    teacher's, is added, meaned over the pairs. Add it to a cross-entropy of the labels as you like::
+    gradient. With hidden states it adds ``hidden_weight`` times their squared error, relative to the square
+    of the teacher's, averaged over the pairs. Combine it with a cross-entropy as you like::
 
         loss = 0.5 * F.cross_entropy(...) + 0.5 * distillation_loss(student, teacher, labels=labels)
 
-    Probabilities are taken in float32 (float64 for float64 logits), of ``chunk`` tokens at a time, and anew
-    in the backward pass: nothing of the size of the logits is held besides them, and one gradient of the
-    student's dtype.
+    Probabilities are computed in float32 (float64 for float64 logits), for ``chunk`` tokens at a time, and
+    again in the backward pass: the only other tensor of the logits' size is one gradient in the student's
+    dtype.
 
     Args:
         student, teacher: logits of any floating dtypes. No gradient flows to the teacher: get its logits
             under ``torch.no_grad()``.
         temperature: T > 0.
-        labels: of each position; those of ``ignore_index`` do not count. Give labels that lie as the
-            logits do: for a causal model shift both, or neither.
-        mask: positions that count, True; together with ``labels`` both must agree.
+        labels: of each position; those equal to ``ignore_index`` do not count. Align them with the logits:
+            for a causal model shift both, or neither.
+        mask: True for positions that count; with ``labels``, those that count by both.
         hidden: pairs of hidden states over the same positions.
-        hidden_weight: of the hidden states.
-        chunk: tokens at a time; default as many as have 2^25 probabilities, 0.13 GB in float32: 223 of a
-            vocabulary of 150,000. About five such tensors live at once.
+        hidden_weight: weight of their term.
+        chunk: tokens at a time; by default as many as have 2^25 probabilities, 0.13 GB in float32: 223 of a
+            vocabulary of 150,000. About five such tensors are held at once.
 
     Returns:
         0-dim, float32 or float64; 0 where no token counts.
 
     Raises:
-        ValueError: shapes that differ, a temperature or chunk that is not positive.
+        OptionError: shapes that differ, or a temperature or chunk that is not positive.
     """
     if student.shape != teacher.shape or student.ndim < 1:
-        raise ValueError(
+        raise OptionError(
             f"student logits of shape {tuple(student.shape)}, teacher logits of {tuple(teacher.shape)}; both "
             "must be (..., vocabulary), of one vocabulary: cut padding off the larger one"
         )
     if not (student.is_floating_point() and teacher.is_floating_point()):
-        raise ValueError(f"logits are floating point, got {student.dtype} and {teacher.dtype}")
+        raise OptionError(f"logits must be floating point, got {student.dtype} and {teacher.dtype}")
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature!r} must be a number > 0")
+        raise OptionError(f"temperature={temperature!r} must be a number > 0")
     if chunk is None:
         chunk = max(1, _AT_ONCE // max(1, student.shape[-1]))
     if type(chunk) is not int or chunk < 1:
-        raise ValueError(f"chunk={chunk!r} must be an int >= 1, in tokens")
+        raise OptionError(f"chunk={chunk!r} must be an int >= 1, in tokens")
     counts = _counts(student, labels, ignore_index, mask)
     vocabulary = student.shape[-1]
     divergence: Tensor = _Divergence.apply(
@@ -91,7 +93,7 @@ def _counts(
     counts = torch.ones(positions, dtype=torch.bool, device=student.device)
     for name, given in (("labels", labels), ("mask", mask)):
         if given is not None and given.shape != positions:
-            raise ValueError(
+            raise OptionError(
                 f"{name} of shape {tuple(given.shape)} for logits of {tuple(positions)} positions; give one "
                 "for each position"
             )
@@ -105,21 +107,21 @@ def _counts(
 def _hidden_error(mine: Tensor, theirs: Tensor, counts: Tensor) -> Tensor:
     """Squared error over the tokens that count, relative to the square of the teacher's."""
     if mine.shape != theirs.shape or mine.shape[:-1].numel() != len(counts):
-        raise ValueError(
+        raise OptionError(
             f"hidden states of shapes {tuple(mine.shape)} and {tuple(theirs.shape)} over {len(counts)} "
             "positions; both must be (..., features), over the positions of the logits"
         )
     wide = torch.promote_types(mine.dtype, torch.float32)
     shape = (len(counts), mine.shape[-1])
     target = torch.where(counts[:, None], theirs.detach().reshape(shape).to(wide), 0)
-    # Ignored positions are cut off before the subtraction: what they hold may not be finite.
+    # Ignored positions are zeroed before the subtraction: they may not be finite.
     value = torch.where(counts[:, None], mine.reshape(shape).to(wide), 0)
     size = target.square().sum()
     return F.mse_loss(value, target, reduction="sum") / torch.where(size > 0, size, 1)
 
 
 class _Divergence(torch.autograd.Function):
-    """``T^2 KL`` meaned over the tokens that count; probabilities are not saved but taken again."""
+    """``T^2 KL`` averaged over the tokens that count; probabilities are computed again, not saved."""
 
     @staticmethod
     def forward(
@@ -136,7 +138,7 @@ class _Divergence(torch.autograd.Function):
             q = _log_probabilities(mine, temperature, wide)
             p = _log_probabilities(theirs, temperature, wide)
             mass = p.exp()
-            # Words that the teacher rules out (p = 0) add nothing, also where the student does so too.
+            # Tokens that the teacher rules out (p = 0) add nothing, even if the student does too.
             each = torch.where(mass > 0, mass * (p - q), 0).sum(-1)
             total = total + torch.where(counted, each, 0).sum()
         return total * (temperature**2) / counts.sum().clamp(min=1)

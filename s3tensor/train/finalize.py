@@ -1,4 +1,4 @@
-"""Leaving training: ``finalize`` replaces weights under S3Sparse by compressed parameters."""
+"""``finalize``: after training, weights under S3Sparse become compressed parameters."""
 
 from __future__ import annotations
 
@@ -11,35 +11,40 @@ from torch.nn.utils import parametrize
 from s3tensor.errors import ModelError
 from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.sparse import StructuredSparseTensor
-from s3tensor.train import sparse_cores as sparse_training
-from s3tensor.train.parametrized import Site, check_alone, naming, parametrized
+from s3tensor.train.parametrized import (
+    TrainedWeight,
+    check_masks_not_shared,
+    name_in_errors,
+    trained_weights,
+)
+from s3tensor.train.sparse_cores import restore_forward
 
 
 def finalize(module: nn.Module, compress: bool = True) -> nn.Module:
     """Replace every weight under :class:`S3Sparse` by a compressed parameter, in place.
 
-    Each parametrization is removed, and what the last forward used is left, value for value, as a
+    Each parametrization is removed, and the weight of the last forward stays, value for value, as a
     ``StructuredSparseTensor`` parameter without gradient. Weights that shared a dense original share the
-    compressed one. What has no compressed product is left dense, with zeros in it: convolutions, embeddings,
-    recurrent layers, the joint projection of ``nn.MultiheadAttention``, and of a coupling biases and weights
+    compressed one. What has no compressed product stays dense, with zeros in it: convolutions, embeddings,
+    recurrent layers, the joint projection of ``nn.MultiheadAttention``, and in a coupling biases and weights
     whose share of a scope's budget is not fixed. Optimizers still hold the dense originals: drop them.
 
     Args:
-        module: a module; those below it count too.
-        compress: False leaves plain dense parameters with zeros in them everywhere, which still train.
+        module: a module; its submodules count too.
+        compress: False leaves plain dense parameters, with zeros in them, which still train.
 
     Returns:
         ``module``.
 
     Raises:
-        ModelError: nothing to finalize: no ``S3Sparse`` and no compressed weight. (With compressed
-            weights only, as after an earlier call, nothing is done.) Or a density schedule that has not
-            ended, or sharded weights. Nothing is changed then.
+        ModelError: no ``S3Sparse`` and no compressed weight (with compressed weights only, as after an
+            earlier call, nothing is done); or a density schedule that has not ended, or sharded weights.
+            Nothing is changed then.
         PatternError: an ``S3Sparse`` under another parametrization, so that the weight that the module
             uses need not satisfy the pattern. Nothing is changed then.
         NonFiniteError: NaN or Inf in a weight, by name. Nothing is changed then.
     """
-    found = list(parametrized(module))
+    found = list(trained_weights(module))
     if not found:
         if any(isinstance(p, Compressed) for p in module.parameters()):
             return module
@@ -47,32 +52,35 @@ def finalize(module: nn.Module, compress: bool = True) -> nn.Module:
             f"{type(module).__name__} has no S3Sparse parametrization to finalize; register one with "
             "torch.nn.utils.parametrize.register_parametrization, or compress with s3tensor.sparsify_"
         )
-    for site in found:
-        _check_done(site)
-    check_alone(found)
+    for weight in found:
+        _check_trained(weight)
+    check_masks_not_shared(found)
     made: dict[int, list[nn.Parameter]] = {}  # by the identity of the dense original
     with torch.inference_mode(False), torch.no_grad():
-        ready = [(site, _final(site, compress, made)) for site in found]
-        for site, parameter in ready:
-            sparse_training.leave(site.owner)
-            _own_class(site.owner)
-            joined = len(site.originals) > 1  # torch takes these apart in one way only
-            parametrize.remove_parametrizations(site.owner, site.name, leave_parametrized=joined)
-            setattr(site.owner, site.name, parameter)
+        ready = [(weight, _final(weight, compress, made)) for weight in found]
+        for weight, parameter in ready:
+            owner, name = weight.module, weight.attribute
+            restore_forward(owner)
+            _own_class(owner)
+            several = len(weight.originals) > 1  # then torch can only leave the parametrized value
+            parametrize.remove_parametrizations(owner, name, leave_parametrized=several)
+            weight.replace(parameter)
     return module
 
 
-def _final(site: Site, compress: bool, made: dict[int, list[nn.Parameter]]) -> nn.Parameter:
-    """What is left of a weight, from ``made`` if it has been made for another module."""
-    sparse, originals = site.sparse, site.originals
-    pattern = sparse.pattern_in(site.owner) if compress else None
-    with naming(site.path, "; nothing was finalized"):
-        weight = site.weight()
-        value = sparse(weight).detach()
+def _final(
+    weight: TrainedWeight, compress: bool, made: dict[int, list[nn.Parameter]]
+) -> nn.Parameter:
+    """The parameter that a weight becomes, from ``made`` if another module has it already."""
+    sparse, originals = weight.sparse, weight.originals
+    pattern = sparse.pattern_in(weight.module) if compress else None
+    with name_in_errors(weight.path, "; nothing was finalized"):
+        dense = weight.dense()
+        value = sparse(dense).detach()
         if pattern is not None:
-            value, mask = (sparse.upright(x) for x in (value, sparse.current_mask(weight)))
-            value = StructuredSparseTensor.from_dense(value, pattern, mask)
-            value = sparse.upright(value)
+            mask = weight.upright(sparse.current_mask(dense))
+            value = StructuredSparseTensor.from_dense(weight.upright(value), pattern, mask)
+            value = weight.upright(value)
     shared = made.setdefault(id(originals[0]), [])
     same = [p for p in shared if _equal(value, p)]
     if not same:
@@ -92,30 +100,31 @@ def _own_class(owner: nn.Module) -> None:
     """Give a parametrized module a class of its own.
 
     ``copy.deepcopy`` lets the copy (an EMA model, say) share the class that torch made for the
-    parametrization, and ``remove_parametrizations`` deletes the property from it, for both.
+    parametrization, and ``remove_parametrizations`` deletes the property from that class, for both.
     """
     cls = type(owner)
     body = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
     owner.__class__ = type(cls.__name__, cls.__bases__, body)
 
 
-def _check_done(site: Site) -> None:
-    sparse = site.sparse
-    if site.is_sharded:
+def _check_trained(weight: TrainedWeight) -> None:
+    """Refuse a weight that is not ready to be finalized; warn of one whose mask never changed."""
+    sparse = weight.sparse
+    if weight.is_sharded:
         raise ModelError(
-            f"{site.path} is sharded: gather the state dict (torch.distributed.checkpoint.state_dict."
+            f"{weight.path} is sharded: gather the state dict (torch.distributed.checkpoint.state_dict."
             "get_model_state_dict with full_state_dict=True), load it into an unsharded model under the same "
             "patterns, and finalize that"
         )
     if sparse.schedule is not None and not sparse.has_ended:
         raise ModelError(
-            f"{site.path}: its density schedule is at {sparse.density:g} after {sparse.steps} of "
+            f"{weight.path}: its density schedule is at {sparse.density:g} after {sparse.steps} of "
             f"{sparse.schedule.steps} steps; call s3tensor.step(model) after each optimizer step, until "
             "it ends"
         )
     if sparse.needs_steps and sparse.steps == 0 and not sparse.frozen:
         warnings.warn(
-            f"{site.path}: refresh={sparse.refresh}, but s3tensor.step(model) was never called, so its "
+            f"{weight.path}: refresh={sparse.refresh}, but s3tensor.step(model) was never called, so its "
             "mask is the one of registration",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""LoRA on compressed weights, through peft: an adapter whose update keeps the mask."""
+"""LoRA on compressed weights, through peft: adapters whose updates keep the mask."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s3tensor.errors import ModelError
+from s3tensor.errors import ArgumentError, ModelError, NonFiniteError, OptionError
+from s3tensor.model.weights import is_conv1d
 from s3tensor.tensor import ops
 from s3tensor.tensor.sparse import StructuredSparseTensor
 from s3tensor.train.masked import Masked
@@ -22,16 +23,16 @@ def lora_config(config: Any = None, **options: Any) -> Any:
     """A ``peft.LoraConfig`` under which adapters on compressed weights keep their masks.
 
     On a layer whose weight is a :class:`~s3tensor.StructuredSparseTensor` the adapter's update is limited
-    to the weights that are kept: the layer computes ``x (W + m s BA)'``, m the mask and s the scaling (J. P.
-    Muñoz et al., arXiv 2410.03750, call it SparsePEFT). So ``merge_and_unload`` gives compressed weights of
-    the same mask and the same outputs: what was trained is what is merged. Other layers get peft's own.
+    to the kept weights: the layer computes ``x (W + m s BA)'``, m the mask and s the scaling (SparsePEFT; J.
+    P. Muñoz et al., arXiv 2410.03750). So ``merge_and_unload`` gives compressed weights with the same mask
+    and the same outputs. Other layers get peft's adapters.
 
-    The price of a training step is that of the dense product BA and of a gradient of the weight's shape for
-    a moment; optimizer states are of the adapter alone.
+    A training step also costs the dense product BA and, for a moment, a gradient of the weight's shape;
+    optimizer states are those of the adapter alone.
 
     Args:
-        config: a ``LoraConfig``, such as ``LoraConfig.from_pretrained(folder)`` of a saved adapter; it is
-            changed and returned.
+        config: a ``LoraConfig``, such as ``LoraConfig.from_pretrained(folder)`` of a saved adapter; changed
+            in place and returned.
         options: of a new ``LoraConfig``: r, lora_alpha, target_modules, lora_dropout, ...
 
     Example:
@@ -40,7 +41,7 @@ def lora_config(config: Any = None, **options: Any) -> Any:
 
     Raises:
         ModuleNotFoundError: peft is not installed.
-        TypeError: both a config and options.
+        ArgumentError: both a config and options.
     """
     try:
         import peft
@@ -49,7 +50,7 @@ def lora_config(config: Any = None, **options: Any) -> Any:
             "lora_config needs peft: pip install 's3tensor[peft]'", name=error.name
         ) from error
     if config is not None and options:
-        raise TypeError(
+        raise ArgumentError(
             "give a LoraConfig, or the options of a new one, not both; set them on the config"
         )
     made = peft.LoraConfig(**options) if config is None else config
@@ -58,7 +59,7 @@ def lora_config(config: Any = None, **options: Any) -> Any:
 
 
 def _dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> Any:
-    """peft asks for each target: our layer for a compressed weight, None for peft's own."""
+    """For a target that peft asks about: our layer if its weight is compressed, else None for peft's."""
     unwrap: Any = getattr(target, "get_base_layer", lambda: target)
     base = unwrap()
     chain = getattr(base, "parametrizations", {})
@@ -74,12 +75,12 @@ def _dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) 
 
 @functools.lru_cache(maxsize=1)
 def layer_class() -> Any:
-    """peft's LoRA layer for compressed weights, a class made once peft is there."""
+    """peft's LoRA layer for compressed weights; the class is made on first use, as peft is optional."""
     from peft.tuners.lora.layer import Linear
     from peft.tuners.tuners_utils import check_adapters_to_merge
 
     class SparseLoraLinear(Linear):
-        """A linear layer of a compressed weight, with adapters whose updates are limited to its mask."""
+        """A linear layer with a compressed weight, and adapters whose updates are limited to its mask."""
 
         @property
         def lora_variants(self) -> dict[tuple[str, ...], Any]:
@@ -92,7 +93,7 @@ def layer_class() -> Any:
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
         def packed_update(self, adapter: str) -> Tensor:
-            """``s BA`` at the weights that are kept, packed like the weight: (scopes, keep, block_size)."""
+            """``s BA`` at the kept weights, packed like the weight: (scopes, keep, block_size)."""
             weight = self.get_base_layer().weight
             update = self.get_delta_weight(adapter)  # as the weight is stored
             laid = (update.t() if weight.transposed else update).contiguous()
@@ -103,7 +104,7 @@ def layer_class() -> Any:
             packed: Tensor = self.get_base_layer().weight.packed
             total = packed
             for adapter in adapters:
-                total = total + sign * self.packed_update(adapter)  # in the wider dtype of the two
+                total = total + sign * self.packed_update(adapter)  # in the wider of the two dtypes
             return total.to(packed.dtype)
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -111,7 +112,7 @@ def layer_class() -> Any:
                 plain: Tensor = super().forward(x, *args, **kwargs)
                 return plain
             if args or kwargs:
-                raise ValueError(
+                raise OptionError(
                     f"adapters on compressed weights take x alone, got {sorted(kwargs) or args}; run rows "
                     "of different adapters in batches of their own"
                 )
@@ -123,7 +124,7 @@ def layer_class() -> Any:
                 (dropping if drops else whole).append(name)
             layer = self.get_base_layer()
             result = _product(x, self.packed_sum(whole), layer, layer.bias)
-            for name in dropping:  # dropout is of the adapter's input alone
+            for name in dropping:  # dropout applies to the adapter's input alone
                 update = self.packed_update(name).to(layer.weight.dtype)
                 result = result + _product(self.lora_dropout[name](x), update, layer, None)
             return result
@@ -136,7 +137,7 @@ def layer_class() -> Any:
                 self.merged_adapters.extend(names)
 
         def unmerge(self) -> None:
-            """Take merged updates off the kept weights, in place, up to rounding."""
+            """Subtract merged updates from the kept weights, in place, up to rounding."""
             if not self.merged:
                 warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
                 return
@@ -148,7 +149,7 @@ def layer_class() -> Any:
             weight = self.get_base_layer().weight
             packed = self.packed_sum(names, sign)
             if safe and not bool(torch.isfinite(packed).all()):
-                raise ValueError(
+                raise NonFiniteError(
                     f"the weights merged with {', '.join(names)} hold NaN or Inf; the base was left as it was"
                 )
             weight.packed.copy_(packed)
@@ -161,20 +162,20 @@ def _check(config: Any) -> None:
     """Refuse what needs a dense weight.
 
     Raises:
-        ValueError: naming the option.
+        OptionError: naming the option.
     """
     if config.init_lora_weights not in _PLAIN_STARTS:
-        raise ValueError(
+        raise OptionError(
             f"init_lora_weights={config.init_lora_weights!r} on a compressed weight: only "
             f"{', '.join(map(repr, _PLAIN_STARTS))} start without the dense weight"
         )
     for name in ("use_dora", "lora_bias", "use_bdlora", "arrow_config", "alora_invocation_tokens"):
         if getattr(config, name, None):
-            raise ValueError(f"{name} is not supported on a compressed weight; leave it out")
+            raise OptionError(f"{name} is not supported on a compressed weight; leave it out")
 
 
 def _product(x: Tensor, packed: Tensor, layer: nn.Module, bias: Tensor | None) -> Tensor:
-    """``x`` times packed values at the positions of the layer's weight, with autocast as ``F.linear``."""
+    """``x`` times packed values at the positions of the layer's weight; autocast as for ``F.linear``."""
     weight: Any = layer.weight
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -182,10 +183,5 @@ def _product(x: Tensor, packed: Tensor, layer: nn.Module, bias: Tensor | None) -
         x, packed = x.to(dtype), packed.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     shape = list(weight.bound_shape)
-    facts = (str(weight.pattern), shape, weight.transposed ^ _is_conv1d(layer), weight.tiled)
+    facts = (str(weight.pattern), shape, weight.transposed ^ is_conv1d(layer), weight.tiled)
     return ops.linear(x, packed, weight.indices, bias, *facts)
-
-
-def _is_conv1d(layer: nn.Module) -> bool:
-    """Whether a layer computes ``x @ weight``, as the ``Conv1D`` of transformers."""
-    return not isinstance(layer, nn.Linear)

@@ -1,13 +1,14 @@
-"""A masked weight in use, and its gradients: what the parametrizations of training share."""
+"""Masked weights and their gradients: what the parametrizations of training share."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from s3tensor.errors import PatternError
+from s3tensor.errors import OptionError, PatternError
 from s3tensor.mask import backend
 from s3tensor.mask import projection as masks
 from s3tensor.mask.projection import blocks_in, count, expand_blocks, tile, tile_norms, untile
@@ -15,14 +16,14 @@ from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.tensor import ops
 from s3tensor.train.schedule import Density
 
-# Modules that do not multiply by a matrix as F.linear does: a compressed weight is of no use to them.
+# Modules that do not multiply by their weight as F.linear does, so that it stays dense.
 _NO_PRODUCT = (
     nn.modules.conv._ConvNd,
     *(nn.Embedding, nn.EmbeddingBag, nn.Bilinear, nn.RNNBase, nn.RNNCellBase),
     nn.MultiheadAttention,  # of its own parameters; out_proj is a linear layer
 )
 
-# Up to this many competing weights the compiler unrolls a sum, so that a mask is taken where it is used.
+# Up to this many competing weights the compiler unrolls a sum, and fuses the mask into its use.
 _UNROLLED = 8
 
 
@@ -30,9 +31,9 @@ class Masked(nn.Module):
     """The base of the parametrizations that multiply a weight by a mask, see :class:`s3tensor.S3Sparse`.
 
     Attributes:
-        mask: bool, of the weight's shape, True where kept; None where each forward takes its own.
+        mask: bool, of the weight's shape, True where kept; None if each forward takes its own.
         steps: counted by ``s3tensor.step``.
-        pattern: what a compressed weight is packed under; None where the mask is of no pattern.
+        pattern: that a compressed weight is packed under; None if the mask has none.
     """
 
     mask: Tensor | None
@@ -43,13 +44,14 @@ class Masked(nn.Module):
     steps: int
     frozen: bool
     _flips: Tensor | None
+    _FACTS: ClassVar[tuple[str, ...]]  # names that every extra state has
 
     def current_mask(self, weight: Tensor) -> Tensor:
         """The mask that :meth:`forward` applies to ``weight``."""
         raise NotImplementedError
 
     def pattern_in(self, owner: nn.Module) -> Pattern | None:
-        """What the weight is packed under when it is compressed in a module; None if it must stay dense."""
+        """The pattern that a module's weight is packed under when compressed; None if it must stay dense."""
         return None if isinstance(owner, _NO_PRODUCT) else self.pattern
 
     @property
@@ -68,8 +70,23 @@ class Masked(nn.Module):
 
     @property
     def has_ended(self) -> bool:
-        """Whether the density has come to the budget."""
+        """Whether the density has reached the budget."""
         raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """What the extra state holds: counts, and what the parametrization is of."""
+        raise NotImplementedError
+
+    def get_extra_state(self) -> Tensor:
+        """:meth:`facts` as bytes of JSON, uint8: a tensor, so that safetensors can hold it."""
+        return torch.tensor(list(json.dumps(self.facts()).encode()), dtype=torch.uint8)
+
+    def saved_facts(self, state: Tensor) -> dict[str, Any]:
+        """The facts in an extra state; TypeError or ValueError if it is damaged."""
+        facts = json.loads(bytes(state.tolist()))
+        if not isinstance(facts, dict) or not all(name in facts for name in self._FACTS):
+            raise ValueError(f"the extra state lacks one of {', '.join(self._FACTS)}")
+        return facts
 
     @property
     def flip_rate(self) -> float | None:
@@ -77,14 +94,46 @@ class Masked(nn.Module):
         return None if self._flips is None else float(self._flips)
 
 
+# options and the state dict ---------------------------------------------------------------------------
+
+
+def check_options(
+    mode: str,
+    modes: tuple[str, ...],
+    refresh: int,
+    schedule: Density | None,
+    decay: float | None,
+    of: str = "",
+) -> float:
+    """Refuse options that are out of range or of another mode, ``of`` what; returns the decay in use."""
+    if mode not in modes:
+        raise OptionError(f"mode {mode!r}{of} must be one of {', '.join(modes)}")
+    if type(refresh) is not int or refresh < 1:
+        raise OptionError(f"refresh={refresh!r}{of} must be an int >= 1, in steps")
+    if mode == "fixed" and (refresh != 1 or schedule is not None):
+        raise OptionError(f"mode 'fixed'{of} takes no refresh and no schedule: its mask stays")
+    if mode != "srste" and decay is None:
+        return 0.0
+    decay = 2e-4 if decay is None else decay
+    if mode != "srste" or not 0 <= decay < float("inf"):
+        raise OptionError(f"decay={decay!r}{of} must be a number >= 0, and is of mode 'srste' only")
+    return float(decay)
+
+
+def weight_name(prefix: str) -> str:
+    """The weight's name from the prefix of its parametrization in a state dict."""
+    owner, _, rest = prefix.rpartition("parametrizations.")
+    return f"{owner}{rest.split('.')[0]}"
+
+
 # masks ------------------------------------------------------------------------------------------------
 
 
 def magnitude_mask(weight: Tensor, text: str, run: int, keep: int) -> Tensor:
-    """The mask of the largest magnitudes, as a forward takes it: ``s3tensor.project`` at no cost.
+    """The mask of the largest magnitudes in a forward: ``s3tensor.project`` without its checks.
 
-    A compiled graph computes that of N:M where it multiplies by it: one read of the weight, no mask in
-    memory. On a GPU nobody waits to hear whether the weight is finite; NaN counts as the largest.
+    A compiled graph fuses that of N:M into the product with it: one read of the weight, no mask in memory. On
+    a GPU the weight is not checked for NaN, which counts as the largest.
 
     Args:
         text: the pattern; run: of :func:`run_length`; keep: blocks of a scope.
@@ -119,10 +168,7 @@ def _sizes(weight: Tensor) -> Tensor:
 
 
 def _of_four(size: Tensor, place: Tensor, keep: int) -> Tensor:
-    """:func:`ranked` by the six comparisons of a scope, which a thread that holds its weights makes once.
-
-    On an H100 that is 13 instructions a weight, for 28 by counting what is better than each.
-    """
+    """:func:`ranked` by the six comparisons of a scope: half the instructions of counting for each."""
     a, b, c, d = size.split(1, -1)  # (scopes, 1)
     ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
     kept = [
@@ -137,7 +183,7 @@ def _of_four(size: Tensor, place: Tensor, keep: int) -> Tensor:
 
 
 def _wins(keep: int, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """Whether a weight that wins x, y and z of its comparisons is among the ``keep`` largest of four."""
+    """Whether a weight with these results of its comparisons is among the ``keep`` largest of four."""
     if keep == 1:
         return x & y & z
     return x | y | z if keep == 3 else (x & y) | (z & (x | y))
@@ -158,8 +204,8 @@ def check_mask(mask: Tensor, bound: BoundPattern) -> None:
         )
 
 
-def broken(mask: Tensor, bound: BoundPattern) -> str:
-    """Why a mask of a state dict is none of a pattern, or empty; of one on meta nothing is known."""
+def mask_problem(mask: Tensor, bound: BoundPattern) -> str:
+    """Why a mask of a state dict does not satisfy a pattern, or empty; one on meta is not looked at."""
     if mask.is_meta:
         return ""
     if mask.dtype != torch.bool:
@@ -171,13 +217,7 @@ def broken(mask: Tensor, bound: BoundPattern) -> str:
     return ""
 
 
-def weight_of(prefix: str) -> str:
-    """The weight's name from the prefix of its parametrization in a state dict."""
-    owner, _, rest = prefix.rpartition("parametrizations.")
-    return f"{owner}{rest.split('.')[0]}"
-
-
-def flipped(mask: Tensor, before: Tensor) -> Tensor:
+def changed_fraction(mask: Tensor, before: Tensor) -> Tensor:
     """Fraction of elements that differ, 0-dim float32."""
     return (mask != before.to(mask.device)).mean(dtype=torch.float32)
 
@@ -195,7 +235,7 @@ def shrink(weight: Tensor, mask: Tensor, pattern: str) -> Tensor:
 
     A kept block v becomes ``v max(0, 1 - t / ||v||)``, t the largest ``||u||`` of a dropped block u. For 2:4
     it is the soft threshold of S-STE (Y. Hu et al., arXiv 2409.09099, equation 8): continuous in the weight,
-    also where a block changes places with another.
+    also where the kept blocks change.
 
     Args:
         weight: any floating dtype; mask: bool, the same shape, whole blocks.
@@ -221,7 +261,7 @@ def shrink_run(weight: Tensor, mask: Tensor, run: int, keep: int = 0) -> Tensor:
     """:func:`shrink` of an N:M pattern, in operators that a compiler fuses: ``sign(w) max(|w| - t, 0)``.
 
     Args:
-        keep: where the mask is that of so many largest, 1 to 3 of 4; it is not read then.
+        keep: 1 to 3 of 4 if the mask is that of the largest, which is then not read; else 0.
     """
     magnitude = weight.abs().reshape(-1, run)
     if keep and run == 4:
@@ -236,9 +276,9 @@ def shrink_run(weight: Tensor, mask: Tensor, run: int, keep: int = 0) -> Tensor:
 
 
 def _largest_dropped(magnitude: Tensor, keep: int) -> Tensor:  # (scopes, 4) -> (scopes, 1)
-    """The largest but ``keep``, by a network of minima and maxima.
+    """The largest after ``keep`` larger ones, by a network of minima and maxima.
 
-    A compiler unrolls it into one kernel. A mask that is used twice, as here, it would write to memory first.
+    A compiler unrolls it into one kernel; a mask that is used twice, as here, would be written to memory.
     """
     a, b, c, d = magnitude.split(1, -1)
     low, high = torch.minimum(a, b), torch.maximum(a, b)
@@ -263,7 +303,7 @@ def shrunk(
 
 
 class StraightThrough(torch.autograd.Function):
-    """The masked weight, whose gradient passes to every weight, pruned ones too, with decay for those."""
+    """The masked weight; its gradient passes to every weight, with decay for pruned ones."""
 
     @staticmethod
     def forward(
@@ -290,13 +330,13 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.decay:
             weight, mask = ctx.saved_tensors
-            # Not add(..., alpha=decay): compiled for CUDA by torch 2.11, that takes alpha for 1.
+            # Not add(..., alpha=decay): torch 2.11, compiling for CUDA, takes alpha as 1.
             grad = grad + torch.where(mask, 0, weight) * ctx.decay
         return grad, *(None,) * 7
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        # Reached with a stack of weights alone: for inputs that are mapped over, torch does not ask.
+        # Only reached with a stack of weights: for inputs that are mapped over, torch does not call it.
         raise NotImplementedError("S3Sparse maps over inputs only; loop over a stack of weights")
 
 

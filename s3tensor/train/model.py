@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from s3tensor.errors import ModelError, NonFiniteError
+from s3tensor.errors import ArgumentError, ModelError, NonFiniteError
 from s3tensor.mask.transposable import check as check_transposable
-from s3tensor.model.sparsify import linear_layers, owners_of, reason_to_skip
-from s3tensor.model.weights import parameters_of
+from s3tensor.model.report import Report, table
+from s3tensor.model.sparsify import names_chosen, reason_to_skip
+from s3tensor.model.weights import LayerFilter, ModelWeight, linear_layers, model_weights
 from s3tensor.paper import Scopes
 from s3tensor.pattern import Pattern
 from s3tensor.train.coupling import CoupledSparse, Coupling
-from s3tensor.train.parametrized import Site, check_alone, naming, parametrized
+from s3tensor.train.parametrized import (
+    TrainedWeight,
+    check_masks_not_shared,
+    name_in_errors,
+    require_trained_weights,
+    trained_weights,
+)
 from s3tensor.train.s3_sparse import S3Sparse
 
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -36,46 +43,34 @@ class TrainingRow:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class TrainingReport:
-    """Rows of :func:`sparsify_training_`, one for each layer, in the model's order."""
-
-    rows: tuple[TrainingRow, ...]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[TrainingRow]:
-        return iter(self.rows)
+class TrainingReport(Report[TrainingRow]):
+    """Rows of :func:`sparsify_training_`, one for each layer."""
 
     def __str__(self) -> str:
-        width = max((len(row.name) for row in self.rows), default=4)
-        lines = [f"{'name':<{width}}  {'action':<12}  {'weights':>12}  {'density':>7}  note"]
-        for row in self.rows:
+        lines: list[tuple[str | int, ...]] = [("name", "action", "weights", "density", "note")]
+        for row in self:
             note = row.reason or f"{row.pattern}, {row.mode}"
-            lines.append(
-                f"{row.name:<{width}}  {row.action:<12}  {row.weights:>12,}  {row.density:>7.3f}  {note}"
-            )
-        return "\n".join(lines)
+            lines.append((row.name, row.action, row.weights, f"{row.density:.3f}", note))
+        return table(lines)
 
 
 def sparsify_training_(
     model: nn.Module,
     pattern: Pattern | str | Scopes | Sequence[Scopes],
     mode: str = "ste",
-    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    filter_fn: LayerFilter | None = None,
     **options: Any,
 ) -> TrainingReport:
-    """Put the weights of linear layers under :class:`s3tensor.S3Sparse`, in place, to be trained.
+    """Put the weights of linear layers under :class:`s3tensor.S3Sparse`, in place, for training.
 
     Linear layers are ``nn.Linear`` and the ``Conv1D`` of transformers, whose weight is stored transposed;
     for a pattern of 3, 4 or 5 dims the layers are ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``. Parameters
-    stay the same objects, so an optimizer made before goes on. All weights are checked before the first
-    one is changed. Train, call :func:`step` after each optimizer step where the options need it, and end
-    with :func:`s3tensor.finalize`.
+    stay the same objects, so existing optimizers keep working. All weights are checked before the first one
+    is changed. Train, call :func:`step` after each optimizer step if the options need it, and end with
+    :func:`s3tensor.finalize`.
 
-    In place of a pattern, a coupling, or several, whose blocks are bound to parameters of the model: one
-    decision over all tensors of each, taken once in :func:`step`, which must be called. The budget is then
+    In place of a pattern, give one coupling or several, whose blocks are bound to parameters of the model:
+    one decision over all tensors of each, taken in :func:`step`, which must be called. The budget is then
     ``keep=``, and there is no filter. See :class:`s3tensor.train.coupling.Coupling`.
 
     Args:
@@ -98,17 +93,17 @@ def sparsify_training_(
             parametrized already.
         NonFiniteError: NaN or Inf in a weight that is to be trained. Nothing is changed then, nor if a
             score function fails.
-        ValueError: an unknown mode, or an option that is out of range.
-        TypeError: ``mask`` or ``transposed``, which are of one weight.
+        OptionError: an unknown mode, or an option that is out of range.
+        ArgumentError: ``mask`` or ``transposed``, which are of one weight, or what a coupling does not take.
     """
     scopes = [pattern] if isinstance(pattern, Scopes) else pattern
     if not isinstance(scopes, (Pattern, str)):
         if filter_fn is not None:
-            raise TypeError("a coupling names its weights itself: give no filter_fn")
+            raise ArgumentError("a coupling names its weights itself: give no filter_fn")
         return _couple_(model, scopes, mode, **options)
     own = {"mask", "transposed"} & options.keys()
     if own:
-        raise TypeError(
+        raise ArgumentError(
             f"sparsify_training_ takes no {own.pop()}: it is of one weight; use S3Sparse"
         )
     pattern = Pattern.parse(scopes)
@@ -121,56 +116,56 @@ def sparsify_training_(
     ]
     if not layers:
         raise ModelError(f"{type(model).__name__} has no {kind.__name__} layers for {pattern}")
-    chosen = None
-    if filter_fn is not None:
-        chosen = {layer.name for layer in layers if filter_fn(layer.module, layer.name)}
-    owners = owners_of(model)
-    reasons: dict[str, str] = {}
-    for layer in layers:
-        holders = owners.get(id(layer.parameter), {layer.name})
-        reason = reason_to_skip(layer, pattern, holders, chosen)
-        if parametrize.is_parametrized(layer.module, "weight"):
-            reason = "parametrized already"
-        if reason:
-            reasons[layer.name] = reason
-        elif not (layer.parameter.is_meta or bool(torch.isfinite(layer.parameter).all())):
-            raise NonFiniteError(f"{layer.name}: the weight holds NaN or Inf; nothing was changed")
-        else:
-            if options.get("schedule") is not None:
-                options["schedule"].check(pattern.bind(layer.upright.shape))
-            if options.get("transposable") and layer.upright.shape[0] % 4:
-                reasons[layer.name] = "its rows do not divide by 4, as tiles that transpose need"
-            elif options.get("transposable"):
-                check_transposable(pattern, tuple(layer.upright.shape))
+    chosen = names_chosen(layers, filter_fn)
+    reasons = {layer.name: _reason_to_skip(layer, pattern, chosen, options) for layer in layers}
     rows = []
-    made: dict[tuple[int, bool], S3Sparse] = {}
+    made: dict[tuple[frozenset[str], bool], S3Sparse] = {}  # one where the weight is shared
     for layer in layers:
-        weights = layer.parameter.numel()
-        reason = reasons.get(layer.name, "")
-        if reason:
-            rows.append(
-                TrainingRow(layer.name, str(pattern), mode, "skipped", 1.0, weights, reason)
-            )
-            continue
-        density = pattern.bind(layer.upright.shape).density
-        key = (id(layer.parameter), layer.transposed)
-        if key not in made:
-            made[key] = S3Sparse(pattern, mode, transposed=layer.transposed, **options)
-        try:
-            with naming(layer.name, "; nothing was changed"):
-                parametrize.register_parametrization(layer.module, "weight", made[key])
-        except BaseException:  # of a score function, say
-            _leave(model, set(map(id, made.values())))
-            raise
-        rows.append(TrainingRow(layer.name, str(pattern), mode, "parametrized", density, weights))
+        weights, reason = layer.parameter.numel(), reasons[layer.name]
+        action, density = "skipped", 1.0
+        if not reason:
+            action, density = "parametrized", pattern.bind(layer.weight.shape).density
+            key = (frozenset(place.path for place in layer.places), layer.transposed)
+            if key not in made:
+                made[key] = S3Sparse(pattern, mode, transposed=layer.transposed, **options)
+            try:
+                with name_in_errors(layer.name, "; nothing was changed"):
+                    parametrize.register_parametrization(layer.module, "weight", made[key])
+            except BaseException:  # of a score function, say
+                _unregister(model, set(map(id, made.values())))
+                raise
+        row = TrainingRow(layer.name, str(pattern), mode, action, density, weights, reason)
+        rows.append(row)
     return TrainingReport(tuple(rows))
 
 
-def _leave(model: nn.Module, made: set[int]) -> None:
-    """Take back the registration of these S3Sparse objects."""
-    for site in list(parametrized(model)):
-        if id(site.sparse) in made:
-            parametrize.remove_parametrizations(site.owner, site.name, leave_parametrized=False)
+def _reason_to_skip(
+    layer: ModelWeight, pattern: Pattern, chosen: set[str] | None, options: dict[str, Any]
+) -> str:
+    """Why a layer is not parametrized, or an empty string; one that is to be is checked."""
+    if parametrize.is_parametrized(layer.module, "weight"):
+        return "parametrized already"
+    reason = reason_to_skip(layer, pattern, chosen)
+    if reason:
+        return reason
+    if not (layer.parameter.is_meta or bool(torch.isfinite(layer.parameter).all())):
+        raise NonFiniteError(f"{layer.name}: the weight holds NaN or Inf; nothing was changed")
+    if options.get("schedule") is not None:
+        options["schedule"].check(pattern.bind(layer.weight.shape))
+    if options.get("transposable"):
+        if layer.weight.shape[0] % 4:
+            return "its rows do not divide by 4, as tiles that transpose need"
+        check_transposable(pattern, tuple(layer.weight.shape))
+    return ""
+
+
+def _unregister(model: nn.Module, made: set[int]) -> None:
+    """Undo the registration of S3Sparse objects, given by identity."""
+    for weight in list(trained_weights(model)):
+        if id(weight.sparse) in made:
+            parametrize.remove_parametrizations(
+                weight.module, weight.attribute, leave_parametrized=False
+            )
 
 
 def _couple_(
@@ -179,42 +174,42 @@ def _couple_(
     """:func:`sparsify_training_` for couplings."""
     wrong = options.keys() - {"keep", "refresh", "schedule", "decay"}
     if wrong:
-        raise TypeError(
+        raise ArgumentError(
             f"a coupling takes no {wrong.pop()}; it takes keep, refresh, schedule, decay"
         )
     if "keep" not in options:
-        raise TypeError("a coupling needs keep=, the blocks of each scope that stay, or a density")
+        raise ArgumentError(
+            "a coupling needs keep=, the blocks of each scope that stay, or a density"
+        )
     if not scopes or not all(isinstance(each, Scopes) for each in scopes):
-        raise TypeError("give a pattern, or a ScopeSpec or ScopeCoupling, or several in a list")
-    holders = {id(held.parameter): held for held in parameters_of(model)}
+        raise ArgumentError("give a pattern, or a ScopeSpec or ScopeCoupling, or several in a list")
+    known = {id(weight.parameter): weight for weight in model_weights(model)}
     taken: dict[int, str] = {}
     owners = []
     for number, each in enumerate(scopes):
         owner = Coupling(each, mode=mode, name=each.name or f"coupling {number}", **options)
         for weight in owner.weights:
-            if id(weight) not in holders:
+            if id(weight) not in known:
                 raise ModelError(
-                    f"{owner.name}: its tensor of shape {tuple(weight.shape)} is no parameter of this "
+                    f"{owner.name}: its tensor of shape {tuple(weight.shape)} is not a parameter of this "
                     f"{type(model).__name__}; bind blocks to the model's own parameters"
                 )
-            where = holders[id(weight)].path
-            if "parametrizations." in where:
-                raise ModelError(
-                    f"{where.replace('parametrizations.', '')} is parametrized already"
-                )
+            path = known[id(weight)].path
+            if "parametrizations." in path:
+                raise ModelError(f"{path.replace('parametrizations.', '')} is parametrized already")
             if id(weight) in taken:
                 raise ModelError(
-                    f"{where} is in {taken[id(weight)]} and in {owner.name}; a weight has one owner"
+                    f"{path} is in {taken[id(weight)]} and in {owner.name}; a weight has one owner"
                 )
             taken[id(weight)] = owner.name
         owners.append(owner)
     rows = []
     for owner in owners:
         for weight, member in zip(owner.weights, owner.members, strict=True):
-            for where, module, name in holders[id(weight)].places:
-                parametrize.register_parametrization(module, name, member)
+            for place in known[id(weight)].places:
+                parametrize.register_parametrization(place.module, place.attribute, member)
                 facts = (mode, "parametrized", member.density, weight.numel())
-                rows.append(TrainingRow(where, str(owner.budget), *facts))
+                rows.append(TrainingRow(place.path, str(owner.budget), *facts))
         owner.weights.clear()  # the model holds them
     return TrainingReport(tuple(rows))
 
@@ -223,35 +218,45 @@ def step(model: nn.Module) -> None:
     """Count one optimizer step for every S3Sparse of a model, and refresh the masks that are due.
 
     Call it once after each ``optimizer.step()``, before gradients are cleared if a score reads them. It is
-    needed with ``refresh`` above 1, a schedule, a function as score or a coupling; elsewhere it measures
-    ``flip_rate``, for the price of one more mask.
+    needed with ``refresh`` above 1, a schedule, a function as score or a coupling; otherwise it only measures
+    ``flip_rate``, at the cost of one more mask.
 
     Raises:
-        ModelError: a model without S3Sparse, or with a part of a coupling only.
+        ModelError: a model without S3Sparse, or with only a part of a coupling.
         NonFiniteError: NaN or Inf in a weight whose mask is refreshed, with its name.
     """
-    sites = _sites(model)
-    for site in sites:
-        if isinstance(site.sparse, S3Sparse):
-            with naming(site.path), torch.no_grad():
-                site.sparse.advance(site.weight())
-    for owner, members in _couplings(sites):
+    weights = _trained_once(model)
+    for weight in weights:
+        if isinstance(weight.sparse, S3Sparse):
+            with name_in_errors(weight.path), torch.no_grad():
+                weight.sparse.advance(weight.dense())
+    for owner, members in _couplings(weights):
         if len(members) != len(owner.members):
             raise ModelError(
                 f"{members[0].path} is one of {len(owner.members)} weights of {owner.name}, of which this "
                 f"module holds {len(members)}; call s3tensor.step on the model that holds all"
             )
         with torch.no_grad():
-            owner.advance([site.weight() for site in members])
+            owner.advance([weight.dense() for weight in members])
 
 
-def _couplings(sites: list[Site]) -> list[tuple[Coupling, list[Site]]]:
+def _trained_once(model: nn.Module) -> list[TrainedWeight]:
+    """The weights under S3Sparse, each S3Sparse once."""
+    found = require_trained_weights(model)
+    check_masks_not_shared(found)
+    first: dict[int, TrainedWeight] = {}
+    for weight in found:
+        first.setdefault(id(weight.sparse), weight)
+    return list(first.values())
+
+
+def _couplings(weights: list[TrainedWeight]) -> list[tuple[Coupling, list[TrainedWeight]]]:
     """Each coupling, with its weights in its own order."""
-    found: dict[int, tuple[Coupling, dict[int, Site]]] = {}
-    for site in sites:
-        if isinstance(site.sparse, CoupledSparse):
-            owner = site.sparse.owner
-            found.setdefault(id(owner), (owner, {}))[1][site.sparse.place] = site
+    found: dict[int, tuple[Coupling, dict[int, TrainedWeight]]] = {}
+    for weight in weights:
+        if isinstance(weight.sparse, CoupledSparse):
+            owner = weight.sparse.owner
+            found.setdefault(id(owner), (owner, {}))[1][weight.sparse.place] = weight
     return [(owner, [by[i] for i in sorted(by)]) for owner, by in found.values()]
 
 
@@ -263,13 +268,13 @@ def freeze(model: nn.Module) -> None:
         PatternError: a density schedule that has not ended. Nothing is frozen then.
         NonFiniteError: NaN or Inf in a weight, by name. Nothing is frozen then.
     """
-    sites = _sites(model)
+    weights = _trained_once(model)
     masks: list[tuple[S3Sparse, Tensor | None]] = []
-    for site in sites:
-        if isinstance(site.sparse, S3Sparse):
-            with naming(site.path, "; nothing was frozen"), torch.no_grad():
-                masks.append((site.sparse, site.sparse.mask_to_freeze(site.weight())))
-    owners = [owner for owner, _ in _couplings(sites)]
+    for weight in weights:
+        if isinstance(weight.sparse, S3Sparse):
+            with name_in_errors(weight.path, "; nothing was frozen"), torch.no_grad():
+                masks.append((weight.sparse, weight.sparse.mask_to_freeze(weight.dense())))
+    owners = [owner for owner, _ in _couplings(weights)]
     for owner in owners:
         owner.check_ended()
     for owner in owners:
@@ -280,31 +285,18 @@ def freeze(model: nn.Module) -> None:
 
 
 def metrics(model: nn.Module) -> dict[str, dict[str, float]]:
-    """Of each weight under S3Sparse, by its name: its ``density``, and its ``flip_rate`` once there is one.
+    """``density`` of each weight under S3Sparse, by name, and its ``flip_rate`` once there is one.
 
     Raises:
         ModelError: a model without S3Sparse.
     """
     found: dict[str, dict[str, float]] = {}
-    for site in _sites(model):
-        flips = site.sparse.flip_rate
-        found[site.path] = {"density": site.sparse.density}
+    for weight in _trained_once(model):
+        flips = weight.sparse.flip_rate
+        found[weight.path] = {"density": weight.sparse.density}
         if flips is not None:
-            found[site.path]["flip_rate"] = flips
+            found[weight.path]["flip_rate"] = flips
     return found
-
-
-def _sites(model: nn.Module) -> list[Site]:
-    """The weights under S3Sparse, each S3Sparse once."""
-    found = list(parametrized(model))
-    if not found:
-        raise ModelError(
-            f"{type(model).__name__} has no S3Sparse parametrization; call s3tensor.sparsify_training_ first "
-            "(its report says which layers it skipped, and why)"
-        )
-    check_alone(found)
-    sites = {id(site.sparse): site for site in reversed(found)}
-    return list(reversed(sites.values()))
 
 
 def trainer_callback() -> Any:

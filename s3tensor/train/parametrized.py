@@ -11,16 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from s3tensor.errors import ModelError, NonFiniteError, PatternError
+from s3tensor.model.weights import ModelWeight
 from s3tensor.train.masked import Masked
 
 
-@dataclass(frozen=True)
-class Site:
-    """One weight under S3Sparse."""
+@dataclass(frozen=True, kw_only=True)
+class TrainedWeight(ModelWeight):
+    """A weight under S3Sparse."""
 
-    path: str  # of the weight in the model, such as "blocks.0.up.weight"
-    owner: nn.Module
-    name: str
     chain: Any  # ParametrizationList
 
     @property
@@ -30,8 +28,13 @@ class Site:
         return last
 
     @property
+    def transposed(self) -> bool:
+        """As S3Sparse was told."""
+        return bool(getattr(self.sparse, "transposed", False))
+
+    @property
     def originals(self) -> tuple[Tensor, ...]:
-        """What the chain starts from: one tensor as a rule, two under ``weight_norm``."""
+        """What the chain starts from: usually one tensor, under ``weight_norm`` two."""
         if self.chain.is_tensor:
             return (self.chain.original,)
         return tuple(getattr(self.chain, f"original{i}") for i in range(self.chain.ntensors))
@@ -41,8 +44,8 @@ class Site:
         """Whether the original is a DTensor, as FSDP2 keeps it between forwards."""
         return hasattr(self.originals[0], "full_tensor")
 
-    def weight(self) -> Tensor:
-        """The dense weight that S3Sparse is given: the original, or what comes of it before.
+    def dense(self) -> Tensor:
+        """The dense weight that S3Sparse is given: the original, or what earlier parametrizations make of it.
 
         Of a sharded original all ranks gather the whole, and its gradient for a function as score.
         """
@@ -57,7 +60,7 @@ class Site:
         return weight
 
 
-def parametrized(module: nn.Module) -> Iterator[Site]:
+def trained_weights(module: nn.Module) -> Iterator[TrainedWeight]:
     """Each weight whose last parametrization is an S3Sparse.
 
     Raises:
@@ -79,24 +82,36 @@ def parametrized(module: nn.Module) -> Iterator[Site]:
                     f"{type(owner).__name__}.{name} has parametrizations after S3Sparse; register "
                     "S3Sparse last, so that the weight in use satisfies its pattern"
                 )
-            yield Site(f"{path}.{name}" if path else name, owner, name, chain)
+            yield TrainedWeight(path, owner, name, chain=chain)
 
 
-def check_alone(sites: Sequence[Site]) -> None:
-    """Refuse one S3Sparse on two weights where it holds something of one of them."""
-    first: dict[int, Site] = {}
-    for site in sites:
-        other = first.setdefault(id(site.sparse), site)
-        held = site.sparse.mask is not None or getattr(site.sparse, "beta", None) is not None
-        if held and other.originals[0] is not site.originals[0]:
+def require_trained_weights(model: nn.Module) -> list[TrainedWeight]:
+    """:func:`trained_weights`, at least one: a ModelError for a model without S3Sparse."""
+    found = list(trained_weights(model))
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no S3Sparse parametrization; call s3tensor.sparsify_training_ first "
+            "(its report says which layers it skipped, and why)"
+        )
+    return found
+
+
+def check_masks_not_shared(weights: Sequence[TrainedWeight]) -> None:
+    """Refuse one S3Sparse on two weights where it holds the mask, or the scale, of one of them."""
+    first: dict[int, TrainedWeight] = {}
+    for weight in weights:
+        sparse = weight.sparse
+        other = first.setdefault(id(sparse), weight)
+        held = sparse.mask is not None or getattr(sparse, "beta", None) is not None
+        if held and other.originals[0] is not weight.originals[0]:
             raise ModelError(
-                f"{other.path} and {site.path} have one S3Sparse, which holds the mask of one of them; make "
-                "an S3Sparse for each weight"
+                f"{other.path} and {weight.path} have one S3Sparse, which holds the mask of one of them; "
+                "make an S3Sparse for each weight"
             )
 
 
 @contextlib.contextmanager
-def naming(weight: str, after: str = "") -> Iterator[None]:
+def name_in_errors(weight: str, after: str = "") -> Iterator[None]:
     """Give an error about one weight the weight's name, and say after it what has not been done."""
     try:
         yield

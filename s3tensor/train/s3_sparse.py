@@ -1,17 +1,15 @@
-"""Training under a pattern: ``S3Sparse``."""
+"""``S3Sparse``: a parametrization that trains a weight under a pattern."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from s3tensor.errors import PatternError
+from s3tensor.errors import OptionError, PatternError
 from s3tensor.mask.projection import project, run_length
 from s3tensor.mask.transposable import check as check_transposable
 from s3tensor.mask.transposable import transposable, transposable_mask
@@ -21,13 +19,14 @@ from s3tensor.train.masked import (
     Fused,
     Masked,
     StraightThrough,
-    broken,
+    changed_fraction,
     check_mask,
-    flipped,
+    check_options,
     fused_kernel,
     magnitude_mask,
+    mask_problem,
     shrunk,
-    weight_of,
+    weight_name,
 )
 from s3tensor.train.schedule import Density
 
@@ -50,7 +49,7 @@ class S3Sparse(Masked):
             ``"srste"`` adds ``decay`` times the weight to the gradient of each pruned weight, which stops
             masks from flipping back and forth (SR-STE; A. Zhou et al., arXiv 2102.04010). It is added once
             for each use of the weight in a backward pass, before clipping and the optimizer: with k
-            accumulated passes give ``decay / k``, under a ``GradScaler`` multiply it by the scale.
+            accumulated passes give ``decay / k``; under a ``GradScaler`` multiply it by the scale.
 
             ``"soft"`` also shortens kept blocks by the norm of the largest dropped one in their scope and
             multiplies all by ``beta``, which makes the forward weight continuous (S-STE; Y. Hu et al., arXiv
@@ -60,19 +59,19 @@ class S3Sparse(Masked):
             ``"fixed"`` keeps the blocks that were largest at registration, or ``mask``; pruned weights get
             no gradient.
         mask: of ``"fixed"`` alone: bool, True where kept, of the weight's shape, under the pattern.
-        refresh: the mask is taken anew every so many steps. At 1 each forward takes it from the weight at
-            that time. From 2 on it is a buffer that changes in ``s3tensor.step(model)`` alone, which counts.
+        refresh: steps between new masks. At 1 each forward takes its mask from the weight. From 2 on the mask
+            is a buffer that only ``s3tensor.step(model)`` changes, which counts the steps.
         score: ``"magnitude"``, or a function of the weight and this module that returns the importance of
             each element, in the weight's shape, summed per block. A function is called at registration and
-            by ``s3tensor.step``; the ``.grad`` of the weight is there if it was not cleared.
+            by ``s3tensor.step``; the weight has its ``.grad`` if that was not cleared.
         schedule: a falling :class:`Density`, counted by ``s3tensor.step``.
         decay: of ``"srste"``, default 2e-4.
         transposed: the weight is stored as (in_features, out_features), and the pattern is of its transpose.
-        transposable: of 1:4, 2:4 and 3:4: masks under which the transpose satisfies the pattern too, see
+        transposable: for 1:4, 2:4 and 3:4: masks under which the transpose satisfies the pattern too, see
             :func:`s3tensor.transposable`.
 
-    A mask that is held (``"fixed"``, refresh above 1, a function as score, a schedule, frozen) is a buffer in
-    the state dict; counts are in its extra state. Forwards change nothing.
+    A held mask (``"fixed"``, refresh above 1, a function as score, a schedule, frozen) is a buffer in the
+    state dict; counts are in its extra state. Forwards change neither.
 
     Example:
         >>> linear = nn.Linear(64, 32)
@@ -84,13 +83,14 @@ class S3Sparse(Masked):
         PatternError: a pattern that does not parse; at registration, one that does not fit the weight, a
             weight that is not floating point, a mask that does not satisfy the pattern, or a schedule that
             ends at another density.
-        NonFiniteError: NaN or Inf in the weight, wherever a mask is taken. Forwards on a GPU and compiled
-            ones do not wait to look: NaN counts as the largest there, and reaches the loss.
-        ValueError: an unknown mode, or an option that is out of range or of another mode.
+        NonFiniteError: NaN or Inf in the weight when a mask is taken. Forwards on a GPU and compiled ones do
+            not check: NaN counts as the largest there, and reaches the loss.
+        OptionError: an unknown mode, or an option that is out of range or of another mode.
     """
 
     pattern: Pattern
     beta: Tensor | None
+    _FACTS = ("pattern", "transposed", "shape", "steps", "frozen")
 
     def __init__(
         self,
@@ -106,22 +106,13 @@ class S3Sparse(Masked):
         transposable: bool = False,
     ) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"S3Sparse mode {mode!r} must be one of {', '.join(MODES)}")
-        if type(refresh) is not int or refresh < 1:
-            raise ValueError(f"S3Sparse refresh={refresh!r} must be an int >= 1, in steps")
+        self.decay = check_options(mode, MODES, refresh, schedule, decay)
         if score != "magnitude" and not callable(score):
-            raise ValueError(
-                f"S3Sparse score={score!r} must be 'magnitude' or a function of weight and S3Sparse"
+            raise OptionError(
+                f"score={score!r} must be 'magnitude' or a function of weight and S3Sparse"
             )
-        if mode == "fixed" and (refresh != 1 or schedule is not None):
-            raise ValueError("S3Sparse('fixed') takes no refresh and no schedule: its mask stays")
         if mask is not None and mode != "fixed":
-            raise ValueError(f"S3Sparse takes mask= in mode 'fixed' only, got mode {mode!r}")
-        if decay is not None and (mode != "srste" or not 0 <= decay < math.inf):
-            raise ValueError(
-                f"S3Sparse decay={decay!r} must be a number >= 0, and is of mode 'srste' only"
-            )
+            raise OptionError(f"S3Sparse takes mask= in mode 'fixed' only, got mode {mode!r}")
         if mask is not None and mask.dtype != torch.bool:
             raise PatternError(f"mask has dtype {mask.dtype}; give a bool tensor, True where kept")
         self.pattern = Pattern.parse(pattern)
@@ -129,7 +120,6 @@ class S3Sparse(Masked):
         self.refresh = refresh
         self.score = score
         self.schedule = schedule
-        self.decay = (2e-4 if decay is None else float(decay)) if mode == "srste" else 0.0
         self.transposed = transposed
         self.transposable = transposable
         self.steps = 0  # counted by advance()
@@ -144,7 +134,7 @@ class S3Sparse(Masked):
 
     @property
     def holds_mask(self) -> bool:
-        """Whether the mask is a buffer, and not taken from the weight at each forward."""
+        """Whether the mask is a buffer, not taken from the weight at each forward."""
         chosen = self.mode == "fixed" or self.refresh > 1 or self.score != "magnitude"
         return chosen or self.schedule is not None or self.frozen
 
@@ -152,10 +142,10 @@ class S3Sparse(Masked):
 
     def current_mask(self, weight: Tensor) -> Tensor:
         """The mask that :meth:`forward` applies to ``weight``: bool, its shape, True where kept."""
-        if self._shape is None:  # used without register_parametrization, or behind another one
+        if self._shape is None:  # used without register_parametrization, or after another one
             self.right_inverse(weight)
         if self.mask is not None:
-            if self.mask.device != weight.device:  # loaded before it was known
+            if self.mask.device != weight.device:  # loaded before the device was known
                 self.mask = self.mask.to(weight.device)
             return self.mask
         dense = self.upright(weight.detach())
@@ -164,7 +154,7 @@ class S3Sparse(Masked):
         else:
             mask = self.upright(magnitude_mask(dense, self._text, self._run, self._budget))
         if self.frozen:  # by freeze() without the weight
-            self.mask = mask = _ordinary(mask.contiguous())
+            self.mask = mask = _outside_inference(mask.contiguous())
         return mask
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -189,7 +179,7 @@ class S3Sparse(Masked):
         return masked
 
     def _fuses(self) -> bool:
-        """Whether one kernel may multiply, and choose the mask or shorten the weight where that is N:4's."""
+        """Whether one kernel may multiply and, for N:4, also choose the mask or shorten the weight."""
         plain = self._run == 4 and not self.transposed
         if self.mask is not None:
             return self.mask.is_contiguous() and (plain or self.beta is None)
@@ -232,7 +222,7 @@ class S3Sparse(Masked):
             self.mask = self._select(weight)
         if self.mode == "soft" and self.beta is None:
             mask = self.mask if self.mask is not None else self._select(weight)
-            self.beta = _ordinary(self._scale(weight.detach(), mask))
+            self.beta = _outside_inference(self._scale(weight.detach(), mask))
         return weight
 
     def upright(self, x: Tensor) -> Tensor:
@@ -240,7 +230,7 @@ class S3Sparse(Masked):
         return x.t() if self.transposed else x
 
     def _scale(self, weight: Tensor, mask: Tensor) -> Tensor:
-        """The factor of the shrunk weight that is nearest to the weight: 0-dim."""
+        """The factor that brings the shrunk weight nearest to the weight: 0-dim."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         if weight.is_meta:
             return torch.empty((), dtype=wide, device="meta")
@@ -277,11 +267,11 @@ class S3Sparse(Masked):
                 )
             scores = self.upright(scores.detach())
         pattern = dataclasses.replace(self.pattern, keep=self._keep(self.steps))
-        if weight.is_meta:  # a place for the mask that a state dict has
+        if weight.is_meta:  # for the mask of a state dict
             return torch.empty(weight.shape, dtype=torch.bool, device="meta")
         choose = transposable if self.transposable else project
         mask = choose(self.upright(weight.detach()), pattern, scores)
-        return _ordinary(self.upright(mask).contiguous())
+        return _outside_inference(self.upright(mask).contiguous())
 
     def advance(self, weight: Tensor) -> None:
         """Count one optimizer step, and refresh a held mask when it is due; ``s3tensor.step`` calls it.
@@ -292,18 +282,18 @@ class S3Sparse(Masked):
         self.steps += 1
         if self.mode == "fixed" or self.frozen:
             return
-        if not self.holds_mask:  # each forward takes its own: this one is to count flips
+        if not self.holds_mask:  # each forward takes its own; this one counts flips
             mask = self._select(weight)
             if self._last is not None:
-                self._flips = flipped(mask, self._last)
+                self._flips = changed_fraction(mask, self._last)
             self._last = mask
             return
         moved = self._keep(self.steps) != self._keep(self.steps - 1)
         if moved or self.steps % self.refresh == 0:
             mask = self._select(weight)
             held = self.current_mask(weight)
-            self._flips = flipped(mask, held)
-            held.copy_(mask)  # in place: a compiled graph goes on reading it
+            self._flips = changed_fraction(mask, held)
+            held.copy_(mask)  # in place: compiled graphs keep reading it
             if moved and self.beta is not None:
                 self.beta.copy_(self._scale(weight.detach(), mask))
 
@@ -324,7 +314,7 @@ class S3Sparse(Masked):
         self._last = None
 
     def mask_to_freeze(self, weight: Tensor | None) -> Tensor | None:
-        """The mask that :meth:`freeze` would keep, if it can be known; raises what that raises."""
+        """The mask that :meth:`freeze` would keep, if known; raises what that raises."""
         if self._shape is not None and not self.has_ended:
             raise PatternError(
                 f"the schedule is at density {self.density:g} after {self.steps} steps, above the "
@@ -341,29 +331,29 @@ class S3Sparse(Masked):
 
     @property
     def has_ended(self) -> bool:
-        """Whether the density has come to the pattern's budget, by the count or by the mask.
+        """Whether the density has reached the pattern's budget, by the count or by the mask.
 
-        A copy that follows the weights and buffers of a model, as an EMA does, has its mask but not its
+        A copy that follows the weights and buffers of a model, such as an EMA, has its mask but not its
         count.
         """
         if self._keep(self.steps) == self._bound().keep:
             return True
-        return self.mask is not None and not self._broken(self.mask, self._bound().keep)
+        return self.mask is not None and not self._mask_problem(self.mask, self._bound().keep)
 
-    def _broken(self, mask: Tensor, keep: int) -> str:
-        """Why a mask, as the weight is stored, keeps more than so many blocks of a scope, or empty."""
+    def _mask_problem(self, mask: Tensor, keep: int) -> str:
+        """Why a mask, as the weight is stored, keeps more than ``keep`` blocks of a scope, or empty."""
         upright = self.upright(mask)
         pattern = dataclasses.replace(self.pattern, keep=keep)
-        problem = broken(upright, pattern.bind(tuple(upright.shape)))
+        problem = mask_problem(upright, pattern.bind(tuple(upright.shape)))
         if self.transposable and not problem:
-            problem = broken(upright.t(), pattern.bind(tuple(upright.t().shape)))
+            problem = mask_problem(upright.t(), pattern.bind(tuple(upright.t().shape)))
         return problem
 
     # the state dict -----------------------------------------------------------------------------------
 
-    def get_extra_state(self) -> Tensor:
-        """Pattern, shape and counts, as bytes of JSON: a tensor, so that safetensors can hold it."""
-        facts = {
+    def facts(self) -> dict[str, Any]:
+        """Pattern, shape and counts."""
+        return {
             "pattern": self.pattern.parts,
             "transposed": self.transposed,
             "transposable": self.transposable,
@@ -371,11 +361,10 @@ class S3Sparse(Masked):
             "steps": self.steps,
             "frozen": self.frozen,
         }
-        return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over what :meth:`get_extra_state` gave; :meth:`_load_from_state_dict` has checked it."""
-        facts = _facts(state)
+        """Take the counts of :meth:`get_extra_state`; :meth:`_load_from_state_dict` has checked them."""
+        facts = self.saved_facts(state)
         self.steps, self.frozen = facts["steps"], facts["frozen"]
 
     def _load_from_state_dict(
@@ -387,20 +376,20 @@ class S3Sparse(Masked):
             if problem:
                 rest[-1].append(problem)
                 return
-            self.frozen = _facts(saved)["frozen"]
+            self.frozen = self.saved_facts(saved)["frozen"]
             if not self.holds_mask:
                 self.mask = None
-                state_dict.pop(f"{prefix}mask", None)  # of a fixed one: each forward takes its own
+                state_dict.pop(f"{prefix}mask", None)  # of a held mask: each forward takes its own
             elif self.mask is None and f"{prefix}mask" in state_dict:
                 self.mask = torch.empty_like(state_dict[f"{prefix}mask"])
             self._last = self._flips = None
         mask = state_dict.get(f"{prefix}mask")
         if self.holds_mask and isinstance(mask, Tensor) and mask.shape == self._shape:
-            steps = _facts(saved)["steps"] if isinstance(saved, Tensor) else self.steps
-            problem = self._broken(mask, self._keep(steps))
+            steps = self.saved_facts(saved)["steps"] if isinstance(saved, Tensor) else self.steps
+            problem = self._mask_problem(mask, self._keep(steps))
             if problem:
                 rest[-1].append(
-                    f"{weight_of(prefix)}: {problem}; this S3Sparse would train under it after {steps} "
+                    f"{weight_name(prefix)}: {problem}; this S3Sparse would train under it after {steps} "
                     "steps: load what was saved under the same pattern, mode and schedule"
                 )
                 return
@@ -408,16 +397,16 @@ class S3Sparse(Masked):
 
     def _mismatch(self, saved: Tensor, prefix: str) -> str:
         """Why a saved state is not of this pattern and weight, or an empty string."""
-        where = weight_of(prefix)
+        where = weight_name(prefix)
         try:
-            facts = _facts(saved)
+            facts = self.saved_facts(saved)
         except (TypeError, ValueError):
             return f"{where}: the extra state of S3Sparse is damaged; it must be bytes of JSON"
-        mine = _facts(self.get_extra_state())
-        if _name(facts) != _name(mine):
+        mine = self.facts()
+        if _pattern_and_options(facts) != _pattern_and_options(mine):
             return (
-                f"{where}: the state dict is of S3Sparse({_name(facts)}), this module of "
-                f"S3Sparse({_name(mine)}); register the pattern that it was saved with"
+                f"{where}: the state dict is of S3Sparse({_pattern_and_options(facts)}), this module of "
+                f"S3Sparse({_pattern_and_options(mine)}); register the pattern that it was saved with"
             )
         if None not in (facts["shape"], self._shape) and tuple(facts["shape"]) != self._shape:
             return (
@@ -440,22 +429,14 @@ class S3Sparse(Masked):
         return ", ".join(parts + [flag for flag in flags if getattr(self, flag)])
 
 
-def _ordinary(x: Tensor) -> Tensor:
-    """``x``, to be kept: made under ``torch.inference_mode``, autograd would refuse it for ever after."""
+def _outside_inference(x: Tensor) -> Tensor:
+    """``x`` as an ordinary tensor: autograd refuses one made under ``torch.inference_mode``."""
     if torch.compiler.is_compiling() or not x.is_inference():
         return x
     with torch.inference_mode(False):
         return x.clone()
 
 
-def _facts(state: Tensor) -> dict[str, Any]:
-    facts = json.loads(bytes(state.tolist()))
-    names = {"pattern", "transposed", "shape", "steps", "frozen"}
-    if not isinstance(facts, dict) or not names <= facts.keys():
-        raise ValueError("not the extra state of an S3Sparse")
-    return facts
-
-
-def _name(facts: dict[str, Any]) -> str:
+def _pattern_and_options(facts: dict[str, Any]) -> str:
     options = [name for name in ("transposed", "transposable") if facts.get(name)]
     return ", ".join([facts["pattern"], *options])

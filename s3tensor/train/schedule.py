@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from s3tensor.errors import PatternError
+from s3tensor.errors import OptionError, PatternError
 
 SHAPES = ("cubic", "step", "constant")
 
 
 class Budget(Protocol):
-    """What a bound pattern, and a coupling, say of each scope."""
+    """What a bound pattern or a coupling keeps of each scope."""
 
     @property
     def keep(self) -> int: ...
@@ -24,18 +24,18 @@ class Budget(Protocol):
 
 @dataclass(frozen=True)
 class Density:
-    """How the density falls to the pattern's budget while ``s3tensor.step`` counts.
+    """How the density falls to the pattern's, counted by ``s3tensor.step``.
 
     Args:
         start: density at step 0, at least the pattern's.
-        end: density from ``steps`` on; by default the pattern's, and no other is accepted.
-        steps: length of the descent, in steps.
+        end: density from ``steps`` on; the pattern's, which is the default.
+        steps: length of the descent.
         shape: ``"cubic"`` falls fast, then ever slower: ``end + (start - end) (1 - t / steps)^3`` (Zhu and
             Gupta, arXiv 1710.01878). ``"step"`` stays at ``start``, then falls at once. ``"constant"`` is at
             ``end`` all the time, whatever ``start`` is.
 
     Raises:
-        ValueError: densities outside (0, 1], an end above the start, a count below 1, an unknown shape.
+        OptionError: a density outside (0, 1], an end above the start, steps below 1, or an unknown shape.
     """
 
     start: float = 1.0
@@ -46,15 +46,15 @@ class Density:
     def __post_init__(self) -> None:
         for name, value in (("start", self.start), ("end", self.end)):
             if value is not None and not 0 < value <= 1:
-                raise ValueError(f"Density {name}={value!r} must be in (0, 1]")
+                raise OptionError(f"Density {name}={value!r} must be in (0, 1]")
         if self.end is not None and self.end > self.start:
-            raise ValueError(
+            raise OptionError(
                 f"Density end={self.end} is above start={self.start}; a schedule only falls"
             )
         if type(self.steps) is not int or self.steps < 1:
-            raise ValueError(f"Density steps={self.steps!r} must be an int >= 1")
+            raise OptionError(f"Density steps={self.steps!r} must be an int >= 1")
         if self.shape not in SHAPES:
-            raise ValueError(f"Density shape {self.shape!r} must be one of {', '.join(SHAPES)}")
+            raise OptionError(f"Density shape {self.shape!r} must be one of {', '.join(SHAPES)}")
 
     def at(self, step: int, end: float) -> float:
         """The density at a step, on the way from ``start`` to ``end``."""

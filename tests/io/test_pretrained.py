@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import s3tensor as s3
 from s3tensor import llm
 from s3tensor.io import folder
 from s3tensor.io import pretrained as hf
+from s3tensor.io import state as checkpoint
 from s3tensor.tensor import ops
 
 transformers = pytest.importorskip("transformers")
@@ -175,7 +175,7 @@ def test_a_model_is_replaced_as_a_whole_when_asked_for(
 
 def breaking(monkeypatch: pytest.MonkeyPatch, dense: bool, fault: BaseException, last: int) -> None:
     """Let the writing of weights fail at its file of the number ``last``, which is then half there."""
-    module = transformers.modeling_utils if dense else folder
+    module = transformers.modeling_utils if dense else checkpoint
     name = "safe_save_file" if dense else "save_file"
     real, written = getattr(module, name), 0
 
@@ -244,7 +244,7 @@ def test_what_a_killed_save_left_goes_with_the_next_and_what_another_writes_stay
     for name in ("left", "held"):
         (tmp_path / f".saving-{name}").mkdir()
         (tmp_path / f".saving-{name}" / hf.WEIGHTS).write_text("half")
-    with folder._held(tmp_path / ".saving-held") as held:
+    with folder._folder_lock(tmp_path / ".saving-held") as held:
         assert held
         s3.save_pretrained(tiny("llama"), tmp_path)
         assert [path.name for path in tmp_path.glob(".*")] == [".saving-held"]
@@ -257,7 +257,9 @@ def test_what_a_killed_save_left_goes_with_the_next_and_what_another_writes_stay
 def test_a_size_of_shards_that_is_none_is_refused_before_anything_is_written(
     tmp_path: Path, size: Any, dense: bool
 ) -> None:
-    with pytest.raises(s3.CheckpointError, match=r"max_shard_size=.* is no size; give bytes above"):
+    with pytest.raises(
+        s3.CheckpointError, match=r"max_shard_size=.* is not a size; give bytes above"
+    ):
         s3.save_pretrained(tiny("llama"), tmp_path / "new", dense=dense, max_shard_size=size)
     assert not (tmp_path / "new").exists()
 
@@ -300,18 +302,6 @@ def test_a_model_without_a_config_or_without_values_is_refused(tmp_path: Path) -
     with pytest.raises(s3.ModelError, match="meta device"):
         s3.save_pretrained(tiny("llama").to("meta"), tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("saved") / "model"
-    s3.save_pretrained(pruned("llama"), place)
-    return place
-
-
-@pytest.fixture
-def copy(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
@@ -502,7 +492,7 @@ def test_a_compressed_model_is_loaded_in_the_dtype_that_is_asked_for(
     as_stored, _ = hf.load_model(saved)
     for (name, one), other in zip(asked.named_parameters(), as_stored.parameters(), strict=True):
         assert one.dtype == torch.bfloat16 and torch.equal(one, other.to(torch.bfloat16)), name
-    with pytest.raises(s3.ModelError, match="'bfloat' is no dtype of torch"):
+    with pytest.raises(s3.ModelError, match="'bfloat' is not a dtype of torch"):
         hf.load_model(saved, "bfloat")
 
 

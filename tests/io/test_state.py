@@ -254,7 +254,7 @@ def test_bytes_behind_the_end_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "plain")
-    with pytest.raises(s3.CheckpointError, match="no s3tensor file"):
+    with pytest.raises(s3.CheckpointError, match="not an s3tensor file"):
         load_state(tmp_path / "plain")
     with pytest.raises(s3.CheckpointError, match="does not exist"):
         load_state(tmp_path / "nothing")

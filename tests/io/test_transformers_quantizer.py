@@ -51,18 +51,6 @@ def stored(place: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("saved") / "model"
-    s3.save_pretrained(pruned("llama"), place)
-    return place
-
-
-@pytest.fixture
-def copy(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
-
-
 # registration ---------------------------------------------------------------------------------------
 
 OLD_TORCH = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 7)
@@ -634,7 +622,7 @@ def test_a_sparse_weight_that_the_config_leaves_out_is_refused_by_name(
     entry_with(copy, patterns={n: label for n, label in patterns.items() if n not in lost})
     with pytest.raises(s3.CheckpointError, match="no pattern for") as refused:
         getattr(transformers, kind).from_pretrained(copy)
-    assert min(lost) in str(refused.value) and "get config.json anew" in str(refused.value)
+    assert min(lost) in str(refused.value) and "get config.json again" in str(refused.value)
     assert len(s3.verify(copy)) == 14
 
 

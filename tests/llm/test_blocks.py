@@ -124,7 +124,7 @@ def test_experts_are_reported_as_left_dense() -> None:
     ]
     assert reasons
     # In one tensor since transformers 5, in linears of their own before.
-    assert all("is no linear" in reason or "routed" in reason for reason in reasons)
+    assert all("is not a linear" in reason or "routed" in reason for reason in reasons)
 
 
 # Blocks of other makes ------------------------------------------------------------------------------

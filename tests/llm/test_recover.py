@@ -117,7 +117,7 @@ class Case:
         self.targets = [self.runner.output(chunk) for chunk in self.chunks]
         self.masks: list[tuple[structure.LinearLayer, Tensor]] = []
         for name in ("up", "down"):
-            layer = structure.LinearLayer(getattr(self.block, name), name, False)
+            layer = structure.ModelWeight(name, getattr(self.block, name))
             found = s3.prune.magnitude(layer.weight, None, "2:4")
             layer.copy_weight(found.weight)
             self.masks.append((layer, found.mask))

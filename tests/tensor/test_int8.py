@@ -492,11 +492,11 @@ UP = "model.layers.0.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda entry: entry.pop("int8"), "otherwise than"),
-        (lambda entry: entry["int8"].remove(UP), "otherwise than"),
+        (lambda entry: entry.pop("int8"), "differently"),
+        (lambda entry: entry["int8"].remove(UP), "differently"),
         (
             lambda entry: entry["int8"].append("model.layers.1.mlp.down_proj.weight"),
-            "otherwise than",
+            "differently",
         ),
         (lambda entry: entry.update(int8=7), "its tables must be of strings"),
         (lambda entry: entry.update(int8=[7]), "its tables must be of strings"),

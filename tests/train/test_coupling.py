@@ -319,7 +319,7 @@ def test_refusals_name_the_coupling_and_change_nothing() -> None:
     schedule = s3.Density(end=0.25)
     with pytest.raises(s3.PatternError, match="the schedule ends at density"):
         s3.sparsify_training_(model, channels(model), keep=12, schedule=schedule)
-    with pytest.raises(s3.ModelError, match=r"channels: its tensor of shape .* is no parameter"):
+    with pytest.raises(s3.ModelError, match=r"channels: its tensor of shape .* is not a parameter"):
         s3.sparsify_training_(model, channels(mlp()), keep=2)
     with pytest.raises(s3.ModelError, match="a weight has one owner"):
         s3.sparsify_training_(model, [channels(model), channels(model)], keep=2)

@@ -74,7 +74,7 @@ def test_a_mask_of_a_coupled_weight_is_checked_too() -> None:
     state = model.state_dict()
     name = "0.parametrizations.weight.0.mask"
     state[name] = torch.ones_like(state[name])
-    with pytest.raises(RuntimeError, match=r"0\.weight: the mask is none of"):
+    with pytest.raises(RuntimeError, match=r"0\.weight: the mask is not one of"):
         model.load_state_dict(state)
 
 
