@@ -22,8 +22,6 @@ import argparse
 import copy
 import functools
 import importlib.util
-import json
-import platform
 import re
 import sys
 import time
@@ -35,7 +33,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from stored import versions
+from measure import DEVICE, device_name, packaged_model, start, versions, write_json
+from structured_obs import PATTERNS
 from torch import Tensor, nn
 
 import s3tensor as s3
@@ -44,10 +43,6 @@ from s3tensor.evaluate.harness import evaluate_tasks
 from s3tensor.io import pretrained as hf
 from s3tensor.llm.structure import is_linear
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from demo import packaged_model
-
-PATTERNS = {"24": "2:4", "48": "pair4:8", "coupled24": "coupled2:4", "block16": "rowpair16"}
 PRUNERS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (pruner of s3tensor, its settings)
     "sparsegpt": ("sparsegpt", {}),
     # As in the paper: the pruned stream's own outputs are the target.
@@ -180,7 +175,7 @@ class OriginalHessians:
                 hook.remove()
 
     def factors(self, name: str) -> s3.Factors:
-        """Of one linear; those of linears that share an input are made once, when called in sequence."""
+        """Of one linear; computed once for linears that share an input and are asked for in sequence."""
         leader = self._leaders[name]
         if self._factors is None or self._factors[0] != leader:
             self._factors = leader, s3.Factors(self._hessians[leader].value(), self._damp)
@@ -188,10 +183,10 @@ class OriginalHessians:
 
     @contextmanager
     def pruner(self, name: str, model: nn.Module) -> Iterator[str]:
-        """For a while, a pruner that has these Hessians in place of those that it is given.
+        """A temporary pruner that uses these Hessians in place of those that it is given.
 
-        ``prune_model`` hands over a weight and not its name; the linear of ``model`` that holds the
-        weight's memory has it.
+        ``prune_model`` passes a weight, not its name; the linear of ``model`` that holds the weight's memory
+        has the name.
         """
         inner = prune.get(name)
         linears = {n: m for n, m in model.named_modules() if is_linear(m)}
@@ -268,8 +263,8 @@ def perplexity_by_block(
 ) -> list[tuple[int, float]]:
     """Perplexity with the first ``every``, 2 ``every``, ... and all ``blocks`` pruned.
 
-    The pruned model with the dense model's blocks behind a point is the model as it was when pruning
-    had come so far. ``every`` 0 gives the end alone.
+    The pruned model with the dense model's blocks after a point is the model as it was when pruning had
+    come that far. ``every`` 0 gives the end alone.
     """
     modules = llm.decoder_blocks(pruned)[1]
     originals = llm.decoder_blocks(dense)[1]
@@ -339,7 +334,7 @@ def store(outcome: Outcome, model: str, record: Mapping[str, Any], out: Path) ->
         "perplexity": outcome.perplexities[-1][1],
         **record,
     }
-    (folder / "run.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "run.json", document)
     return folder
 
 
@@ -351,10 +346,9 @@ def short_name(model: str) -> str:
 
 def environment(device: str) -> dict[str, Any]:
     """Where figures come from."""
-    cuda = torch.device(device).type == "cuda"
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": versions("s3tensor", "torch", "transformers"),
     }
@@ -397,7 +391,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "--save_model", type=Path, metavar="DIR", help="save models as DIR/MODEL/METHOD, compressed"
     )
     add("--dtype", default="auto", help="of the weights [the checkpoint's]")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default=DEVICE)
     add("--cache_device", default="cpu", help="where calibration activations wait [cpu]")
     add("--tag", help="added to the methods' names in the results [original_h with that option]")
     add("--out", type=Path, default=Path("demo-out/paper/results"), help="folder of the results")
@@ -488,7 +482,4 @@ def save(model: nn.Module, tokenizer: Any, outcome: Outcome, folder: Path) -> No
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except s3.S3Error as error:
-        sys.exit(f"error: {error}")
+    start(main)
