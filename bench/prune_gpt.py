@@ -9,8 +9,8 @@ A method is PRUNER_PATTERN: ``sparsegpt``, ``true_obs`` (the paper's S-OBS), ``o
 block by block), on ``24`` (2:4), ``48`` (the paper's 4:8 on pairs of columns), ``coupled24`` or ``block16``.
 Each starts from the dense model.
 
-Text: ``--calibration`` and ``--text`` are ``c4`` and ``wikitext2``, through ``datasets``; where these
-cannot be had, Python's documentation topics, calibration and held-out apart, and the record says so.
+Text: ``--calibration`` and ``--text`` default to ``c4`` and ``wikitext2``, through ``datasets``; if those are
+not available, to disjoint topics of Python's documentation, and the record says so.
 
 Into OUT/MODEL/METHOD, or OUT/MODEL/METHOD-TAG, go ``linears.csv`` and ``blocks.csv`` (error, seconds, name,
 index, shapes), ``perplexity.csv`` (by blocks pruned, with ``--eval_every``) and ``run.json``.
@@ -104,7 +104,7 @@ class Outcome:
 def text_of(
     source: str | None, online: str, part: str, tokenizer: Any, samples: int | None, seq_len: int
 ) -> Text:
-    """Windows of a source; without one, of ``online`` if it can be had, else of pydoc.
+    """Windows of a source; without one, of ``online`` if it is available, else of pydoc.
 
     Args:
         source: ``c4``, ``wikitext2``, ``pydoc``, a path, or None.
@@ -125,7 +125,7 @@ def text_of(
     tokens = llm.tokenize(text, tokenizer)
     available = len(tokens) // seq_len
     if samples is not None and samples > available and source == "pydoc":
-        print(f"{part} text: {available} windows, all that {source} has, and not {samples}")
+        print(f"{part} text: {available} windows, all that {source} has, instead of {samples}")
         samples = available
     return Text(source, part, llm.windows(tokens, samples or available, seq_len))
 
@@ -288,9 +288,9 @@ def perplexity_by_block(
 def harness(
     model: nn.Module, tokenizer: Any, tasks: Sequence[str], folder: Path | None = None
 ) -> dict[str, float]:
-    """Figures of lm_eval tasks, ``TASK/METRIC``; ``folder`` holds YAML files of tasks of one's own.
+    """Figures of lm_eval tasks, ``TASK/METRIC``; ``folder`` holds your own tasks as YAML files.
 
-    Without tasks, WikiText-2 as lm_eval has it or, where it cannot be had, Python's documentation.
+    Without tasks, lm_eval's WikiText-2 or, if it is not available, Python's documentation.
     """
     try:
         report = evaluate_tasks(model, tokenizer, tasks or ["wikitext"], include_path=folder)
@@ -345,7 +345,7 @@ def short_name(model: str) -> str:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Where figures come from."""
+    """Date, device, threads and versions."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": device_name(device),

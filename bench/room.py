@@ -1,4 +1,4 @@
-"""How much is left to find: a search over the masks of a few rows, every swap scored exactly.
+"""How far masks are from the best: a search over the masks of a few rows, every swap scored exactly.
 
     python bench/room.py --synthetic --pattern rowpair16    # 2560 x 9728, 32,768 samples; wants a GPU
     python bench/room.py --layer 29.down --groups 4         # a real layer of SmolLM2-135M
@@ -9,7 +9,7 @@ scope, the best pair of all first, until none helps (``descent``), and then goes
 1989): always the best swap of those whose scope has not changed lately, also where the error rises. No error
 is estimated: all weights of the rows are free after every swap.
 
-That is affordable since one matrix of a row tells the exact gain of every swap. Sweep (Goodnight 1979) the
+That is affordable because one matrix per row gives the exact gain of every swap. Sweep (Goodnight 1979) the
 matrix ``[[inv(H), w], [w', 0]]`` on the pruned weights P of the row: its last entry is then
 ``-w_P inv(inv(H)_PP) w_P'``, minus the loss, and turning the weights F around, whether they are kept or
 pruned, changes it by ``-t_F inv(T_FF) t_F'`` with t its last column. The swap is an update of rank |F|. All

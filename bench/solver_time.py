@@ -1,12 +1,12 @@
-"""Seconds of the ADMM solver by phase, what each way to invert costs, and what that means for larger models.
+"""Seconds of the ADMM solver by phase, the cost of each way to invert, and an estimate for larger models.
 
     python bench/solver_time.py                          # H100: under a minute
     python bench/solver_time.py --quick --device cpu     # toy sizes
 
 1. inverses: ``inv(H + rho I)`` by Cholesky, by triangular products, by a step from the last inverse, by eigh.
 2. solves: every problem that pruning SmolLM2-135M poses (linears of one input stacked), and square ones of
-   three widths, split into phases. A phase's seconds are taken with the device synchronised around it;
-   ``seconds`` is a call as it is, without that.
+   three widths, split into phases. A phase is timed with the device synchronised around it; ``ms`` is a call
+   without that.
 3. model: ``launches + a K^3 + b M K^2`` fitted to the solves, and the solver's seconds for Llama 3's shapes.
 
 The JSON is written after every row.

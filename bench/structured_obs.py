@@ -9,12 +9,12 @@ Patterns: ``24`` is 2:4, ``48`` the paper's 4:8 on pairs of columns, ``coupled24
 ``block16`` 16 columns with one of two rows 8 apart. Every method prunes the same weight with the same
 Hessian; the error is that of ``s3tensor.output_error`` on the undamped Hessian, as a percentage.
 
-``true_obs`` and the rival may be too slow for all rows: ``--slow-rows 256`` gives them the first 256. Rows
-(of one scope) do not depend on each other, so seconds are scaled to all rows, and said to be, and every
-method's error on those first rows is printed too, for a fair comparison.
+``true_obs`` and the rival may be too slow for all rows: ``--slow-rows 256`` gives them the first 256. Rows of
+different scopes are independent, so seconds are scaled to all rows, marked as such, and every method's error
+on those first rows is printed for a fair comparison.
 
 The rival is ``sparsekit`` 0.1.5 (CC BY-NC 4.0), called through its public names where it is importable; it
-needs CUDA and Triton, and is no part of s3tensor.
+needs CUDA and Triton, and is not part of s3tensor.
 """
 
 from __future__ import annotations
@@ -404,7 +404,7 @@ def store(rows: Sequence[Row], record: dict[str, Any], stem: Path) -> None:
 
 
 def warm_up(device: torch.device, methods: dict[str, Method], settings: Settings) -> None:
-    """Compile and load what first calls need, so that no row bears it."""
+    """Compile and load what first calls need, so that no row includes it."""
     tiny = torch.randn(16, 128, generator=torch.Generator().manual_seed(0)).to(device)
     problem = Problem("warm-up", tiny, torch.eye(128, device=device), 128)
     for name, method in methods.items():
@@ -420,7 +420,9 @@ def add_layer(parser: argparse.ArgumentParser) -> None:
     add("--model", type=Path, help="of --layer: folder, hub name or .gguf; default SmolLM2-135M")
     add("--layer", default="15.down", help="BLOCK.down|gate|up|q|k|v|o, or a module's full name")
     add("--samples", type=int, default=64, help="calibration windows of 512 tokens, for --layer")
-    add("--synthetic", nargs="?", const="2560x9728", metavar="MxK", help="a made layer instead")
+    add(
+        "--synthetic", nargs="?", const="2560x9728", metavar="MxK", help="a synthetic layer instead"
+    )
     add("--tokens", type=int, default=32_768, help="samples of --synthetic")
     add("--seed", type=int, default=0, help="of --synthetic")
     add("--device", default=DEVICE)
@@ -433,7 +435,7 @@ def check_layer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if min(args.samples, args.tokens) < 1:
         parser.error("--samples and --tokens must be 1 or more")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: there is no CUDA device here")
+        parser.error(f"--device {args.device}: no CUDA device is available")
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -529,7 +531,7 @@ def main(given: Sequence[str] | None = None) -> list[Row]:
             row = measure(name, method, problem, pattern, settings, args.slow_rows)
             rows.append(row)
             print(line(row), flush=True)
-            store(rows, record, stem)  # each time: a run that is broken off leaves what it measured
+            store(rows, record, stem)  # each time: an interrupted run keeps what it measured
     print(f"stored in {stem}.csv and .json")
     return rows
 

@@ -1,4 +1,4 @@
-"""What training under 2:4 costs a step, or saves: dense against every mode of S3Sparse, as ratios.
+"""Time of a training step under 2:4: every mode of S3Sparse as a ratio to dense.
 
     python bench/training.py            # one H200: about three minutes, half of it compilation
     python bench/training.py --tiny     # on a CPU, to see that it runs
@@ -6,8 +6,8 @@
 A block of three linears, width 4096 to 4096, 4096 to 14336 and 14336 to 4096, is trained with float32
 masters, bfloat16 autocast and fused AdamW. A step is forward, backward, optimizer and, where the mode needs
 it, s3.step. All variants take turns in every round of ten steps, so that "refresh 10" refreshes once in
-each; a ratio is the median over rounds of a variant's time to dense's in the same round. Ways are eager,
-compiled, and "graphs", compiled with CUDA graphs. Variants with "sparse cores" are under s3.sparse_cores_.
+each; a ratio is the median over rounds of a variant's time over dense's in the same round. Ways are eager,
+compiled, and "graphs" (compiled with CUDA graphs). Variants with "sparse cores" are under s3.sparse_cores_.
 The file is written after each part.
 """
 
@@ -96,7 +96,7 @@ def build(
 
 
 def seconds(run: Callable[[], None], device: torch.device) -> Callable[[], float]:
-    """Run, and give what tells the seconds once the device is idle."""
+    """Run, and return a function that gives the seconds once the device is idle."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
