@@ -47,6 +47,11 @@ import torch
 import transformers
 from measure import RESULTS, ROOT, device_name, versions, write_json
 
+sys.path.append(str(ROOT / "tests"))  # for the toy models and states of the tests
+import mixed_state as laws
+from limits import little_memory
+from saved_models import byte_level
+
 import s3tensor as s3
 from s3tensor import cli, llm
 from s3tensor.io import pretrained as hf
@@ -169,18 +174,9 @@ def prune(model: Path, text: Path, out: Path) -> None:
 
 def make_model(folder: Path) -> None:
     """A random Llama of four blocks with a tokenizer, in ``model``, and text in ``text.txt``."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     text = llm.load_text("pydoc")[:20_000]
     (folder / "text.txt").write_text(text, encoding="utf-8")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator([text], trainer)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast = byte_level(300, text)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
@@ -277,10 +273,6 @@ def kill_after(process: int, seconds: float, saving: Path | None, log: Path) -> 
 
 def fuzzed(cases: int, seed: int) -> dict[str, Any]:
     """Counts of what became of changed checkpoints, by the kind of change."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import mixed_state as laws  # the state and the comparison of the tests
-    from limits import little_memory
-
     whole, state = laws.mixed_bytes(), laws.mixed_state()
     draw = random.Random(seed)
     counts: dict[str, collections.Counter[str]] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -300,18 +299,6 @@ def test_a_model_without_a_config_or_without_values_is_refused(tmp_path: Path) -
     with pytest.raises(s3.ModelError, match="meta device"):
         s3.save_pretrained(tiny("llama").to("meta"), tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("saved") / "model"
-    s3.save_pretrained(pruned("llama"), place)
-    return place
-
-
-@pytest.fixture
-def copy(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])

@@ -51,18 +51,6 @@ def stored(place: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("saved") / "model"
-    s3.save_pretrained(pruned("llama"), place)
-    return place
-
-
-@pytest.fixture
-def copy(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
-
-
 # registration ---------------------------------------------------------------------------------------
 
 OLD_TORCH = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 7)
