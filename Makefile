@@ -3,6 +3,7 @@
 #   make test    the tests                                         (PYTEST="-k pattern -x")
 #   make lint    formatting, lint and types
 #   make docs    the documentation, into build/docs; broken links are errors
+#   make dist    wheel and sdist, into build/dist, and a check of what they hold
 #
 # PYTHON, VENV and TORCH can be given: make test TORCH='torch==2.6.*' VENV=/tmp/torch26
 
@@ -23,7 +24,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCHAO := $(BIN)/python -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' \
 	&& $(PIP) --no-deps torchao==0.18.0 || echo "no torchao for this torch: tests/tensor/test_torchao.py is skipped"
 
-.PHONY: demo test lint docs docs-serve format clean
+.PHONY: demo test lint docs docs-serve dist format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(DEMO)
@@ -42,6 +43,11 @@ docs: $(VENV)/.docs
 
 docs-serve: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+dist: $(VENV)/.lint
+	rm -rf build/dist
+	$(BIN)/python -m build --no-isolation --outdir build/dist
+	$(BIN)/python tools/check_dist.py build/dist
 
 format: $(VENV)/.lint
 	$(BIN)/ruff format .

@@ -2,11 +2,10 @@
 
     python bench/compact.py                   # SmolLM2-135M on a CPU, about 10 minutes
 
-The model is the one of ``examples/demo.py``. Each case prunes it, keeps a copy that is only masked, compacts
-it, and compares the two on held-out text: the answer first, then the time. The masked model is as large and
-as slow as the dense one. Blocks are chosen by the coupled norms of their weights, or by Structured OBS on
-the projection that reads them (whole columns of ``down_proj`` and ``o_proj``), which also makes up for what
-goes: perplexity shows the difference.
+Each case prunes the model of ``examples/demo.py``, keeps a masked copy, compacts the model, and compares the
+two: outputs first, then time. The masked model is as large and as slow as the dense one. Blocks are chosen by
+the coupled norms of their weights, or by Structured OBS on the projection that reads them (whole columns of
+``down_proj`` and ``o_proj``), which also adjusts the weights that stay; perplexity shows the difference.
 """
 
 from __future__ import annotations
@@ -16,16 +15,14 @@ import copy
 import inspect
 import json
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from stored import versions
+from measure import RESULTS, device_name, held_out, packaged_model, versions, write_json
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -33,9 +30,6 @@ import s3tensor as s3
 from s3tensor import llm
 from s3tensor.io import pretrained as hf
 from s3tensor.model.compact import units
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from demo import packaged_model
 
 BY_NORM: dict[str, dict[str, float]] = {
     "channels 0.75": {"channels": 0.75},
@@ -49,21 +43,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="another .gguf file or Hugging Face folder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--new-tokens", type=int, default=32, help="decoded one by one")
-    parser.add_argument("--rounds", type=int, default=7, help="timings of which the median counts")
+    parser.add_argument("--rounds", type=int, default=7, help="timings to take the median of")
     parser.add_argument("--eval-samples", type=int, default=4, help="held-out windows of 512")
     parser.add_argument("--samples", type=int, default=6, help="calibration windows of 512")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/compact.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "compact.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     model, tokenizer = hf.load_model(args.model or packaged_model())
     model.eval()
-    text = llm.tokenize(llm.load_text("pydoc", "held-out"), tokenizer)
-    windows = llm.windows(text, args.eval_samples, 512)
+    windows = held_out(tokenizer, args.eval_samples, 512)
     calibration = llm.calibration_tokens("pydoc", tokenizer, args.samples, 512)
     record: dict[str, Any] = {
         "model": (args.model or packaged_model()).name,
-        "device": platform.machine(),
+        "device": device_name("cpu"),
         "threads": args.threads,
         "new_tokens": args.new_tokens,
         "held_out_tokens": windows.numel(),
@@ -77,22 +70,21 @@ def main() -> None:
     }
     print(f"dense: {record['dense']}", flush=True)
 
-    def store(name: str, masked: nn.Module) -> None:
+    def add(name: str, masked: nn.Module) -> None:
         record["cases"][name] = measure(masked, windows, name, args.new_tokens, args.rounds)
         print(f"{name}: {json.dumps(record['cases'][name])}", flush=True)
 
     for name, densities in BY_NORM.items():
-        store(f"{name}, by norm", masked_by_norm(model, densities))
+        add(f"{name}, by norm", masked_by_norm(model, densities))
     prune_columns(model, calibration, "down_proj", 1, 0.75)
-    store("channels 0.75, by OBS", model)
+    add("channels 0.75, by OBS", model)
     group = units(model, "heads")[0].parts[-1].size
     prune_columns(model, calibration, "o_proj", group, 2 / 3)
-    store("channels 0.75, heads 2/3, by OBS", model)
+    add("channels 0.75, heads 2/3, by OBS", model)
 
-    if hasattr(os, "getloadavg"):  # above the number of threads, others were at work too
+    if hasattr(os, "getloadavg"):  # above the number of threads, the machine was busy
         record["load_average"] = [round(load, 1) for load in os.getloadavg()]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(args.out, record)
     print(table(record))
 
 
@@ -134,7 +126,7 @@ def measure(
 ) -> dict[str, Any]:
     """One case: the masked model against the compacted one."""
     small = copy.deepcopy(masked)
-    # Channels and heads that are zero leave by themselves; a residual stream is only cut when asked.
+    # Zero channels and heads are removed by default; the residual stream is only narrowed when asked.
     densities = {"hidden": 0.75} if "hidden" in name else {}
     start = time.perf_counter()
     report = s3.compact(small, **densities)
@@ -171,7 +163,7 @@ def measure(
 
 
 def timed(model: nn.Module, tokens: torch.Tensor, new_tokens: int) -> dict[str, float]:
-    """Seconds per token of a prompt of 256 and of greedy decoding behind it."""
+    """Seconds per token of a prompt of 256 tokens and of greedy decoding after it."""
     # The argument's name changed in transformers 5.
     known = inspect.signature(model.forward).parameters
     argument = "cache" if "cache" in known else "past_key_values"

@@ -9,9 +9,9 @@ The weights are random: speed does not depend on them. All linears of the layers
 head stays dense; its vocabulary is cut in the proportion of the layers, so that it has the share of the
 time that it has in the whole model. One token a step, greedily, with a static cache; the step is compiled
 whole and recorded in a CUDA graph. Compressed models are compiled with ``s3.inductor_options()``; the
-dense one plainly and with the same options, its linears grouped too, and the faster of these is the rival.
-Rounds take turns. A batch is measured in one process; the file keeps the rows of other batches where the
-device, the versions and all settings are the same, so that batches can be run one by one.
+dense one with defaults and with the same options, its linears grouped too, and the faster of these is the
+rival. Rounds take turns. The file keeps rows of other batches if device, versions and settings are the same,
+so that batches can be run one by one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stored import rows_before, versions
+from measure import DEVICE, RESULTS, device_name, integers, rows_before, versions, write_json
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache
 
@@ -162,16 +161,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", default="lean", choices=("lean", "fast"))
     parser.add_argument(
-        "--apart", action="store_true", help="a launch for each linear, those of one input too"
+        "--apart", action="store_true", help="a launch for each linear, even for those of one input"
     )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, help="[bench/results/decoder.json]")
     args = parser.parse_args()
     torch._dynamo.config.cache_size_limit = 64  # each decoder compiles the one step for itself
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    batches = integers(args.batches)
 
-    dense = build(args.layers, args.tiny, device)
+    dense = build(args.layers, args.tiny, DEVICE)
     plain: dict[str, Any] = {"triton.cudagraphs": False}
     grouped = s3.inductor_options(
         triton__cudagraphs=False,
@@ -187,12 +185,12 @@ def main() -> None:
         if values:
             held = s3.quantize_(model, values).after  # type: ignore[arg-type]
         else:
-            s3.set_memory_(model, args.memory, (1, max(map(int, args.batches.split(",")))))
+            s3.set_memory_(model, args.memory, (1, max(batches)))
         sizes[name_of_model] = {"dense": report.bytes_before, "compressed": held}
         options = {"post_grad_custom_post_pass": GroupLinears(merge=False)} if args.apart else {}
         models[name_of_model] = model, s3.inductor_options(triton__cudagraphs=False, **options)
     record: dict[str, Any] = {
-        "device": name,
+        "device": device_name(),
         "versions": versions("torch", "transformers", "s3tensor"),
         "date": time.strftime("%Y-%m-%d"),
         "model": "toy" if args.tiny else "Qwen3-4B shapes, random weights",
@@ -200,10 +198,9 @@ def main() -> None:
         "tokens": args.tokens, "memory": args.memory, "apart": args.apart,
         "bytes_of_linears": sizes, "rows": [],
     }  # fmt: skip
-    out = args.out or Path("bench/results/decoder.json")
-    again = set(map(int, args.batches.split(",")))
-    record["rows"] = [row for row in rows_before(out, record) if row["batch"] not in again]
-    for batch in map(int, args.batches.split(",")):
+    out = args.out or RESULTS / "decoder.json"
+    record["rows"] = [row for row in rows_before(out, record) if row["batch"] not in batches]
+    for batch in batches:
         length = args.prompt + args.tokens + 8
         decoders = {
             which: Decoder(model, batch, args.prompt, length, options)
@@ -232,10 +229,9 @@ def main() -> None:
                 f"{100 * agreements[which]:.0f} %",
                 flush=True,
             )
-        if not args.tiny or args.out:  # after each batch: a run that is broken off keeps it
+        if not args.tiny or args.out:
             record["rows"].sort(key=lambda row: row["batch"])
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_json(out, record)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,18 @@
     python bench/faults.py --kills 100 --fuzz 20000     # ten minutes on one core; Linux
 
 *Kills.* ``s3tensor prune`` of a toy model is killed by SIGKILL at a random moment and started again with the
-same command, which may be killed again, until it ends. Two moments of three are drawn from the time that a
-run takes, the third from the moments in which it saves the model and tidies up. Every file of the result is
-then compared, byte by byte, with that of an undisturbed run; of the two CSV files, all columns but seconds
-and memory are. Each run is a process of its own, forked from one that has imported everything, so that the
-moments fall on the work and not on imports.
+same command, which may be killed again, until it ends. Two moments in three are drawn from the whole run, the
+third from the time in which it saves the model and cleans up. Every file of the result is then compared, byte
+by byte, with that of an undisturbed run; in the two CSV files, all columns but seconds and memory are. Each
+run is forked from a process that has imported everything, so that kills hit the work and not the imports.
 
 *Fuzz.* The bytes of a checkpoint that holds every kind of tensor are changed at random and loaded, under a
 limit of 1 GiB of address space more than before:
 
 - ``bytes``: one to eight bytes changed, anywhere or in the header.
 - ``splices``: a run of bytes cut out, doubled, zeroed, or the file cut short.
-- ``forged``: bytes changed in the description or the tensors, and all checksums made right again, as a
-  stranger would. Here a sound weight of another pattern is no fault: it is what the file says.
+- ``forged``: bytes changed in the description or the tensors, and all checksums recomputed, as an attacker
+  would. Here a sound weight of another pattern is not a fault: it is what the file says.
 
 A case must be refused with a ``CheckpointError`` or load what was saved. Anything else is listed as a fault.
 """
@@ -31,7 +30,6 @@ import io
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import signal
@@ -47,7 +45,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
-from stored import versions
+from measure import RESULTS, ROOT, device_name, versions, write_json
+
+sys.path.append(str(ROOT / "tests"))  # for the toy models and states of the tests
+import mixed_state as laws
+from limits import little_memory
+from saved_models import byte_level
 
 import s3tensor as s3
 from s3tensor import cli, llm
@@ -55,7 +58,6 @@ from s3tensor.io import pretrained as hf
 from s3tensor.io import state as checkpoint
 from s3tensor.io.state import METADATA_KEY, load_state
 
-ROOT = Path(__file__).resolve().parents[1]
 UNLIKE = ("seconds", "solver_seconds", "recovery_seconds", "peak_memory_bytes")  # in two runs
 ENDED = "after it ended, before the process had"
 
@@ -65,12 +67,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="results of killed runs to compare")
     parser.add_argument("--fuzz", type=int, default=20_000, help="files to change and load")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "faults.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "faults.json")
     args = parser.parse_args()
 
     record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "device": platform.processor() or platform.machine(),
+        "device": device_name("cpu"),
         "versions": versions("torch", "transformers", "safetensors"),
         "seed": args.seed,
     }  # fmt: skip
@@ -81,8 +83,7 @@ def main() -> None:
         parts["kills"] = lambda: killed(args.kills, args.seed)
     for name, part in parts.items():
         record[name] = part()
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, record)
         print(f"{name}: {json.dumps(record[name])}", flush=True)
     if record.get("fuzz", {}).get("faults") or record.get("kills", {}).get("different"):
         sys.exit(1)
@@ -173,18 +174,9 @@ def prune(model: Path, text: Path, out: Path) -> None:
 
 def make_model(folder: Path) -> None:
     """A random Llama of four blocks with a tokenizer, in ``model``, and text in ``text.txt``."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     text = llm.load_text("pydoc")[:20_000]
     (folder / "text.txt").write_text(text, encoding="utf-8")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator([text], trainer)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast = byte_level(300, text)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
@@ -281,10 +273,6 @@ def kill_after(process: int, seconds: float, saving: Path | None, log: Path) -> 
 
 def fuzzed(cases: int, seed: int) -> dict[str, Any]:
     """Counts of what became of changed checkpoints, by the kind of change."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import mixed_state as laws  # the state and the comparison of the tests
-    from limits import little_memory
-
     whole, state = laws.mixed_bytes(), laws.mixed_state()
     draw = random.Random(seed)
     counts: dict[str, collections.Counter[str]] = {}

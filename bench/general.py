@@ -2,41 +2,43 @@
 
     python bench/general.py                                  # every pattern, batch and shape of the table
     python bench/general.py --patterns 4:8/bfloat16 --batches 1,16 --shapes 4096x4096
-    python bench/general.py --tune                           # every way to cut the work, the best first
+    python bench/general.py --tune                           # every configuration, the best first
 
 Each time is the median of CUDA graph replays; a graph runs the product with enough copies of the weight
 (400 MB of them) that none is found in L2. The rival is ``F.linear`` on the dense weight in the same dtype,
-under the same conditions; float32 without TF32 on both sides. The floor is the bytes of the weight, x and y
-at the bandwidth of a device copy or of a reduction, whichever is higher.
+under the same conditions, without TF32 in float32. The floor is the bytes of the weight, x and y at the
+bandwidth of a device copy or of a reduction, whichever is higher.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import math
-import multiprocessing
-import os
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from replays import bandwidths, microseconds
-from s3tensor.kernels import blocks, columns, gpu
+from measure import (
+    DTYPES,
+    KernelTable,
+    compile_all,
+    copies_of,
+    exact_product,
+    gpu,
+    integers,
+    kernel_parser,
+    microseconds,
+    relative_error,
+    shapes,
+)
+from s3tensor.kernels import blocks, columns
 from s3tensor.kernels.blocks import Blocks
 from s3tensor.kernels.gather import Gather
+from s3tensor.kernels.gpu import processors
+from torch import Tensor
 
 from s3tensor.mask.packing import unpack
 from s3tensor.pattern import BoundPattern, Pattern
@@ -47,7 +49,6 @@ PATTERNS = (
 )
 SHAPES = "4096x4096,14336x4096,4096x14336"
 BATCHES = "1,2,4,8,16,32,64"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def random_packed(bound: BoundPattern, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,16 +92,18 @@ def _blocks(x: Tensor, values: Tensor, indices: Tensor, **ints: Any) -> Tensor:
 
 
 def chosen(bound: BoundPattern, dtype: torch.dtype, n: int) -> Any:
-    count = gpu.processors(torch.device("cuda", torch.cuda.current_device()))
+    count = processors(gpu())
     rows, width = bound.shape
     if bound.block != (1, 1):
         return blocks.choose(dtype, n, rows, count)
     return columns.choose(bound.keep, bound.blocks_per_scope, dtype, n, rows, width, count)
 
 
-def cut_choices(bound: BoundPattern, dtype: torch.dtype, n: int) -> list[Any]:
-    """Configurations that are worth a try for ``n`` rows of x, the chosen one first."""
+def configurations(bound: BoundPattern, dtype: torch.dtype, n: int, tune: bool) -> list[Any]:
+    """The one chosen for ``n`` rows of x; with ``tune`` all others worth trying, too."""
     found: list[Any] = [chosen(bound, dtype, n)]
+    if not tune:
+        return found
     if bound.block != (1, 1):
         batch = min(64, max(8, 1 << (n - 1).bit_length()))
         if dtype == torch.float32:
@@ -134,33 +137,27 @@ def cut_choices(bound: BoundPattern, dtype: torch.dtype, n: int) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
-def compile_one(job: tuple[str, tuple[int, int], str, int, Any]) -> str | None:
-    """Compile what a product needs, into the cache on disk, by running it on memory of any content."""
+Job = tuple[str, tuple[int, int], str, int, Any]  # pattern, shape, dtype, rows of x, configuration
+
+
+def compile_one(job: Job) -> None:
+    """Run a product on memory of any content."""
     pattern, shape, dtype, n, config = job
-    try:
-        bound = Pattern.parse(pattern).bind(shape)
-        x = torch.zeros(n, shape[1], device="cuda", dtype=DTYPES[dtype])
-        values = torch.zeros(bound.packed_shape, device="cuda", dtype=DTYPES[dtype])
-        indices = torch.full((bound.index_bytes,), 0x55, device="cuda", dtype=torch.uint8)
-        product(bound, config)(x, values, indices)
-        torch.cuda.synchronize()
-    except Exception as error:
-        return f"{pattern} {config} on {shape}: {type(error).__name__}: {str(error)[:160]}"
-    return None
+    bound = Pattern.parse(pattern).bind(shape)
+    x = torch.zeros(n, shape[1], device="cuda", dtype=DTYPES[dtype])
+    values = torch.zeros(bound.packed_shape, device="cuda", dtype=DTYPES[dtype])
+    indices = torch.full((bound.index_bytes,), 0x55, device="cuda", dtype=torch.uint8)
+    product(bound, config)(x, values, indices)
 
 
-def compile_all(jobs: list[tuple[str, tuple[int, int], str, int, Any]], processes: int) -> None:
-    """Each kernel once, in parallel; what another number of columns needs is mostly the same."""
-    first: dict[Any, Any] = {}
+def by_width(jobs: list[Job]) -> list[list[Job]]:
+    """Each kernel once, those of one number of columns together: the next need mostly the same kernels."""
+    first: dict[Any, Job] = {}
     for job in jobs:
         pattern, shape, dtype, _, config = job
         first.setdefault((pattern, shape[1], dtype, config), job)
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for width in sorted({shape[1] for _, shape, *_ in jobs}):
-            mine = [job for key, job in first.items() if key[1] == width]
-            for error in pool.imap_unordered(compile_one, mine):
-                if error:
-                    print("cannot run", error, flush=True)
+    widths = sorted({shape[1] for _, shape, *_ in jobs})
+    return [[job for job in first.values() if job[1][1] == width] for width in widths]
 
 
 def measure(
@@ -172,12 +169,12 @@ def measure(
     rows, width = bound.shape
     values, indices, weight = random_packed(bound, kind)
     packed_bytes = values.nbytes + indices.nbytes
-    copies = max(2, math.ceil(options.megabytes * 1e6 / packed_bytes))
+    copies = copies_of(packed_bytes, options.megabytes)
     packed = [(values.clone(), indices.clone()) for _ in range(copies)]
     inputs = {n: torch.randn(n, width, device="cuda", dtype=kind) for n in batches}
     missing = [n for n in batches if n not in dense_us]
     if missing:
-        count = max(2, math.ceil(options.megabytes * 1e6 / weight.nbytes))
+        count = copies_of(weight.nbytes, options.megabytes)
         dense = [weight.clone() for _ in range(count)]
         for n in missing:
             x = inputs[n]
@@ -186,14 +183,13 @@ def measure(
     found = []
     for n in batches:
         x = inputs[n]
-        exact = torch.cat([x.double() @ part.double().t() for part in weight.split(4096)], 1)
+        exact = exact_product(x, weight)
         moved = packed_bytes + x.nbytes + n * rows * x.element_size()
         mine = []
-        for config in cut_choices(bound, kind, n) if options.tune else [chosen(bound, kind, n)]:
+        for config in configurations(bound, kind, n, options.tune):
             run = product(bound, config)
             try:
-                y = run(x, *packed[0])
-                error = ((y.double() - exact).norm() / exact.norm()).item()
+                error = relative_error(run(x, *packed[0]), exact)
                 us = microseconds(
                     partial(_packed, run=run, x=x, packed=packed), copies, options.repeats
                 )
@@ -235,68 +231,33 @@ def _packed(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = kernel_parser(__doc__, best=2, megabytes=400, repeats=7)
     parser.add_argument("--patterns", default=PATTERNS, help="PATTERN/DTYPE,...")
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--batches", default=BATCHES)
-    parser.add_argument("--tune", action="store_true", help="time every cut of the work")
-    parser.add_argument("--best", type=int, default=2, help="rows to print of each, with --tune")
-    parser.add_argument("--megabytes", type=float, default=400, help="of weights to rotate over")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop at the next weight")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file; default bench/results/general-DEVICE.json"
-    )
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     began = time.time()
-    device = torch.cuda.get_device_name()
-    shapes = [tuple(int(n) for n in shape.split("x")) for shape in options.shapes.split(",")]
-    batches = [int(n) for n in options.batches.split(",")]
-    cases = [case.rsplit("/", 1) for case in options.patterns.split(",")]
-    jobs: list[Any] = []
-    for (pattern, dtype), shape, n in itertools.product(cases, shapes, batches):
-        bound = Pattern.parse(pattern).bind(shape)  # type: ignore[arg-type]
-        choices = cut_choices if options.tune else lambda *case: [chosen(*case)]
-        jobs += [(pattern, shape, dtype, n, c) for c in choices(bound, DTYPES[dtype], n)]
-    compile_all(jobs, max(1, min(15, (os.cpu_count() or 2) - 1)))
-    copy, read = bandwidths()
-    bandwidth = max(copy, read)
-    print(
-        f"{device}, copy {copy / 1e9:.0f} GB/s, read {read / 1e9:.0f} GB/s, compiled in "
-        f"{time.time() - began:.0f} s",
-        flush=True,
-    )
-    record: dict[str, Any] = {
-        "device": device, "torch": torch.__version__, "cuda": torch.version.cuda,
-        "triton": triton.__version__, "date": time.strftime("%Y-%m-%d"), "copy_gb_per_s": copy / 1e9,
-        "read_gb_per_s": read / 1e9, "tuned": options.tune, "rows": [],
-    }  # fmt: skip
-    name = f"general{'-tune' if options.tune else ''}-{device.replace(' ', '-')}.json"
-    out = options.out or Path(__file__).parent / "results" / name
-    out.parent.mkdir(parents=True, exist_ok=True)
+    cases = [tuple(case.rsplit("/", 1)) for case in options.patterns.split(",")]
+    batches = integers(options.batches)
+    jobs = [
+        (pattern, shape, dtype, n, config)
+        for (pattern, dtype), shape, n in itertools.product(cases, shapes(options.shapes), batches)
+        for config in configurations(
+            Pattern.parse(pattern).bind(shape), DTYPES[dtype], n, options.tune
+        )
+    ]
+    compile_all(compile_one, *by_width(jobs))
+    table = KernelTable("general", options, began)
+    bandwidth = max(table.copy, table.read)
     dense_us: dict[Any, dict[int, float]] = {}
-    for shape, (pattern, dtype) in itertools.product(shapes, cases):
-        if time.time() - began > options.seconds:
-            print(f"stopped before {pattern} {shape}")
-            break
-        bound = Pattern.parse(pattern).bind(shape)  # type: ignore[arg-type]
+    for shape, (pattern, dtype) in table.within(itertools.product(shapes(options.shapes), cases)):
+        bound = Pattern.parse(pattern).bind(shape)
         rival = dense_us.setdefault((shape, dtype), {})
-        record["rows"] += measure(bound, dtype, batches, rival, bandwidth, options)
-        out.write_text(json.dumps(record, indent=1) + "\n")
-        torch.cuda.empty_cache()
-    print("\ngeometric mean over the shapes of the ratio to dense, of the fastest cut")
+        table.add(measure(bound, dtype, batches, rival, bandwidth, options))
+    print("\ngeometric mean over the shapes of the ratio to dense, of the fastest configuration")
     for pattern, dtype in cases:
-        means = []
-        for n in batches:
-            best: dict[Any, float] = {}
-            for r in record["rows"]:
-                if (r["pattern"], r["dtype"], r["batch"]) == (pattern, dtype, n):
-                    key = r["rows"], r["columns"]
-                    best[key] = max(best.get(key, 0.0), r["ratio"])
-            if best:
-                means.append(f"{n}: {statistics.geometric_mean(best.values()):.2f}")
-        print(f"{pattern:15} {dtype:8}  " + "  ".join(means))
+        print(f"{pattern:15} {dtype:8}  {table.means(batches, pattern=pattern, dtype=dtype)}")
     print(f"{time.time() - began:.0f} s")
 
 

@@ -1,7 +1,7 @@
 """int8 values inside compressed weights: microseconds, bytes and errors beside bfloat16 values and dense.
 
     python bench/int8.py --out int8.json                   # Qwen3-4B's linears, batches 1, 4, 16
-    python bench/int8.py --tune --forms 2:4                # ways to cut the kernel's work, the best first
+    python bench/int8.py --tune --forms 2:4                # every configuration, the best first
     python bench/int8.py --shapes "" --pruned FOLDER       # perplexity before and after quantize_
     python bench/int8.py --device cpu --shapes 64x128 --repeats 2      # to try it
 
@@ -20,10 +20,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import multiprocessing
-import os
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -31,50 +27,43 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measure import (
+    DEVICE,
+    compile_all,
+    copies_of,
+    gpu,
+    held_out,
+    integers,
+    relative_error,
+    shapes,
+    write_json,
+)
 from torch import Tensor
 
 import s3tensor as s3
-from s3tensor import benchmark, llm
+from s3tensor import benchmark
 
 SHAPES = "2560x9728,9728x2560,4096x2560,2560x4096,1024x2560"  # Qwen3-4B: down, up, q, o, k
-Case = tuple[str, int, int, int, Any]  # form, rows, columns, batch, cut of the work or None
+Case = tuple[str, int, int, int, Any]  # form, rows, columns, batch, configuration or None
 
 
-def shape_of(text: str) -> tuple[int, int]:
-    rows, columns = (int(n) for n in text.split("x"))
-    return rows, columns
-
-
-def compile_one(case: Case, device: str) -> str | None:
-    """Compile what a product needs, into the cache on disk, by running it on zeros."""
+def compile_one(case: Case) -> None:
+    """Run a product on zeros."""
     form, rows, columns, batch, cut = case
-    try:
-        weight = s3.StructuredSparseTensor.from_dense(
-            torch.zeros(rows, columns, device=device, dtype=torch.bfloat16), form
-        )
-        small = s3.Int8SparseTensor.from_sparse(weight)
-        x = torch.zeros(batch, columns, device=device, dtype=torch.bfloat16)
-        if cut is None:
-            F.linear(x, weight)
-            F.linear(x, small)
-        else:
-            cut_product(x, small, cut)
-        torch.cuda.synchronize()
-    except Exception as error:
-        return f"{case}: {type(error).__name__}: {str(error)[:200]}"
-    return None
-
-
-def compile_all(cases: list[Case], device: str) -> None:
-    processes = min(len(cases), max(1, (os.cpu_count() or 2) - 1), 15)
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for error in pool.imap_unordered(partial(compile_one, device=device), cases):
-            if error:
-                print("cannot run", error, flush=True)
+    weight = s3.StructuredSparseTensor.from_dense(
+        torch.zeros(rows, columns, device="cuda", dtype=torch.bfloat16), form
+    )
+    small = s3.Int8SparseTensor.from_sparse(weight)
+    x = torch.zeros(batch, columns, device="cuda", dtype=torch.bfloat16)
+    if cut is None:
+        F.linear(x, weight)
+        F.linear(x, small)
+    else:
+        cut_product(x, small, cut)
 
 
 def cut_product(x: Tensor, weight: Any, cut: Any) -> Tensor:
-    """One product by the kernel for int8 values, its work cut as given."""
+    """One product by the kernel for int8 values, in a given configuration."""
     from s3tensor.kernels import matmul
 
     y: Tensor = matmul.linear(
@@ -84,12 +73,8 @@ def cut_product(x: Tensor, weight: Any, cut: Any) -> Tensor:
     return y
 
 
-def error_of(y: Tensor, exact: Tensor) -> float:
-    return float((y.double() - exact).norm() / exact.norm())
-
-
 def copies(weight: Any, nbytes: int, device: torch.device) -> list[Any]:
-    count = max(2, -(-int(benchmark.ROTATE) // nbytes)) if device.type == "cuda" else 1
+    count = copies_of(nbytes, benchmark.ROTATE / 1e6) if device.type == "cuda" else 1
     return [weight, *(weight.clone() for _ in range(count - 1))]
 
 
@@ -106,7 +91,7 @@ def products(
     def add(name: str, weight: Any, nbytes: int, exact: Tensor, **more: Any) -> None:
         y = F.linear(x, weight)
         groups[name] = [partial(F.linear, x, copy) for copy in copies(weight, nbytes, device)]
-        facts[name] = {"name": name, "bytes": nbytes, "error": error_of(y, exact), **more}
+        facts[name] = {"name": name, "bytes": nbytes, "error": relative_error(y, exact), **more}
 
     whole = torch.randn(shape, device=device, generator=generator).bfloat16()
     add("dense", whole, whole.nbytes, x.double() @ whole.double().t())
@@ -116,7 +101,7 @@ def products(
         exact = x.double() @ weight.to_dense().double().t()
         add(f"{form} bfloat16", weight, weight.nbytes_compressed, exact)
         own = x.double() @ small.to_dense(torch.float64).t()
-        kernel = error_of(F.linear(x, small), own)  # its own rounding, without that to int8
+        kernel = relative_error(F.linear(x, small), own)  # its own rounding, without that to int8
         limit = 5e-3 if small.tiled else 1e-2  # the other path rounds the weight to bfloat16 too
         if not kernel < limit:
             raise s3.ModelError(f"{form} on {rows}x{columns}: wrong, relative error {kernel:.1e}")
@@ -165,7 +150,7 @@ def cuts(form: str, batch: int) -> list[Any]:
 def tune(
     forms: list[str], shape: tuple[int, int], batch: int, device: torch.device, repeats: int
 ) -> list[dict[str, Any]]:
-    """Every cut on one shape and batch, the fastest first."""
+    """Every configuration on one shape and batch, the fastest first."""
     generator = torch.Generator(device).manual_seed(1)
     x = torch.randn(batch, shape[1], device=device, generator=generator).bfloat16()
     found = []
@@ -180,7 +165,7 @@ def tune(
             if cut.columns > shape[1]:
                 continue
             try:
-                wrong = error_of(cut_product(x, weight, cut), exact)
+                wrong = relative_error(cut_product(x, weight, cut), exact)
             except Exception as error:  # more registers or shared memory than there are
                 print("cannot run", cut, str(error)[:120], flush=True)
                 continue
@@ -189,15 +174,8 @@ def tune(
             groups[str(cut)] = [partial(cut_product, x, twin, cut) for twin in twins]
         times = benchmark.times(groups, device, repeats)
         for name, us in sorted(times.items(), key=lambda item: item[1]):
-            found.append(
-                {
-                    "form": form,
-                    "shape": f"{shape[0]}x{shape[1]}",
-                    "batch": batch,
-                    "cut": name,
-                    "us": us,
-                }
-            )
+            where = {"form": form, "shape": f"{shape[0]}x{shape[1]}", "batch": batch}
+            found.append({**where, "cut": name, "us": us})
     return found
 
 
@@ -209,9 +187,7 @@ def model_part(args: argparse.Namespace, device: torch.device) -> dict[str, Any]
     model, tokenizer = hf.load_model(source, device=str(device))
     if args.pruned is None:
         s3.sparsify_(model, "2:4")
-    tokens = llm.windows(
-        llm.tokenize(llm.load_text("pydoc", "held-out"), tokenizer), args.eval_samples, 1024
-    )
+    tokens = held_out(tokenizer, args.eval_samples)
     before = s3.perplexity(model, tokens)
     began = time.time()
     report = s3.quantize_(model)
@@ -240,8 +216,8 @@ def main() -> None:
     add("--batches", default="1,4,16")
     add("--forms", default="2:4,rowpair16,coupled2:4,pair4:8")
     add("--repeats", type=int, default=9)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--tune", action="store_true", help="time every cut of the work")
+    add("--device", default=DEVICE)
+    add("--tune", action="store_true", help="time every configuration of the kernel")
     add("--pruned", type=Path, help="a compressed folder, for perplexity")
     add("--model", type=Path, help="a dense model, pruned by magnitude, for perplexity")
     add("--eval-samples", type=int, default=16, help="held-out sequences of 1024 tokens")
@@ -249,31 +225,30 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-    shapes = [shape_of(text) for text in args.shapes.split(",") if text]
-    batches = [int(text) for text in args.batches.split(",")]
+        device = gpu()
+    sizes, batches = shapes(args.shapes), integers(args.batches)
     forms = args.forms.split(",")
     record: dict[str, Any] = {**benchmark._machine(device), "rows": []}
     began = time.time()
 
-    def store() -> None:
+    def save() -> None:
         if args.out is not None:
-            args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_json(args.out, record)
 
     if device.type == "cuda":
-        every = itertools.product(forms, shapes, batches)
+        every = itertools.product(forms, sizes, batches)
         cases: list[Case] = []
         for form, (rows, columns), batch in every:
             choices = cuts(form, batch) if args.tune else [None]
             cases += [(form, rows, columns, batch, cut) for cut in choices]
         if cases:
-            compile_all(cases, str(device))
+            compile_all(compile_one, cases)
         record["compile_seconds"] = round(time.time() - began, 1)
         record["copy_gb_per_s"] = round(benchmark.copy_bandwidth(device) / 1e9)
         print(
             f"{record['device']}: {record['copy_gb_per_s']} GB/s, compiled in {time.time() - began:.0f} s"
         )
-    for shape, batch in itertools.product(shapes, batches):
+    for shape, batch in itertools.product(sizes, batches):
         if args.tune:
             found = tune(forms, shape, batch, device, args.repeats)
             first = [row for form in forms for row in [r for r in found if r["form"] == form][:4]]
@@ -288,13 +263,13 @@ def main() -> None:
                 show(row)
         record["rows"] += found
         record["seconds"] = round(time.time() - began, 1)
-        store()
+        save()
     if args.pruned is not None or args.model is not None:
         record["model"] = model_part(args, device)
-        store()
+        save()
     print(f"{time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    sys.exit(main())
+    main()

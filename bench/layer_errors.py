@@ -13,39 +13,30 @@ importable.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
-import platform
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import structured_obs
 import torch
-from stored import versions
+from measure import DEVICE, RESULTS, device_name, packaged_model, timed, versions, write_json
 from torch import Tensor
 
 import s3tensor as s3
 from s3tensor import llm
 from s3tensor.io import pretrained as hf
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from demo import packaged_model
-
 LAYERS = {
     "15.down": "model.layers.15.mlp.down_proj",
     "15.gate": "model.layers.15.mlp.gate_proj",
     "29.down": "model.layers.29.mlp.down_proj",
 }
-PATTERNS = ("2:4", "pair4:8", "coupled2:4", "rowpair16")
 
 
 def prepare(path: Path, model_file: Path | None, samples: int, seq_len: int) -> None:
     """Save weight, calibration Hessian and held-out Hessian of each layer."""
     file = model_file or packaged_model()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = hf.load_model(file, torch.float32, device=device)
+    model, tokenizer = hf.load_model(file, torch.float32, device=DEVICE)
     linears = {name: model.get_submodule(module) for name, module in LAYERS.items()}
     record: dict[str, Any] = {"model": file.name, "seq_len": seq_len, "layers": {}}
     for part, most in (("calibration", samples), ("held-out", samples // 2)):
@@ -58,7 +49,7 @@ def prepare(path: Path, model_file: Path | None, samples: int, seq_len: int) -> 
         ]
         with torch.inference_mode():
             for number, batch in enumerate(rows.split(8)):
-                model.model(batch.to(device))
+                model.model(batch.to(DEVICE))
                 print(
                     f"{part}: {min(8 * number + 8, len(rows))} of {len(rows)} windows", flush=True
                 )
@@ -94,56 +85,31 @@ def ours() -> dict[str, Method]:
 
 
 def rivals() -> dict[str, Method]:
-    """The reference implementation's S-OBS and SparseGPT, through its public functions; none without it."""
-    if importlib.util.find_spec("sparsekit") is None or not torch.cuda.is_available():
-        return {}
-    from sparsekit import BlockSpec, ScopeSpec, StructuredOBS, View
-    from sparsekit.pruners import sparsegpt
+    """The reference implementation's S-OBS and SparseGPT; none where it cannot run."""
+    found = structured_obs.rivals()
+    names = {
+        "sparsekit S-OBS": "sparsekit/true_obs",
+        "sparsekit SparseGPT": "sparsekit/sparsegpt",
+    }
+    settings = structured_obs.Settings()
 
-    def scope_of(weight: Tensor, pattern: str) -> tuple[Any, int]:
-        m, k = weight.shape
-        if pattern == "2:4":
-            return ScopeSpec(BlockSpec(weight, shape=(1, 1)), shape=(1, 4)), 2
-        if pattern == "pair4:8":
-            return ScopeSpec(BlockSpec(weight, shape=(1, 2)), shape=(1, 4)), 2
-        if pattern == "coupled2:4":
-            view = View(weight, shape=(m, k // 16, 8, 2), stride=(k, 16, 1, 8))
-            return ScopeSpec(BlockSpec(view, shape=(1, 1, 1, 2)), shape=(1, 1, 4, 1)), 2
-        view = View(weight, shape=(m // 16, 8, 2, k), stride=(16 * k, k, 8 * k, 1))
-        return ScopeSpec(BlockSpec(view, shape=(1, 1, 1, 16)), shape=(1, 1, 2, 1)), 1
-
-    def s_obs(weight: Tensor, hessian: Tensor, pattern: str) -> Tensor:
-        parameter = torch.nn.Parameter(weight.clone(), requires_grad=False)
-        scope, keep = scope_of(parameter, pattern)
-        # float32 working matrices: its default, float16, overflows on some of these layers.
-        StructuredOBS(scope, hessian).prune_true_obs(
-            nnz=keep, ng=64, order="largest_first", c_dtype=torch.float32
+    def under(method: structured_obs.Method) -> Method:
+        return lambda weight, hessian, pattern: method(
+            weight, hessian, structured_obs.SHORT[pattern], settings
         )
-        return parameter.data
 
-    def their_sparsegpt(weight: Tensor, hessian: Tensor, pattern: str) -> Tensor:
-        given = weight.clone(), hessian.clone()
-        if pattern == "coupled2:4":
-            return sparsegpt.sparsegpt_coupled_24(*given)
-        if pattern == "rowpair16":
-            return sparsegpt.sparsegpt_block16(*given)
-        return sparsegpt.sparsegpt(*given, block_size=2 if pattern == "pair4:8" else 1)
-
-    return {"sparsekit S-OBS": s_obs, "sparsekit SparseGPT": their_sparsegpt}
+    return {name: under(found[theirs]) for name, theirs in names.items() if theirs in found}
 
 
 def measure(
     method: Method, weight: Tensor, hessian: Tensor, held_out: Tensor, pattern: str
 ) -> dict[str, Any]:
     """Error on both Hessians and seconds of one method; a failure is recorded, not hidden."""
-    _synchronize(weight)
-    start = time.perf_counter()
+    given = weight.clone(), hessian.clone(), pattern
     try:
-        pruned = method(weight.clone(), hessian.clone(), pattern)
+        pruned, seconds = timed(lambda: method(*given), weight.device)
     except Exception as error:  # a rival may raise anything, and one row must not end the table
         return {"failed": f"{type(error).__name__}: {error}"[:200]}
-    _synchronize(weight)
-    seconds = time.perf_counter() - start
     if not bool(torch.isfinite(pruned).all()):
         return {"failed": "NaN or Inf in the result", "seconds": seconds}
     return {
@@ -154,38 +120,29 @@ def measure(
     }
 
 
-def _synchronize(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
-
-
-def run(path: Path, store: Path) -> None:
+def run(path: Path, out: Path) -> None:
     """Print the table of every method on every layer and pattern, and store it."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if not path.is_file():
         raise SystemExit(f"error: no file {path}; make it with --prepare {path}")
     record = torch.load(path, weights_only=True)
     methods = {**ours(), **rivals()}
     first = next(iter(record["layers"].values()))
     for method in methods.values():  # compile and load whatever the first call needs
-        small = first["weight"][:16, :64].to(device, torch.float32).clone()
-        measure(method, small, torch.eye(64, device=device), torch.eye(64, device=device), "2:4")
+        small = first["weight"][:16, :64].to(DEVICE, torch.float32).clone()
+        measure(method, small, torch.eye(64, device=DEVICE), torch.eye(64, device=DEVICE), "2:4")
     document: dict[str, Any] = {
         "model": record["model"],
         "tokens": {name: layer["calibration tokens"] for name, layer in record["layers"].items()},
-        "device": torch.cuda.get_device_name()
-        if device == "cuda"
-        else platform.processor() or "cpu",
+        "device": device_name(),
         "threads": torch.get_num_threads(),
         "versions": versions("torch", "triton", "s3tensor", "sparsekit"),
         "rows": [],
     }
-    store.parent.mkdir(parents=True, exist_ok=True)
     for name, layer in record["layers"].items():
         weight, hessian, held_out = (
-            layer[key].to(device, torch.float32) for key in ("weight", "calibration", "held-out")
+            layer[key].to(DEVICE, torch.float32) for key in ("weight", "calibration", "held-out")
         )
-        for pattern in PATTERNS:
+        for pattern in structured_obs.SHORT:
             for label, method in methods.items():
                 row = measure(method, weight, hessian, held_out, pattern)
                 document["rows"].append({"layer": name, "pattern": pattern, "method": label, **row})
@@ -194,8 +151,8 @@ def run(path: Path, store: Path) -> None:
                     f"{row['seconds']:7.2f} s" + ("" if row["satisfies"] else "  PATTERN BROKEN")
                 )
                 print(f"{name:8} {pattern:10} {label:20} {figures}", flush=True)
-            store.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(f"stored in {store}")
+            write_json(out, document)
+    print(f"stored in {out}")
 
 
 def main() -> None:
@@ -206,7 +163,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a window")
     parser.add_argument("--run", type=Path, metavar="FILE", help="prune what --prepare wrote")
     parser.add_argument(
-        "--store", type=Path, default=Path("bench/results/layer_errors.json"), help="JSON of --run"
+        "--store", type=Path, default=RESULTS / "layer_errors.json", help="JSON of --run"
     )
     args = parser.parse_args()
     if args.prepare is None and args.run is None:

@@ -4,19 +4,17 @@
     python bench/loading.py --layers 48   # a larger one
 
 Each way runs in a process of its own (Linux). *Peak* is the most memory that the process held, less what it
-held before: ``private`` is what no file backs, sampled every 2 ms; ``with files`` is the kernel's own
-high-water mark and counts the pages of the weights' files too, which safetensors maps and torch reads at
-first use. So the peak is taken twice: of loading alone, and of loading and one pass over 16 tokens. The
-answer comes first: all ways give the same logits, to the rounding of bfloat16.
+held before: ``private`` is memory that no file backs, sampled every 2 ms; ``with files`` is the kernel's own
+high-water mark, which also counts the mapped pages of the weights' files, read at first use. So the peak is
+taken twice: of loading alone, and of loading and one pass over 16 tokens. All ways must give the same logits,
+to the rounding of bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from measure import RESULTS, device_name, versions, write_json
 
 import s3tensor as s3
 from s3tensor.io import pretrained as hf
@@ -45,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--pattern", default="2:4")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/loading.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "loading.json")
     parser.add_argument(
         "--load", nargs=3, metavar=("WAY", "FOLDER", "PATTERN"), help=argparse.SUPPRESS
     )
@@ -67,10 +66,8 @@ def main() -> None:
         "model": model,
         "pattern": args.pattern,
         "rows": rows,
-        "device": platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": importlib.metadata.version("safetensors"),
+        "device": device_name("cpu"),
+        **versions("torch", "transformers", "safetensors"),
         "date": time.strftime("%Y-%m-%d"),
     }
     print(f"{model['parameters'] / 1e6:.0f} M parameters in bfloat16, {args.pattern}; MB")
@@ -80,8 +77,7 @@ def main() -> None:
         sizes = [row[f"{when}_{kind}"] for when in ("load", "run") for kind in KINDS]
         cells = "".join(f"{size / MB:{9 + 2 * (n % 2)}.0f}" for n, size in enumerate(sizes))
         print(f"{WAYS[way]:60}{row['held'] / MB:8.0f}{cells}{row['seconds']:9.2f}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(args.out, result)
 
 
 def made(layers: int, pattern: str, folder: Path) -> dict[str, Any]:
@@ -117,16 +113,16 @@ def in_a_process(way: str, folder: Path, pattern: str) -> dict[str, float]:
 
 
 def measured(way: str, folder: Path, pattern: str) -> dict[str, float]:
-    """Load one way; what it took."""
+    """Memory and seconds of loading one way."""
     place = folder / ("compressed" if way in ("compressed", "verified") else "dense")
-    # All that is imported on the way is here before the first reading.
+    # Imports what loading imports, before the first reading.
     transformers.AutoModelForCausalLM.from_config(
         transformers.LlamaConfig(
             hidden_size=8, num_hidden_layers=1, vocab_size=8, num_attention_heads=1
         )
     )
     before = memory("RssAnon"), memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     start = time.perf_counter()
     with Peak() as peak:
         if way == "verified":

@@ -2,13 +2,13 @@
 
     python bench/matmul.py                              # every form, batch and shape of the table
     python bench/matmul.py --forms 2:4 --batches 1,16 --shapes 4096x4096
-    python bench/matmul.py --tune --forms 2:4           # every way to cut the work, the best first
+    python bench/matmul.py --tune --forms 2:4           # every configuration, the best first
 
 Each time is the median of CUDA graph replays; a graph runs the product with enough copies of the weight
 (400 MB of them) that none is found in L2. The rivals are ``F.linear`` on the dense weight, under the
 same conditions, and for 2:4 cuSPARSELt through ``torch._cslt_sparse_mm`` where torch has it. ``overlap``
 is programmatic dependent launch: a product starts to read its weight while the one before it drains; the
-rivals have no such option here. The floor is the bytes of the weight, x and y at the bandwidth of a device
+rivals do not use it. The floor is the bytes of the weight, x and y at the bandwidth of a device
 copy or of a reduction, whichever is higher.
 """
 
@@ -16,34 +16,36 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import math
-import multiprocessing
-import os
-import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from replays import bandwidths, microseconds
+from measure import (
+    DTYPES,
+    KernelTable,
+    compile_all,
+    copies_of,
+    exact_product,
+    gpu,
+    integers,
+    kernel_parser,
+    microseconds,
+    relative_error,
+    shapes,
+)
 from s3tensor.kernels import matmul, tiles
+from s3tensor.kernels.gpu import processors
 from s3tensor.kernels.skinny import Skinny
 from s3tensor.kernels.wide import Wide
+from torch import Tensor
 
 from s3tensor.mask.packing import unpack
 from s3tensor.pattern import Pattern
 
 SHAPES = "4096x4096,14336x4096,4096x14336,2560x9728,28672x8192"
 BATCHES = "1,2,4,8,16,32,64,128"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 NIBBLES = torch.tensor([4, 8, 9, 12, 13, 14], dtype=torch.uint8)  # i0 | i1 << 2
 
 
@@ -63,7 +65,7 @@ def random_packed(
 
 
 def cut_choices(n: int) -> list[Skinny | Wide]:
-    """Configurations that are worth a try for ``n`` rows of x."""
+    """Configurations worth trying for ``n`` rows of x."""
     found: list[Skinny | Wide] = []
     if n <= 16:
         batch = 8 if n <= 8 else 16
@@ -86,42 +88,37 @@ def cut_choices(n: int) -> list[Skinny | Wide]:
     return found
 
 
-def compile_one(job: tuple[str, int, int, int, str, Any, bool]) -> str | None:
-    """Compile what a product needs, into the cache on disk, by running it on memory of any content."""
+Job = tuple[
+    Any, int, int, int, str, Any, bool
+]  # form, rows, columns, rows of x, dtype, config, overlap
+
+
+def compile_one(job: Job) -> None:
+    """Run a product on memory of any content."""
     form, rows, columns, n, dtype, config, overlap = job
-    try:
-        x = torch.zeros(n, columns, device="cuda", dtype=DTYPES[dtype])
-        values = torch.zeros(rows * columns // 2, device="cuda", dtype=DTYPES[dtype])
-        size = tiles.code_bytes(form, rows, columns)  # type: ignore[arg-type]
-        codes = torch.zeros(size, device="cuda", dtype=torch.uint8)
-        matmul.linear(
-            x, values, codes, None, form=form, rows=rows, columns=columns, tiled=True,
-            overlap=overlap, config=config,
-        )  # type: ignore[arg-type]  # fmt: skip
-        torch.cuda.synchronize()
-    except Exception as error:
-        return f"{config} on {rows}x{columns}: {type(error).__name__}: {str(error)[:160]}"
-    return None
+    x = torch.zeros(n, columns, device="cuda", dtype=DTYPES[dtype])
+    values = torch.zeros(rows * columns // 2, device="cuda", dtype=DTYPES[dtype])
+    codes = torch.zeros(tiles.code_bytes(form, rows, columns), device="cuda", dtype=torch.uint8)
+    matmul.linear(
+        x, values, codes, None, form=form, rows=rows, columns=columns, tiled=True,
+        overlap=overlap, config=config,
+    )  # fmt: skip
 
 
-def compile_all(jobs: list[tuple[Any, ...]], processes: int) -> None:
-    """Each kernel once, in parallel."""
-    first: dict[Any, tuple[Any, ...]] = {}
-    for job in jobs:
-        form, rows, columns, n, dtype, config, overlap = job
+def once(jobs: list[Job]) -> list[Job]:
+    """Each kernel once."""
+    first: dict[Any, Job] = {}
+    for form, rows, columns, n, dtype, config, overlap in jobs:
         cut = config or chosen(form, n, rows, columns)
         even = rows % cut.rows == 0 and columns % cut.columns == 0
-        first.setdefault((form, dtype, cut, overlap, even), (*job[:5], cut, overlap))
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for error in pool.imap_unordered(compile_one, first.values()):
-            if error:
-                print("cannot run", error, flush=True)
+        job = form, rows, columns, n, dtype, cut, overlap
+        first.setdefault((form, dtype, cut, overlap, even), job)
+    return list(first.values())
 
 
 def chosen(form: tiles.Form, n: int, rows: int, columns: int) -> Skinny | Wide:
-    device = torch.device("cuda", torch.cuda.current_device())
     capability = torch.cuda.get_device_capability()
-    count = torch.cuda.get_device_properties(device).multi_processor_count
+    count = processors(gpu())
     return matmul.choose(form, n, rows, columns, True, capability, count)
 
 
@@ -147,15 +144,13 @@ def measure(
     values = tiles.tile_values(values, form, rows, columns)
     codes = tiles.tile_codes(codes, form, rows, columns)
     packed_bytes = values.nbytes + codes.nbytes
-    copies = max(2, math.ceil(options.megabytes * 1e6 / packed_bytes))
+    copies = copies_of(packed_bytes, options.megabytes)
     packed = [(values.clone(), codes.clone()) for _ in range(copies)]
-    dense = [
-        weight.clone() for _ in range(max(2, math.ceil(options.megabytes * 1e6 / weight.nbytes)))
-    ]
+    dense = [weight.clone() for _ in range(copies_of(weight.nbytes, options.megabytes))]
     found = []
     for n in batches:
         x = torch.randn(n, columns, device="cuda", dtype=DTYPES[dtype])
-        exact = torch.cat([x.double() @ part.double().t() for part in weight.split(4096)], 1)
+        exact = exact_product(x, weight)
         before, extra_us = x, 0.0
         if options.chain:
             before = x.neg()
@@ -194,8 +189,7 @@ def measure(
                 )  # fmt: skip
 
             try:
-                y = call(0)
-                error = ((y.double() - exact).norm() / exact.norm()).item()
+                error = relative_error(call(0), exact)
                 us = microseconds(call, copies, options.repeats) - extra_us
             except Exception as failure:
                 if not options.tune:
@@ -229,72 +223,40 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--forms", default=",".join(tiles.FORMS))
-    parser.add_argument("--shapes", default=SHAPES)
-    parser.add_argument("--batches", default=BATCHES)
-    parser.add_argument("--dtypes", default="bfloat16")
-    parser.add_argument("--overlap", choices=("no", "yes", "both"), default="both")
-    parser.add_argument("--tune", action="store_true", help="time every cut of the work")
-    parser.add_argument(
+    parser = kernel_parser(__doc__, best=3)
+    add = parser.add_argument
+    add("--forms", default=",".join(tiles.FORMS))
+    add("--shapes", default=SHAPES)
+    add("--batches", default=BATCHES)
+    add("--dtypes", default="bfloat16")
+    add("--overlap", choices=("no", "yes", "both"), default="both")
+    add(
         "--chain",
         action="store_true",
-        help="an elementwise kernel makes x before each product, as in a model; its time is taken off",
-    )
-    parser.add_argument("--best", type=int, default=3, help="rows to print of each, with --tune")
-    parser.add_argument("--megabytes", type=float, default=450, help="of weights to rotate over")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop at the next weight")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file; default bench/results/matmul-DEVICE.json"
+        help="an elementwise kernel writes x before each product, as in a model; its time is subtracted",
     )
     options = parser.parse_args()
     options.overlaps = {"no": [False], "yes": [True], "both": [False, True]}[options.overlap]
     began = time.time()
-    device = torch.cuda.get_device_name()
-    shapes = [tuple(int(n) for n in shape.split("x")) for shape in options.shapes.split(",")]
-    batches = [int(n) for n in options.batches.split(",")]
+    batches = integers(options.batches)
     forms, dtypes = options.forms.split(","), options.dtypes.split(",")
+    weights = list(itertools.product(forms, dtypes, shapes(options.shapes)))
     jobs = [
         (form, *shape, n, dtype, config, overlap)
-        for form, shape, n, dtype in itertools.product(forms, shapes, batches, dtypes)
+        for (form, dtype, shape), n in itertools.product(weights, batches)
         for config in (cut_choices(n) if options.tune else [None])
         for overlap in options.overlaps
     ]
-    compile_all(jobs, max(1, min(15, (os.cpu_count() or 2) - 1)))
-    copy, read = bandwidths()
-    bandwidth = max(copy, read)
-    print(
-        f"{device}, copy {copy / 1e9:.0f} GB/s, read {read / 1e9:.0f} GB/s, compiled in "
-        f"{time.time() - began:.0f} s",
-        flush=True,
-    )
-    record: dict[str, Any] = {
-        "device": device, "torch": torch.__version__, "cuda": torch.version.cuda,
-        "date": time.strftime("%Y-%m-%d"), "copy_gb_per_s": copy / 1e9,
-        "read_gb_per_s": read / 1e9, "rows": [],
-    }  # fmt: skip
-    out = (
-        options.out or Path(__file__).parent / "results" / f"matmul-{device.replace(' ', '-')}.json"
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for form, dtype, shape in itertools.product(forms, dtypes, shapes):
-        if time.time() - began > options.seconds:
-            print(f"stopped before {form} {shape}")
-            break
-        record["rows"] += measure(form, *shape, batches, dtype, options, bandwidth)
-        out.write_text(json.dumps(record, indent=1) + "\n")
-        torch.cuda.empty_cache()
+    compile_all(compile_one, once(jobs))
+    table = KernelTable("matmul", options, began)
+    bandwidth = max(table.copy, table.read)
+    for form, dtype, (rows, columns) in table.within(weights):
+        table.add(measure(form, rows, columns, batches, dtype, options, bandwidth))
     if not options.tune:
         print("\ngeometric mean of the ratio to dense over the shapes")
         for form, dtype, overlap in itertools.product(forms, dtypes, options.overlaps):
-            means = []
-            for n in batches:
-                key = {"form": form, "dtype": dtype, "overlap": overlap, "batch": n}
-                ratios = [r["ratio"] for r in record["rows"] if key.items() <= r.items()]
-                if ratios:
-                    means.append(f"{n}: {statistics.geometric_mean(ratios):.2f}")
-            print(f"{form:10} {dtype} overlap {overlap:1}  " + "  ".join(means))
+            means = table.means(batches, form=form, dtype=dtype, overlap=overlap)
+            print(f"{form:10} {dtype} overlap {overlap:1}  {means}")
 
 
 if __name__ == "__main__":

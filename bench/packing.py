@@ -13,35 +13,26 @@ for the device, they run without a graph.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import multiprocessing
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import replays
-from replays import bandwidths, eager_microseconds
+from measure import KernelTable, compile_all, copies_of, eager_microseconds, kernel_parser, shapes
+from measure import microseconds as replayed
 from s3tensor.kernels import pack as pack_kernels
 from s3tensor.kernels import tiles
 from s3tensor.kernels import unpack as unpack_kernels
+from torch import Tensor
 
 import s3tensor as s3
 from s3tensor.mask import packing
 from s3tensor.pattern import BoundPattern, Pattern
 
-microseconds = partial(replays.microseconds, keep=True)  # each copy has an output of its own
+microseconds = partial(replayed, keep=True)  # each copy has an output of its own
 
 SHAPES = "4096x4096,14336x4096,2560x9728,28672x8192"
 PACK_SHAPE = (14336, 4096)
@@ -53,7 +44,7 @@ BATCHES = (128, 256, 512, 1024, 2048, 4096)
 
 @dataclass(frozen=True)
 class Case:
-    """One operation: its name, pattern and order, and the configurations it may run under."""
+    """One operation: its name, pattern and order, and the configurations that it may run under."""
 
     what: str  # unpack, pack or gather
     pattern: str
@@ -106,13 +97,10 @@ class Case:
         packed = data.values.nbytes + data.codes.nbytes
         if self.what == "unpack":
             return packed + data.weight.nbytes
-        if (
-            self.what == "gather"
-        ):  # all sectors of the dense tensor but those of rows that are not kept
-            rows = 2 if self.pattern == "rowpair16" else 1
-            return packed + data.weight.nbytes // rows
+        # All sectors of the dense tensor but those of rows that are not kept.
         rows = 2 if self.pattern == "rowpair16" else 1
-        return packed + data.mask.nbytes + data.weight.nbytes // rows
+        mask = 0 if self.what == "gather" else data.mask.nbytes
+        return packed + mask + data.weight.nbytes // rows
 
 
 @dataclass
@@ -169,7 +157,7 @@ def check(case: Case, data: Data, config: Any = None) -> None:
 
 
 def rivals(case: Case, data: Data) -> dict[str, float]:
-    """Microseconds of what else does the same; what fails is left out, with a line that says why."""
+    """Microseconds of other code for the same task; what fails is left out, with a line that says why."""
     calls: dict[str, Callable[[], Any]] = {}
 
     def reference() -> Any:
@@ -205,11 +193,10 @@ def _semi_structured(data: Data, made: list[Any]) -> Tensor:
 
 
 def cases() -> Iterator[tuple[Case, tuple[int, int]]]:
-    shapes = [tuple(int(n) for n in shape.split("x")) for shape in SHAPES.split(",")]
     for form in tiles.FORMS:
         for tiled in (True, False):
-            for shape in shapes:
-                yield Case("unpack", form, tiled), shape  # type: ignore[misc]
+            for shape in shapes(SHAPES):
+                yield Case("unpack", form, tiled), shape
     for what in ("pack", "gather"):
         for form in tiles.FORMS:
             for tiled in (False, True):
@@ -222,15 +209,10 @@ def cases() -> Iterator[tuple[Case, tuple[int, int]]]:
             yield Case(what, pattern), PACK_SHAPE
 
 
-def compile_one(job: tuple[Case, Any]) -> str | None:
-    """Compile a kernel into the cache on disk, by running it on a small weight."""
+def compile_one(job: tuple[Case, Any]) -> None:
+    """Run a kernel on a small weight."""
     case, config = job
-    try:
-        case.call(make(case.pattern, 64, 128, case.tiled), config)
-        torch.cuda.synchronize()
-    except Exception as error:
-        return f"{case} {config}: {type(error).__name__}: {str(error)[:160]}"
-    return None
+    case.call(make(case.pattern, 64, 128, case.tiled), config)
 
 
 def measure(
@@ -239,7 +221,7 @@ def measure(
     """Rows of the table, the fastest configuration first."""
     rows, columns = data.bound.shape
     moved = case.moved(data)
-    copies = max(2, math.ceil(options.megabytes * 1e6 / moved))
+    copies = copies_of(moved, options.megabytes)
     all_data = [data] + [data.copy() for _ in range(copies - 1)]
     found: list[dict[str, Any]] = []
     for config in case.configs if options.tune else [None]:
@@ -275,11 +257,10 @@ def with_cublas(options: argparse.Namespace) -> list[dict[str, Any]]:
     """``F.linear`` on a weight that is unpacked for each call, beside the dense weight."""
     found = []
     case = Case("unpack", "2:4", tiled=True)
-    for shape in SHAPES.split(","):
-        rows, columns = (int(n) for n in shape.split("x"))
+    for rows, columns in shapes(SHAPES):
         data = make("2:4", rows, columns, tiled=True)
         check(case, data)
-        copies = max(2, math.ceil(options.megabytes * 1e6 / data.weight.nbytes))
+        copies = copies_of(data.weight.nbytes, options.megabytes)
         all_data = [data] + [data.copy() for _ in range(copies - 1)]
         line = []
         for batch in BATCHES:
@@ -300,27 +281,15 @@ def with_cublas(options: argparse.Namespace) -> list[dict[str, Any]]:
                 }
             )  # fmt: skip
             line.append(f"{batch}: {times[1]:.0f} / {times[0]:.0f} = {times[0] / times[1]:.2f}x")
-        print(f"unpack + cuBLAS / dense, us, 2:4 {shape}  " + "  ".join(line), flush=True)
+        print(f"unpack + cuBLAS / dense, us, 2:4 {rows}x{columns}  " + "  ".join(line), flush=True)
         del data, all_data, dense, packed
         torch.cuda.empty_cache()
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tune", action="store_true", help="time every configuration")
-    parser.add_argument("--best", type=int, default=3, help="rows to print of each, with --tune")
-    parser.add_argument("--megabytes", type=float, default=450, help="to rotate over")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="stop at the next weight after that"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="JSON file; default bench/results/packing-DEVICE.json"
-    )
-    options = parser.parse_args()
+    options = kernel_parser(__doc__, best=3).parse_args()
     began = time.time()
-    device = torch.cuda.get_device_name()
     work = list(cases())
     if options.tune:
         work = [
@@ -332,37 +301,19 @@ def main() -> None:
     jobs = dict.fromkeys(
         (case, config) for case, _ in work for config in (case.configs if options.tune else [None])
     )
-    processes = max(1, min(15, (os.cpu_count() or 2) - 1))
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for error in pool.imap_unordered(compile_one, jobs, chunksize=2):
-            if error:
-                print("cannot run", error, flush=True)
-    copy, _ = bandwidths()
-    print(f"{device}, copy {copy / 1e9:.0f} GB/s, compiled in {time.time() - began:.0f} s")
-    record: dict[str, Any] = {
-        "device": device, "torch": torch.__version__, "triton": __import__("triton").__version__,
-        "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d"), "copy_gb_per_s": copy / 1e9,
-        "rows": [],
-    }  # fmt: skip
-    name = f"packing-{device.replace(' ', '-')}{'-tune' if options.tune else ''}.json"
-    out = options.out or Path(__file__).parent / "results" / name
-    out.parent.mkdir(parents=True, exist_ok=True)
+    compile_all(compile_one, jobs)
+    table = KernelTable("packing", options, began)
     data: tuple[Any, Data] | None = None
-    for case, shape in work:
-        if time.time() - began > options.seconds:
-            print(f"stopped before {case} {shape}")
-            break
+    for case, shape in table.within(work):
         key = case.pattern, case.tiled, shape
         if data is None or data[0] != key:
-            data = None
+            data = None  # before the next is made: the two may not fit
             torch.cuda.empty_cache()
             data = key, make(case.pattern, *shape, case.tiled)
-        record["rows"] += measure(case, data[1], options, copy)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        table.add(measure(case, data[1], options, table.copy))
     if not options.tune:
         data = None
-        record["rows"] += with_cublas(options)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        table.add(with_cublas(options))
     print(f"{time.time() - began:.0f} s")
 
 

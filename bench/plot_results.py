@@ -8,15 +8,14 @@ linears by two methods against each other, error by sublayer, time, and where th
 the first. By default the first is SparseGPT, if it was run, and the second the one of the lowest perplexity.
 They go to RESULTS/MODEL/report/ as PNG files, beside ``report.md``, which shows them.
 
-Every method has its own colour, marker and line style in all pictures; the colours are those of Okabe and
-Ito, which colour-blind people tell apart.
+A method has the same colour, marker and line style in all pictures; the colours are those of Okabe and Ito,
+which colour-blind readers can tell apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from prune_gpt import PRUNERS, short_name
 
 SUBLAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -9,8 +9,8 @@ A method is PRUNER_PATTERN: ``sparsegpt``, ``true_obs`` (the paper's S-OBS), ``o
 block by block), on ``24`` (2:4), ``48`` (the paper's 4:8 on pairs of columns), ``coupled24`` or ``block16``.
 Each starts from the dense model.
 
-Text: ``--calibration`` and ``--text`` are ``c4`` and ``wikitext2``, through ``datasets``; where these
-cannot be had, Python's documentation topics, calibration and held-out apart, and the record says so.
+Text: ``--calibration`` and ``--text`` default to ``c4`` and ``wikitext2``, through ``datasets``; if those are
+not available, to disjoint topics of Python's documentation, and the record says so.
 
 Into OUT/MODEL/METHOD, or OUT/MODEL/METHOD-TAG, go ``linears.csv`` and ``blocks.csv`` (error, seconds, name,
 index, shapes), ``perplexity.csv`` (by blocks pruned, with ``--eval_every``) and ``run.json``.
@@ -22,8 +22,6 @@ import argparse
 import copy
 import functools
 import importlib.util
-import json
-import platform
 import re
 import sys
 import time
@@ -35,7 +33,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from stored import versions
+from measure import DEVICE, device_name, packaged_model, start, versions, write_json
+from structured_obs import PATTERNS
 from torch import Tensor, nn
 
 import s3tensor as s3
@@ -44,10 +43,6 @@ from s3tensor.evaluate.harness import evaluate_tasks
 from s3tensor.io import pretrained as hf
 from s3tensor.model.weights import is_linear
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from demo import packaged_model
-
-PATTERNS = {"24": "2:4", "48": "pair4:8", "coupled24": "coupled2:4", "block16": "rowpair16"}
 PRUNERS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (pruner of s3tensor, its settings)
     "sparsegpt": ("sparsegpt", {}),
     # As in the paper: the pruned stream's own outputs are the target.
@@ -109,7 +104,7 @@ class Outcome:
 def text_of(
     source: str | None, online: str, part: str, tokenizer: Any, samples: int | None, seq_len: int
 ) -> Text:
-    """Windows of a source; without one, of ``online`` if it can be had, else of pydoc.
+    """Windows of a source; without one, of ``online`` if it is available, else of pydoc.
 
     Args:
         source: ``c4``, ``wikitext2``, ``pydoc``, a path, or None.
@@ -130,7 +125,7 @@ def text_of(
     tokens = llm.tokenize(text, tokenizer)
     available = len(tokens) // seq_len
     if samples is not None and samples > available and source == "pydoc":
-        print(f"{part} text: {available} windows, all that {source} has, and not {samples}")
+        print(f"{part} text: {available} windows, all that {source} has, instead of {samples}")
         samples = available
     return Text(source, part, llm.windows(tokens, samples or available, seq_len))
 
@@ -180,7 +175,7 @@ class OriginalHessians:
                 hook.remove()
 
     def factors(self, name: str) -> s3.Factors:
-        """Of one linear; those of linears that share an input are made once, when called in sequence."""
+        """Of one linear; computed once for linears that share an input and are asked for in sequence."""
         leader = self._leaders[name]
         if self._factors is None or self._factors[0] != leader:
             self._factors = leader, s3.Factors(self._hessians[leader].value(), self._damp)
@@ -188,10 +183,10 @@ class OriginalHessians:
 
     @contextmanager
     def pruner(self, name: str, model: nn.Module) -> Iterator[str]:
-        """For a while, a pruner that has these Hessians in place of those that it is given.
+        """A temporary pruner that uses these Hessians in place of those that it is given.
 
-        ``prune_model`` hands over a weight and not its name; the linear of ``model`` that holds the
-        weight's memory has it.
+        ``prune_model`` passes a weight, not its name; the linear of ``model`` that holds the weight's memory
+        has the name.
         """
         inner = prune.get(name)
         linears = {n: m for n, m in model.named_modules() if is_linear(m)}
@@ -268,8 +263,8 @@ def perplexity_by_block(
 ) -> list[tuple[int, float]]:
     """Perplexity with the first ``every``, 2 ``every``, ... and all ``blocks`` pruned.
 
-    The pruned model with the dense model's blocks behind a point is the model as it was when pruning
-    had come so far. ``every`` 0 gives the end alone.
+    The pruned model with the dense model's blocks after a point is the model as it was when pruning had
+    come that far. ``every`` 0 gives the end alone.
     """
     modules = llm.decoder_blocks(pruned)[1]
     originals = llm.decoder_blocks(dense)[1]
@@ -293,9 +288,9 @@ def perplexity_by_block(
 def harness(
     model: nn.Module, tokenizer: Any, tasks: Sequence[str], folder: Path | None = None
 ) -> dict[str, float]:
-    """Figures of lm_eval tasks, ``TASK/METRIC``; ``folder`` holds YAML files of tasks of one's own.
+    """Figures of lm_eval tasks, ``TASK/METRIC``; ``folder`` holds your own tasks as YAML files.
 
-    Without tasks, WikiText-2 as lm_eval has it or, where it cannot be had, Python's documentation.
+    Without tasks, lm_eval's WikiText-2 or, if it is not available, Python's documentation.
     """
     try:
         report = evaluate_tasks(model, tokenizer, tasks or ["wikitext"], include_path=folder)
@@ -339,7 +334,7 @@ def store(outcome: Outcome, model: str, record: Mapping[str, Any], out: Path) ->
         "perplexity": outcome.perplexities[-1][1],
         **record,
     }
-    (folder / "run.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "run.json", document)
     return folder
 
 
@@ -350,11 +345,10 @@ def short_name(model: str) -> str:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Where figures come from."""
-    cuda = torch.device(device).type == "cuda"
+    """Date, device, threads and versions."""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": versions("s3tensor", "torch", "transformers"),
     }
@@ -397,7 +391,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "--save_model", type=Path, metavar="DIR", help="save models as DIR/MODEL/METHOD, compressed"
     )
     add("--dtype", default="auto", help="of the weights [the checkpoint's]")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default=DEVICE)
     add("--cache_device", default="cpu", help="where calibration activations wait [cpu]")
     add("--tag", help="added to the methods' names in the results [original_h with that option]")
     add("--out", type=Path, default=Path("demo-out/paper/results"), help="folder of the results")
@@ -488,7 +482,4 @@ def save(model: nn.Module, tokenizer: Any, outcome: Outcome, folder: Path) -> No
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except s3.S3Error as error:
-        sys.exit(f"error: {error}")
+    start(main)

@@ -2,16 +2,15 @@
 
     python bench/pruners.py                          # SmolLM2-135M, 2:4: about half an hour on 2 cores
     python bench/pruners.py --patterns "2:4;rowpair16;coupled2:4" --methods "sparsegpt;S-OBS;admm + recovery"
-    python bench/pruners.py --extend mine.py         # methods of one's own
+    python bench/pruners.py --extend mine.py         # your own methods
 
 For each method: the error of the linears of one block under the dense model's Hessians, the same for all;
 then the whole model pruned from the dense one, its perplexity on held-out topics, the median error of its
-linears, seconds and peak memory (on a GPU that of the method, on a CPU that of the process so far). The model
-is the one of ``examples/demo.py``; so are calibration and held-out text, which share no topic, no paragraph.
-After each row the JSON is written anew: the first pattern's rows under "pattern" and "rows", which the README
-shows, those of all patterns under "tables".
+linears, seconds and peak memory (on a GPU that of the method, on a CPU that of the process so far). Model,
+calibration and held-out text are those of ``examples/demo.py``; the two texts share no topic. The JSON has
+the first pattern's rows under "pattern" and "rows", which the README shows, and those of all under "tables".
 
-A method of one's own, in a file for ``--extend``::
+A method of your own, in a file for ``--extend``::
 
     from pruners import method
     import s3tensor as s3
@@ -21,13 +20,13 @@ A method of one's own, in a file for ``--extend``::
         mask = s3.project(weight, pattern, weight.abs() * factors.diagonal.sqrt())
         return s3.prune.Pruned(weight * mask, mask)
 
-Rivals, from other libraries, run where their packages are found, on the path or in ``--rivals FOLDER``; else
-their rows say what is missing. ``pip install --no-deps --target FOLDER llmcompressor loguru`` is all that
-llm-compressor's SparseGPT and Wanda need, because their two files are loaded alone: importing the package
-asks for datasets, accelerate and auto-round. ModelOpt's SparseGPT takes ``nvidia-modelopt omegaconf
-antlr4-python3-runtime==4.9.3 pulp nvidia-ml-py ninja`` and scipy, pydantic, regex and rich. It chooses masks
-alone and leaves the kept weights as they are; its damping, 0.1, is its default. All of them work offline and
-on a CPU, and on N:M and unstructured patterns only.
+Rivals from other libraries run if their packages are installed or in ``--rivals FOLDER``; otherwise their
+rows say what is missing. ``pip install --no-deps --target FOLDER llmcompressor loguru`` is all that
+llm-compressor's SparseGPT and Wanda need: their two files are loaded without the package, which would import
+datasets, accelerate and auto-round. ModelOpt's SparseGPT takes ``nvidia-modelopt omegaconf
+antlr4-python3-runtime==4.9.3 pulp nvidia-ml-py ninja`` and scipy, pydantic, regex and rich. It only chooses
+masks and leaves the kept weights as they are; its damping, 0.1, is its default. All run offline and on a CPU,
+on N:M and unstructured patterns only.
 """
 
 from __future__ import annotations
@@ -37,9 +36,7 @@ import copy
 import functools
 import importlib
 import importlib.util
-import json
 import math
-import platform
 import statistics
 import sys
 import time
@@ -48,15 +45,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stored import versions
+from measure import DEVICE, RESULTS, device_name, held_out, packaged_model, versions, write_json
 from torch import Tensor, nn
 
 import s3tensor as s3
 from s3tensor import llm, prune
 from s3tensor.io import pretrained as hf
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from demo import packaged_model
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (pruner, options of prune_model)
     "magnitude": ("magnitude", {}),
@@ -65,8 +59,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (pruner, options of 
     "S-OBS": ("obs", {"alpha": 0.0}),  # the method of the S3 paper
     "S-OBS, dense target": ("obs", {}),
     "admm, no dense target": ("admm", {"alpha": 0.0}),
-    "admm, beta 0": ("admm", {"beta": 0.0}),  # the dense target alone
-    "admm, damp 0.01": ("admm", {}),  # drift of the residual stream taken back too
+    "admm, beta 0": ("admm", {"beta": 0.0}),  # dense target, no correction of drift
+    "admm, damp 0.01": ("admm", {}),  # drift of the residual stream corrected, too
     "admm": ("admm", {"damp": None}),  # the default: damp chosen for each input
     # Chosen on calibration sequences, for each input:
     "admm, auto alpha": ("admm", {"alpha": "auto"}),
@@ -226,7 +220,7 @@ def measure(
     dense: nn.Module,
     pattern: str,
     calibration: list[Tensor],  # (1, tokens) each
-    held_out: Tensor,  # (sequences, tokens)
+    windows: Tensor,  # (sequences, tokens), held out
     blocks: int | None,
     given: dict[str, Tensor] | None = None,  # Hessians for measure_layers
 ) -> dict[str, Any]:
@@ -247,7 +241,7 @@ def measure(
         return {"method": name, "skipped": " ".join(str(error).split())}
     return {
         **row,
-        "perplexity": s3.perplexity(model, held_out),
+        "perplexity": s3.perplexity(model, windows),
         "median_error": report.summary()["median_error"],
         "last_block_error": report.blocks[-1].error,
         "seconds": round(report.seconds, 2),
@@ -287,8 +281,8 @@ def main() -> None:
         "--eval-samples", type=int, default=16, help="held-out sequences of 1024 tokens"
     )
     parser.add_argument("--blocks", type=int, help="prune only the first so many blocks [all]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--store", type=Path, default=Path("bench/results/pruners.json"))
+    parser.add_argument("--device", default=DEVICE)
+    parser.add_argument("--store", type=Path, default=RESULTS / "pruners.json")
     args = parser.parse_args()
     if args.rivals:
         sys.path.append(str(args.rivals))  # last: what is installed counts first
@@ -308,35 +302,32 @@ def main() -> None:
         parser.error(str(error))
 
     dense, tokenizer = hf.load_model(args.model or packaged_model(), device=args.device)
-    held_out = llm.windows(
-        llm.tokenize(llm.load_text("pydoc", "held-out"), tokenizer), args.eval_samples, 1024
-    )
+    windows = held_out(tokenizer, args.eval_samples)
     calibration = llm.calibration_tokens("pydoc", tokenizer, args.samples, args.seq_len)
     middle = len(llm.decoder_blocks(dense)[1]) // 2
     given = hessians(dense, calibration, middle)
-    before = {"method": "dense", "perplexity": s3.perplexity(dense, held_out)}
+    before = {"method": "dense", "perplexity": s3.perplexity(dense, windows)}
     print(f"{'dense':24} perplexity {before['perplexity']:8.3f}", flush=True)
     tables: list[dict[str, Any]] = []
     document = {
         "pattern": patterns[0],
         "calibration": {"text": "pydoc", "samples": args.samples, "seq_len": args.seq_len},
-        "held_out_tokens": held_out.numel(),
+        "held_out_tokens": windows.numel(),
         "layers_of_block": middle,
         "blocks": args.blocks,
         "damp": DAMP,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+        "device": device_name(args.device),
         "threads": torch.get_num_threads(),
         "versions": versions("torch", "transformers", "llmcompressor", "nvidia-modelopt"),
     }
-    args.store.parent.mkdir(parents=True, exist_ok=True)
     for pattern in patterns:
         tables.append({"pattern": pattern, "rows": [before]})
         for name in names:
-            row = measure(name, dense, pattern, calibration, held_out, args.blocks, given)
+            row = measure(name, dense, pattern, calibration, windows, args.blocks, given)
             tables[-1]["rows"].append(row)
             _print_row(pattern, row)
             whole = {**document, "rows": tables[0]["rows"], "tables": tables}
-            args.store.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+            write_json(args.store, whole)
         print(f"\n{pattern}\n{table(tables[-1]['rows'])}\n", flush=True)
     print(f"stored in {args.store}")
 

@@ -1,4 +1,4 @@
-"""How much is left to find: a search over the masks of a few rows, every swap scored exactly.
+"""How far masks are from the best: a search over the masks of a few rows, every swap scored exactly.
 
     python bench/room.py --synthetic --pattern rowpair16    # 2560 x 9728, 32,768 samples; wants a GPU
     python bench/room.py --layer 29.down --groups 4         # a real layer of SmolLM2-135M
@@ -9,7 +9,7 @@ scope, the best pair of all first, until none helps (``descent``), and then goes
 1989): always the best swap of those whose scope has not changed lately, also where the error rises. No error
 is estimated: all weights of the rows are free after every swap.
 
-That is affordable since one matrix of a row tells the exact gain of every swap. Sweep (Goodnight 1979) the
+That is affordable because one matrix per row gives the exact gain of every swap. Sweep (Goodnight 1979) the
 matrix ``[[inv(H), w], [w', 0]]`` on the pruned weights P of the row: its last entry is then
 ``-w_P inv(inv(H)_PP) w_P'``, minus the loss, and turning the weights F around, whether they are kept or
 pruned, changes it by ``-t_F inv(T_FF) t_F'`` with t its last column. The swap is an update of rank |F|. All
@@ -19,24 +19,20 @@ of it is in float64. The loss is that of the damped Hessian, as ADMM's is; the e
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import structured_obs as table
 import torch
+from measure import device_name, rows_before, start, versions, write_json
 from torch import Tensor
 
 import s3tensor as s3
 from s3tensor.mask.projection import select, tile
 from s3tensor.pattern import Pattern
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import structured_obs as table
-from stored import rows_before, versions
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class Row:
     search: float  # the best that tabu search found after it
     swaps: int  # of descent, all groups together
     moved: float  # share of scopes in which the best mask differs from the start
-    drift: float  # largest relative difference of the loss as updated and as computed anew
+    drift: float  # largest relative difference of the loss as updated and as recomputed
     seconds: float
 
 
@@ -72,7 +68,7 @@ class Group:
         self.place(kept)
 
     def place(self, kept: Tensor) -> None:
-        """Take a mask, and sweep anew."""
+        """Take a mask, and sweep again."""
         self.kept = kept.clone()
         rows, columns = self.weight.shape
         mask = self.mask()
@@ -260,7 +256,7 @@ def search(
         return error(result)
 
     for name, (given, mask) in starts(problem, pattern, random).items():
-        start = time.perf_counter()
+        began = time.perf_counter()
         descended, best = mask.clone(), mask.clone()
         swaps, moved, drift = 0, 0, 0.0
         for at, places in chosen:
@@ -285,7 +281,7 @@ def search(
             swaps,
             moved / sum(len(places) for _, places in chosen),
             drift,
-            time.perf_counter() - start,
+            time.perf_counter() - began,
         )
 
 
@@ -294,8 +290,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    patterns = {long: short for short, long in table.PATTERNS.items()}
-    add("--pattern", nargs="+", choices=patterns, default=list(patterns))
+    add("--pattern", nargs="+", choices=table.SHORT, default=list(table.SHORT))
     add("--groups", type=int, default=4, help="rows, or sets of coupled rows, that are searched")
     add("--steps", type=int, default=2000, help="swaps of tabu search for each group and start")
     add("--damp", type=float, default=0.0004, help="of the loss searched; that of s3.prune.admm")
@@ -307,7 +302,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     if args.groups < 1 or args.steps < 0:
         parser.error(f"--groups {args.groups} must be 1 or more, --steps {args.steps} 0 or more")
     table.check_layer(parser, args)
-    args.pattern = [patterns[name] for name in args.pattern]
+    args.pattern = [table.SHORT[name] for name in args.pattern]
     return args
 
 
@@ -315,7 +310,7 @@ def main(given: Sequence[str] | None = None) -> list[Row]:
     args = arguments(given)
     device = torch.device(args.device)
     problem = table.problem_of(args, device)
-    # Rows are coupled within 16 at most, and the methods need no more than those that are searched.
+    # Patterns couple at most 16 rows; no method needs more than the rows that are searched.
     problem = replace(problem, weight=problem.weight[: 16 * args.groups])
     record = {
         "date": time.strftime("%Y-%m-%d"),
@@ -324,7 +319,7 @@ def main(given: Sequence[str] | None = None) -> list[Row]:
         "groups": args.groups,
         "steps": args.steps,
         "damp": args.damp,
-        "device": table.device_name(device),
+        "device": device_name(device),
         "versions": versions("torch", "triton", "s3tensor", "sparsekit"),
     }
     print(f"{problem.name}: {args.groups} groups of rows, {args.steps} swaps each; error in %")
@@ -333,7 +328,6 @@ def main(given: Sequence[str] | None = None) -> list[Row]:
     again = {table.PATTERNS[name] for name in args.pattern}
     before = rows_before(args.out, record)
     rows = [Row(**row) for row in before if row["pattern"] not in again]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     for pattern in args.pattern:
         for row in search(problem, pattern, args.groups, args.steps, args.random, args.damp):
             rows.append(row)
@@ -344,13 +338,9 @@ def main(given: Sequence[str] | None = None) -> list[Row]:
                 f"of scopes moved, drift {row.drift:.0e}, {row.seconds:.0f} s",
                 flush=True,
             )
-            document = {**record, "rows": [asdict(row) for row in rows]}
-            args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            write_json(args.out, {**record, "rows": [asdict(row) for row in rows]})
     return rows
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except s3.S3Error as error:
-        sys.exit(f"error: {error}")
+    start(main)

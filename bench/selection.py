@@ -1,7 +1,7 @@
 """Selection on a GPU: answers checked, then microseconds, GB/s and the ratio to a device copy.
 
     python bench/selection.py            # masks by projection, order statistics of rows and their rivals
-    python bench/selection.py --tune     # every cut of every case, the best first
+    python bench/selection.py --tune     # every configuration of every case, the best first
 
 Each time is the median of CUDA graph replays over enough copies (450 MB read) that nothing is found in
 L2; every copy has an output of its own. GB/s counts each byte of weight and mask, or of rows and results,
@@ -16,33 +16,25 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import json
+import itertools
 import math
-import multiprocessing
-import os
 import pkgutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import replays
-from replays import bandwidths, eager_microseconds
+from measure import KernelTable, compile_all, copies_of, eager_microseconds, kernel_parser
+from measure import microseconds as replayed
 from s3tensor.kernels import masks, select
+from torch import Tensor
 
 import s3tensor as s3
 from s3tensor.mask import projection as masking
 from s3tensor.pattern import Pattern
 
-microseconds = partial(replays.microseconds, keep=True)  # each copy has an output of its own
+microseconds = partial(replayed, keep=True)  # each copy has an output of its own
 
 BF16, F32 = torch.bfloat16, torch.float32
 SHAPE = (14336, 4096)
@@ -101,7 +93,7 @@ def measure_projection(
     pattern: str, dtype: torch.dtype, options: argparse.Namespace, copy: float
 ) -> list[dict[str, Any]]:
     weight = torch.randn(SHAPE, device="cuda").to(dtype)
-    copies = max(2, math.ceil(options.megabytes * 1e6 / weight.nbytes))
+    copies = copies_of(weight.nbytes, options.megabytes)
     weights = [torch.randn(SHAPE, device="cuda").to(dtype) for _ in range(copies)]
     moved = weight.nbytes + weight.numel()
     expected = torch.cat([torch_mask(rows.double(), pattern) for rows in weight.split(1024)])
@@ -244,7 +236,7 @@ def rival_times(
             off = (kth.float() - expected.float()).abs().max().item()
             name += f" (off by {off:.0e})"
         once = eager_microseconds(lambda i: call(tensors[i]), len(tensors), 1)
-        if once > 20_000:  # launches no longer count; spare the time
+        if once > 20_000:  # launches no longer matter
             return {name: once}
         try:
             return {name: microseconds(lambda i: call(tensors[i]), len(tensors), 3)}
@@ -260,73 +252,39 @@ def rival_times(
 # ------------------------------------------------------------------------------------------------------
 
 
-def compile_one(job: tuple[Any, ...]) -> str | None:
-    """Compile what a case needs, into the cache on disk, by running it on memory of any content."""
+def compile_one(job: tuple[Any, ...]) -> None:
+    """Run a case on memory of any content."""
     what, key, dtype, cut = job
-    try:
-        if what == "project":
-            projection(key, cut)(torch.zeros(SHAPE, device="cuda", dtype=dtype))
-        else:
-            x = torch.zeros(4, key, device="cuda", dtype=dtype)
-            select.kth_largest(x, 1, cut)
-            if cut is None:
-                select.two_largest(x, 1)
-        torch.cuda.synchronize()
-    except Exception as error:
-        return f"{job}: {type(error).__name__}: {str(error)[:160]}"
-    return None
+    if what == "project":
+        projection(key, cut)(torch.zeros(SHAPE, device="cuda", dtype=dtype))
+        return
+    x = torch.zeros(4, key, device="cuda", dtype=dtype)
+    select.kth_largest(x, 1, cut)
+    if cut is None:
+        select.two_largest(x, 1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tune", action="store_true", help="time every cut of the work")
-    parser.add_argument("--best", type=int, default=4, help="rows to print of each, with --tune")
-    parser.add_argument("--megabytes", type=float, default=450, help="to rotate over")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="default bench/results/selection-DEVICE.json")
-    options = parser.parse_args()
+    options = kernel_parser(__doc__, best=4).parse_args()
     began = time.time()
+    of_rows = list(itertools.product(LENGTHS, (F32, BF16)))
     jobs: list[tuple[Any, ...]] = []
-    for pattern, dtype in PROJECTIONS:
-        cuts = projection_cuts(pattern, dtype) if options.tune else [None]
-        jobs += [("project", pattern, dtype, cut) for cut in cuts]
-    for n in LENGTHS:
-        for dtype in (F32, BF16):
-            jobs += [
-                ("rows", n, dtype, c) for c in (row_cuts(n, dtype) if options.tune else [None])
-            ]
-    processes = max(1, min(15, (os.cpu_count() or 2) - 1))
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for error in pool.imap_unordered(compile_one, jobs):
-            if error:
-                print("cannot run", error, flush=True)
-    device = torch.cuda.get_device_name()
-    copy, _ = bandwidths()
-    print(
-        f"{device}, copy {copy / 1e9:.0f} GB/s, compiled in {time.time() - began:.0f} s", flush=True
-    )
-    record: dict[str, Any] = {
-        "device": device, "torch": torch.__version__, "triton": triton.__version__,
-        "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d"), "copy_gb_per_s": copy / 1e9,
-        "tuned": options.tune, "rows": [],
-    }  # fmt: skip
-    name = f"selection{'-tune' * options.tune}-{device.replace(' ', '-')}.json"
-    out = options.out or Path(__file__).parent / "results" / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for pattern, dtype in PROJECTIONS:
-        record["rows"] += measure_projection(pattern, dtype, options, copy)
-        out.write_text(json.dumps(record, indent=1) + "\n")
-        torch.cuda.empty_cache()
-    for n in LENGTHS:
-        for dtype in (F32, BF16):
-            record["rows"] += measure_rows(n, dtype, options, copy)
-            out.write_text(json.dumps(record, indent=1) + "\n")
-            torch.cuda.empty_cache()
-    missed = [r for r in record["rows"] if r.get("pattern") == "2:4" and r["of_copy"] < BAR]
+    for kind, cases, cuts in (
+        ("project", PROJECTIONS, projection_cuts),
+        ("rows", of_rows, row_cuts),
+    ):
+        for case in cases:
+            jobs += [(kind, *case, cut) for cut in (cuts(*case) if options.tune else [None])]
+    compile_all(compile_one, jobs)
+    table = KernelTable("selection", options, began)
+    for pattern, dtype in table.within(PROJECTIONS):
+        table.add(measure_projection(pattern, dtype, options, table.copy))
+    for n, dtype in table.within(of_rows):
+        table.add(measure_rows(n, dtype, options, table.copy))
     if not options.tune:
-        print(
-            f"2:4 at {BAR:.0%} of copy or above: {'no' if missed else 'yes'}; {time.time() - began:.0f} s"
-        )
+        missed = [r for r in table.rows if r.get("pattern") == "2:4" and r["of_copy"] < BAR]
+        print(f"2:4 at {BAR:.0%} of copy or above: {'no' if missed else 'yes'}")
+    print(f"{time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Seconds of the ADMM solver by phase, what each way to invert costs, and what that means for larger models.
+"""Seconds of the ADMM solver by phase, the cost of each way to invert, and an estimate for larger models.
 
     python bench/solver_time.py                          # H100: under a minute
     python bench/solver_time.py --quick --device cpu     # toy sizes
 
 1. inverses: ``inv(H + rho I)`` by Cholesky, by triangular products, by a step from the last inverse, by eigh.
 2. solves: every problem that pruning SmolLM2-135M poses (linears of one input stacked), and square ones of
-   three widths, split into phases. A phase's seconds are taken with the device synchronised around it;
-   ``seconds`` is a call as it is, without that.
+   three widths, split into phases. A phase is timed with the device synchronised around it; ``ms`` is a call
+   without that.
 3. model: ``launches + a K^3 + b M K^2`` fitted to the solves, and the solver's seconds for Llama 3's shapes.
 
 The JSON is written after every row.
@@ -18,10 +18,7 @@ import argparse
 import functools
 import importlib
 import itertools
-import json
-import platform
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +27,8 @@ from typing import Any
 
 import synthetic
 import torch
-from stored import versions
+from measure import DEVICE, RESULTS, device_name, timed, versions, write_json
+from measure import shape as shape_of
 from torch import Tensor
 
 import s3tensor as s3
@@ -70,17 +68,17 @@ def main() -> None:
         help="MxK measured once",
     )
     parser.add_argument("--quick", action="store_true", help="a sixth of every size, nothing large")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--store", type=Path, default=Path("bench/results/solver_time.json"))
+    parser.add_argument("--device", default=DEVICE)
+    parser.add_argument("--store", type=Path, default=RESULTS / "solver_time.json")
     args = parser.parse_args()
-    large = [] if args.quick else [_shape(text) for text in args.large]
+    large = [] if args.quick else [shape_of(text) for text in args.large]
     small = 6 if args.quick else 1
     if min(args.widths) < 16 * small:
         parser.error(f"--widths {min(args.widths)} must be {16 * small} or more")
     widths = [width // small // 16 * 16 for width in args.widths]
     device = torch.device(args.device)
     document: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": versions("torch", "s3tensor"),
         "pattern": args.pattern,
@@ -88,8 +86,7 @@ def main() -> None:
 
     def save(part: str, rows: Any) -> None:
         document[part] = rows
-        args.store.parent.mkdir(parents=True, exist_ok=True)
-        args.store.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_json(args.store, document)
 
     inverses: list[dict[str, Any]] = []
     print(f"{document['device']}\n\nmilliseconds of an inverse, and of a product (K, K) x (K, K)")
@@ -181,11 +178,7 @@ def milliseconds(call: Callable[[], Any], device: torch.device, most: int = 20) 
     call()
     times: list[float] = []
     while len(times) < most and (not times or sum(times) < 500):
-        _synchronize(device)
-        start = time.perf_counter()
-        call()
-        _synchronize(device)
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(1e3 * timed(call, device)[1])
     return statistics.median(times)
 
 
@@ -201,12 +194,8 @@ def solve(shape: Shape, pattern: str, device: torch.device, repeats: int) -> dic
 
     whole = milliseconds(call, device, repeats)
     phases: dict[str, float] = defaultdict(float)
-    with timed(phases, device):
-        _synchronize(device)
-        start = time.perf_counter()
-        call()
-        _synchronize(device)
-        phases["whole"] = 1e3 * (time.perf_counter() - start)
+    with by_phase(phases, device):
+        phases["whole"] = 1e3 * timed(call, device)[1]
     known = ("scale", "inverse", "round", "refit")
     split = {
         "scale and first inverse": phases["scale"],
@@ -220,7 +209,7 @@ def solve(shape: Shape, pattern: str, device: torch.device, repeats: int) -> dic
 
 
 @contextmanager
-def timed(phases: dict[str, float], device: torch.device) -> Iterator[None]:
+def by_phase(phases: dict[str, float], device: torch.device) -> Iterator[None]:
     """Milliseconds of the solver's phases, while the block runs."""
     places: list[tuple[Any, str, str]] = [
         (admm_module, "block_scale", "scale"),
@@ -233,11 +222,8 @@ def timed(phases: dict[str, float], device: torch.device) -> Iterator[None]:
 
     def wrap(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
-            _synchronize(device)
-            start = time.perf_counter()
-            found = function(*args, **options)
-            _synchronize(device)
-            phases[phase] += 1e3 * (time.perf_counter() - start)
+            found, seconds = timed(functools.partial(function, *args, **options), device)
+            phases[phase] += 1e3 * seconds
             phases["rounds"] += phase == "inverse"
             return found
 
@@ -280,16 +266,6 @@ def estimate(model: dict[str, float], shape: Shape) -> float:
     """Seconds of a solve."""
     rows, columns = shape
     return model["launches"] + model["a"] * columns**3 + model["b"] * rows * columns**2
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _shape(text: str) -> Shape:
-    rows, _, columns = text.partition("x")
-    return int(rows), int(columns)
 
 
 def _figure(value: Any) -> str:

@@ -9,12 +9,12 @@ Patterns: ``24`` is 2:4, ``48`` the paper's 4:8 on pairs of columns, ``coupled24
 ``block16`` 16 columns with one of two rows 8 apart. Every method prunes the same weight with the same
 Hessian; the error is that of ``s3tensor.output_error`` on the undamped Hessian, as a percentage.
 
-``true_obs`` and the rival may be too slow for all rows: ``--slow-rows 256`` gives them the first 256. Rows
-(of one scope) do not depend on each other, so seconds are scaled to all rows, and said to be, and every
-method's error on those first rows is printed too, for a fair comparison.
+``true_obs`` and the rival may be too slow for all rows: ``--slow-rows 256`` gives them the first 256. Rows of
+different scopes are independent, so seconds are scaled to all rows, marked as such, and every method's error
+on those first rows is printed for a fair comparison.
 
 The rival is ``sparsekit`` 0.1.5 (CC BY-NC 4.0), called through its public names where it is importable; it
-needs CUDA and Triton, and is no part of s3tensor.
+needs CUDA and Triton, and is not part of s3tensor.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ import fnmatch
 import functools
 import importlib
 import importlib.util
-import json
-import platform
 import re
 import sys
 import time
@@ -35,21 +33,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import synthetic
 import torch
-from stored import versions
+from measure import DEVICE, device_name, packaged_model, shape, start, timed, versions, write_json
 from torch import Tensor, nn
 
 import s3tensor as s3
 from s3tensor import llm
 from s3tensor.io import pretrained as hf
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import synthetic
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from demo import packaged_model
-
 PATTERNS = {"24": "2:4", "48": "pair4:8", "coupled24": "coupled2:4", "block16": "rowpair16"}
+SHORT = {pattern: short for short, pattern in PATTERNS.items()}
 GROUPS = {"down": "mlp.down_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj"}
 GROUPS |= {name: f"self_attn.{name}_proj" for name in "qkvo"}
 
@@ -267,9 +261,9 @@ def real_layer(model: str | Path, name: str, samples: int, device: torch.device)
     )
 
 
-def synthetic_layer(shape: str, samples: int, seed: int, device: torch.device) -> Problem:
-    """The layer of ``bench/synthetic.py``; ``shape`` is MxK."""
-    m, k = (int(size) for size in shape.split("x"))
+def synthetic_layer(size: str, samples: int, seed: int, device: torch.device) -> Problem:
+    """The layer of ``bench/synthetic.py``; ``size`` is MxK."""
+    m, k = shape(size)
     made = synthetic.layer(m, k, samples, seed=seed, device=device)
     name = f"synthetic {m}x{k}, seed {seed}"
     held_out = made.held_out if made.held_out_samples else None
@@ -347,15 +341,11 @@ def measure(
     cuda = weight.is_cuda
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    given = weight.clone(), problem.hessian.clone(), pattern, settings
     try:
-        pruned = method(weight.clone(), problem.hessian.clone(), pattern, settings)
-        if cuda:
-            torch.cuda.synchronize()
+        pruned, seconds = timed(lambda: method(*given), weight.device)
     except Exception as error:  # a rival may raise anything, and one row must not end the table
         return _changed(empty, failed=f"{type(error).__name__}: {error}".splitlines()[0][:200])
-    seconds = time.perf_counter() - start
     scaled = seconds * total / rows
     if not bool(torch.isfinite(pruned).all()):
         return _changed(
@@ -410,19 +400,11 @@ def store(rows: Sequence[Row], record: dict[str, Any], stem: Path) -> None:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    document = {**record, "rows": [asdict(row) for row in rows]}
-    Path(f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def device_name(device: torch.device) -> str:
-    """As a person knows it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    write_json(Path(f"{stem}.json"), {**record, "rows": [asdict(row) for row in rows]})
 
 
 def warm_up(device: torch.device, methods: dict[str, Method], settings: Settings) -> None:
-    """Compile and load what first calls need, so that no row bears it."""
+    """Compile and load what first calls need, so that no row includes it."""
     tiny = torch.randn(16, 128, generator=torch.Generator().manual_seed(0)).to(device)
     problem = Problem("warm-up", tiny, torch.eye(128, device=device), 128)
     for name, method in methods.items():
@@ -433,15 +415,17 @@ def warm_up(device: torch.device, methods: dict[str, Method], settings: Settings
 
 
 def add_layer(parser: argparse.ArgumentParser) -> None:
-    """The options that say which layer, for :func:`problem_of`; those of files apart."""
+    """The options that choose a layer, for :func:`problem_of`; all but those of files."""
     add = parser.add_argument
     add("--model", type=Path, help="of --layer: folder, hub name or .gguf; default SmolLM2-135M")
     add("--layer", default="15.down", help="BLOCK.down|gate|up|q|k|v|o, or a module's full name")
     add("--samples", type=int, default=64, help="calibration windows of 512 tokens, for --layer")
-    add("--synthetic", nargs="?", const="2560x9728", metavar="MxK", help="a made layer instead")
+    add(
+        "--synthetic", nargs="?", const="2560x9728", metavar="MxK", help="a synthetic layer instead"
+    )
     add("--tokens", type=int, default=32_768, help="samples of --synthetic")
     add("--seed", type=int, default=0, help="of --synthetic")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default=DEVICE)
 
 
 def check_layer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -451,7 +435,7 @@ def check_layer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if min(args.samples, args.tokens) < 1:
         parser.error("--samples and --tokens must be 1 or more")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: there is no CUDA device here")
+        parser.error(f"--device {args.device}: no CUDA device is available")
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -547,13 +531,10 @@ def main(given: Sequence[str] | None = None) -> list[Row]:
             row = measure(name, method, problem, pattern, settings, args.slow_rows)
             rows.append(row)
             print(line(row), flush=True)
-            store(rows, record, stem)  # each time: a run that is broken off leaves what it measured
+            store(rows, record, stem)  # each time: an interrupted run keeps what it measured
     print(f"stored in {stem}.csv and .json")
     return rows
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except s3.S3Error as error:
-        sys.exit(f"error: {error}")
+    start(main)

@@ -3,11 +3,10 @@
     layer = synthetic.layer(2560, 9728, samples=32_768, seed=0, device="cuda")
     layer.weight, layer.hessian, layer.held_out
 
-The inputs are made as those of a down projection are: ``silu(h Wg') * (h Wu')``, with hidden states h of
-which a few directions hold most of the energy (a power law, after which every token is scaled to RMS 1, as
-a norm does) and channels of very different activity. The product makes single inputs heavy-tailed, the
-shared h makes them correlated. All random numbers are drawn on the CPU: a seed gives the same layer on
-every device, up to the rounding of products.
+Inputs are computed as those of a down projection: ``silu(h Wg') * (h Wu')``, with hidden states h in which a
+few directions hold most of the energy (a power law; then each token is scaled to RMS 1, as by a norm) and
+channels of very different activity. The product makes inputs heavy-tailed, the shared h correlates them. All
+random numbers are drawn on the CPU: a seed gives the same layer on every device, up to rounding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What training under 2:4 costs a step, or saves: dense against every mode of S3Sparse, as ratios.
+"""Time of a training step under 2:4: every mode of S3Sparse as a ratio to dense.
 
     python bench/training.py            # one H200: about three minutes, half of it compilation
     python bench/training.py --tiny     # on a CPU, to see that it runs
@@ -6,8 +6,8 @@
 A block of three linears, width 4096 to 4096, 4096 to 14336 and 14336 to 4096, is trained with float32
 masters, bfloat16 autocast and fused AdamW. A step is forward, backward, optimizer and, where the mode needs
 it, s3.step. All variants take turns in every round of ten steps, so that "refresh 10" refreshes once in
-each; a ratio is the median over rounds of a variant's time to dense's in the same round. Ways are eager,
-compiled, and "graphs", compiled with CUDA graphs. Variants with "sparse cores" are under s3.sparse_cores_.
+each; a ratio is the median over rounds of a variant's time over dense's in the same round. Ways are eager,
+compiled, and "graphs" (compiled with CUDA graphs). Variants with "sparse cores" are under s3.sparse_cores_.
 The file is written after each part.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import platform
 import statistics
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stored import versions
+from measure import DEVICE, RESULTS, device_name, integers, relative_error, versions, write_json
 from torch import Tensor, nn
 
 import s3tensor as s3
@@ -97,7 +96,7 @@ def build(
 
 
 def seconds(run: Callable[[], None], device: torch.device) -> Callable[[], float]:
-    """Run, and give what tells the seconds once the device is idle."""
+    """Run, and return a function that gives the seconds once the device is idle."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
@@ -188,8 +187,7 @@ def sparse_cores(shape: list[int], tokens: int, turned: bool) -> dict[str, Any]:
         )
         return y
 
-    expected = torch.nn.functional.linear(x, weight).float()
-    error = float((product().float() - expected).norm() / expected.norm())
+    error = relative_error(product(), torch.nn.functional.linear(x, weight).double())
     assert error < 0.02, f"the sparse product of {shape} differs by {error}"
     whole = weight.contiguous()
     calls = {
@@ -216,8 +214,8 @@ def check(trainers: dict[str, Trainer], pattern: str, device: torch.device, widt
         if name != "dense":
             assert s3.satisfies(trainer.model[0].weight, pattern), name
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            y, expected = trainer.forward(x).float(), trainer.model(x).float()
-        error = float((y - expected).norm() / expected.norm())
+            y, expected = trainer.forward(x), trainer.model(x)
+        error = relative_error(y, expected.double())
         assert error < 0.02, f"{name}: compiled differs from eager by {error}"
 
 
@@ -236,9 +234,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="[bench/results/training.json]")
     args = parser.parse_args()
     torch._dynamo.config.cache_size_limit = 64
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(DEVICE)
     widths = (64, 128) if args.tiny else (4096, 14336)
-    batches = [int(n) for n in (args.tokens or ("32" if args.tiny else "4096,16384")).split(",")]
+    batches = integers(args.tokens or ("32" if args.tiny else "4096,16384"))
     chosen = dict(VARIANTS)
     if args.variants:
         wanted = {"dense", *(name.strip() for name in args.variants.split(";"))}
@@ -246,7 +244,7 @@ def main() -> None:
             parser.error(f"unknown variant {(wanted - VARIANTS.keys()).pop()!r}")
         chosen = {name: VARIANTS[name] for name in VARIANTS if name in wanted}
     record: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "versions": {
             "python": platform.python_version(),
             **versions("torch", "s3tensor"),
@@ -256,7 +254,7 @@ def main() -> None:
         "linears": [[widths[0], widths[0]], [widths[1], widths[0]], [widths[0], widths[1]]],
         "rows": [],
     }
-    out = args.out or (None if args.tiny else Path("bench/results/training.json"))
+    out = args.out or (None if args.tiny else RESULTS / "training.json")
     for way in filter(None, args.ways.split(",")):
         start = time.perf_counter()
         trainers = {name: build(name, args.pattern, widths, device, way) for name in chosen}
@@ -279,8 +277,7 @@ def main() -> None:
                     flush=True,
                 )
             if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                write_json(out, record)
         check(trainers, args.pattern, device, widths[0])
         print(f"{way}: {time.perf_counter() - start:.0f} s", flush=True)
         del trainers
@@ -300,7 +297,7 @@ def main() -> None:
             flush=True,
         )
         if out is not None:
-            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_json(out, record)
 
 
 if __name__ == "__main__":

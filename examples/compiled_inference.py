@@ -3,7 +3,7 @@
     python examples/compiled_inference.py             # a CPU: what the graph holds
     python examples/compiled_inference.py --device cuda --hidden 4096 --layers 8    # times, too
 
-On a CPU a compressed weight saves memory, not time; on a GPU its kernels are chosen by measured times.
+On a CPU a compressed weight saves memory, not time; on a GPU measured times choose its kernels.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
     )
     assert count == 3 * args.layers and not any("unpack" in name for name in seen)
 
-    # And with Inductor, for any batch, compiled once.
+    # With Inductor, for any batch, compiled once.
     torch._dynamo.reset()
     options = s3.inductor_options() if on_gpu else None
     compiled = torch.compile(model, fullgraph=True, dynamic=not on_gpu, options=options)
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def timed(model: nn.Module, x: torch.Tensor, repeats: int = 20) -> float:
-    """Microseconds of a call, the median of some."""
+    """Median microseconds of a call."""
     times = []
     for _ in range(repeats):
         if x.is_cuda:

@@ -1,9 +1,9 @@
-"""A pattern that nobody has named: describe it, draw it, prune to it, pack it, train with it.
+"""A new pattern: describe it, draw it, prune to it, pack it, train with it.
 
     python examples/custom_pattern.py --out picture.png
 
 *Corners*: of each 8x8 tile, rows r and r + 4 and columns c and c + 4 meet in four weights, which are kept or
-pruned together. No box of the weight as it lies holds them; a View by splitting and permuting dims does.
+pruned together. They are not a box of the weight itself; in a View that splits and permutes dims they are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The main job on a real model, offline, on a CPU: SmolLM2-135M to 2:4, measured, saved, reloaded.
+"""Prune a real model offline, on a CPU: SmolLM2-135M to 2:4, measured, saved, reloaded.
 
     python examples/demo.py --pattern 2:4 --pruner admm --samples 24
 
@@ -39,7 +39,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--pattern", default="2:4", help="2:4, pair4:8, coupled2:4, rowpair16, ...")
     parser.add_argument("--pruner", default="admm", help="admm, sparsegpt, wanda, obd, magnitude")
-    parser.add_argument("--alpha", type=float, help="dense target of admm: 0 none, default 0.5")
+    parser.add_argument(
+        "--alpha", type=float, help="share of the dense target of admm, 0 to 1; default 0.5"
+    )
     parser.add_argument(
         "--samples", type=int, default=24, help="calibration sequences of 512 tokens"
     )
@@ -47,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--eval-samples", type=int, default=16, help="held-out sequences of 1024 tokens"
     )
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder, made anew")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder; replaced")
     parser.add_argument("--model", type=Path, help="another .gguf file or Hugging Face folder")
     return parser.parse_args()
 

@@ -2,8 +2,8 @@
 
     python examples/export.py --out exported
 
-- ``model.pt2``: the graph and the packed weights; it is loaded by ``torch.export.load`` wherever s3tensor is
-  imported, for its operator, without the model's own code.
+- ``model.pt2``: the graph and the packed weights; ``torch.export.load`` loads it without the model's own
+  code, once s3tensor is imported, for its operator.
 - ``compressed/``: a Hugging Face folder with packed weights, for transformers with s3tensor.
 - ``dense/``: the same with zeros written out, for transformers and any other program, without s3tensor.
 """
@@ -51,7 +51,7 @@ torch.save(model(input_ids=torch.arange(16)[None]).logits, sys.argv[2])
 
 
 def export_folders(folder: Path) -> None:
-    """A small language model to two folders; the dense one is read by a program that has no s3tensor."""
+    """A small language model to two folders; a program without s3tensor reads the dense one."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -78,7 +78,9 @@ def export_folders(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="where to leave the files; by default nowhere")
+    parser.add_argument(
+        "--out", type=Path, help="folder to keep the files in; by default they are deleted"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.out or Path(temporary)

@@ -5,11 +5,10 @@
         --eval-samples 1 --out finetune-out.json   # on a CPU: under two minutes
 
 SmolLM2-135M is pruned by the default pruner, as in demo.py. Then its pruned linears and norms train under
-S3Sparse in mode ``fixed``: on the calibration topics of pydoc alone, and with the dense model as a teacher.
-The perplexity of development topics chooses the step whose state is kept, and the peak learning rate where
-several are given. Two rates were left out of the default: 1e-5, which ended at 17.39 there (3e-5: 17.17), and
-1e-4, which learns the text by heart; each more takes two minutes. What is reported is the perplexity of
-held-out topics, of the compressed model saved and reloaded. The JSON file is written after each part.
+S3Sparse in mode ``fixed``, on the calibration topics of pydoc: by themselves, and with the dense model as a
+teacher. The perplexity of development topics chooses the step whose state is kept, and the peak learning rate
+if several are given. The perplexity reported is that of held-out topics, from the compressed model, saved and
+reloaded. The JSON file is written after each part.
 """
 
 from __future__ import annotations
@@ -28,14 +27,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from demo import packaged_model, step
 from torch import Tensor, nn
 
 import s3tensor as s3
 from s3tensor import llm
 from s3tensor.io import pretrained as hf
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from demo import packaged_model, step
 
 METHODS = {"fine-tuning": 0.0, "fine-tuning + distillation": 0.5}  # share of the distillation loss
 
@@ -61,7 +58,7 @@ def arguments() -> argparse.Namespace:
     add("--eval-samples", type=int, default=16, help="held-out sequences [16]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", help="of torch.compile [inductor on a GPU, aot_eager on a CPU]")
-    add("--folder", type=Path, default=Path("finetune-out"), help="of the saved models, made anew")
+    add("--folder", type=Path, default=Path("finetune-out"), help="of the saved models; replaced")
     add("--out", type=Path, default=Path("bench/results/finetune.json"))
     return parser.parse_args()
 
@@ -90,7 +87,7 @@ def train(
 ) -> dict[str, Any]:
     """Train what needs a gradient, and leave the state that is best on the development text.
 
-    So few tokens are learnt by heart: their loss goes on falling long after that of other text rises.
+    So few tokens are memorised: their loss keeps falling long after that of other text rises.
     """
     device = next(model.parameters()).device
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -154,10 +151,12 @@ def train(
 
 
 def masked(pruned: nn.Module, names: set[str], pattern: str) -> nn.Module:
-    """A copy of a pruned model, whose pruned linears train under fixed masks, and its norms."""
+    """A copy of a pruned model in which pruned linears, under fixed masks, and norms train."""
     model = copy.deepcopy(pruned).train()
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter.ndim == 1)  # norms; embeddings and other linears stay
+        parameter.requires_grad_(
+            parameter.ndim == 1
+        )  # norms; embeddings and other linears do not train
     s3.sparsify_training_(model, pattern, "fixed", lambda _, name: name in names)
     for name in names:
         model.get_submodule(name).parametrizations.weight.original.requires_grad_()
@@ -184,7 +183,7 @@ def finish(
     held_out: Tensor,
     masks: dict[str, Tensor],
 ) -> dict[str, Any]:
-    """Finalize, save, reload, compile; what held."""
+    """Finalize, save, reload and compile; what was checked."""
     device = torch.device(args.device)
     s3.finalize(model.eval())
     s3.save_pretrained(model, folder, tokenizer)
@@ -298,7 +297,7 @@ def main() -> None:
     for row in record["rows"]:
         print(f"| {row['method']} | {row['perplexity']:.2f} |")
     if not all(row["masks_unchanged"] and row["reload_equal"] for row in record["rows"]):
-        sys.exit("error: a mask moved or a reloaded model differs")
+        sys.exit("error: a mask changed, or a reloaded model differs")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A language model of one's own: train a small one on text, prune it in several ways, compare and save.
+"""Train a small language model on text, prune it in several ways, compare and save.
 
     python examples/llm_pruning.py                       # about a minute on a CPU, nothing is downloaded
     python examples/llm_pruning.py --pattern rowpair16 --out pruned

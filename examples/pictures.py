@@ -24,7 +24,7 @@ PATTERNS = ("unstructured@0.5/tensor", "block:16x16@0.5", "head:64@0.67")
 
 
 def pattern_pictures(folder: Path) -> None:
-    """Who decides with whom, with one projection of random weights."""
+    """Blocks and scopes, with the projection of random weights."""
     generator = torch.Generator().manual_seed(0)
     for name, shape, file in (("2:4", (8, 16), "2to4"), ("coupled2:4", (6, 32), "coupled2to4")):
         mask = s3.project(torch.randn(shape, generator=generator), name)
@@ -32,7 +32,7 @@ def pattern_pictures(folder: Path) -> None:
 
 
 def coupling_picture(folder: Path) -> None:
-    """Channels of a gated MLP: rows of gate and up, columns of down, pruned by one decision."""
+    """Channels of a gated MLP: rows of gate and up and columns of down, pruned together."""
     generator = torch.Generator().manual_seed(1)
     gate, up, down = (torch.randn(n, generator=generator) for n in ((8, 6), (8, 6), (6, 8)))
     channels = BlockCoupling(
@@ -46,7 +46,7 @@ def coupling_picture(folder: Path) -> None:
 
 
 def layer_picture(folder: Path) -> None:
-    """Three masks of one query projection: its heads show, and what each pattern makes of them."""
+    """Masks of one query projection under three patterns."""
     model, _ = hf.load_model(packaged_model())
     weight = model.get_submodule(LAYER).weight.detach()
     figure = viz.new_figure(11.0, 3.6)

@@ -1,8 +1,8 @@
-"""Prune a layer, hold it compressed, run it, save it and load it: the whole library once.
+"""Prune a layer, compress it, run it, save it and load it.
 
     python examples/quickstart.py
 
-On a CPU, in seconds, without any download.
+Takes seconds on a CPU, and downloads nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    # A layer, and what it is given: inputs whose features go together, as those of a real model do.
+    # A layer, and inputs whose features are correlated, as those of a real model are.
     layer = torch.nn.Linear(args.features, args.features)
     weight = layer.weight.detach().clone()
     inputs = torch.randn(4096, args.features) @ torch.randn(args.features, args.features).div(16)

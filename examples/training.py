@@ -3,11 +3,11 @@
     python examples/training.py                      # both tasks, 2:4 and rowpair16, three seeds
     python examples/training.py --task digits --pattern 1:4 --seeds 5
 
-Two tasks: scikit-learn's handwritten digits (where it is not installed, points labelled by a random
-network), and the next character of the standard library's documentation. Every row takes the same number
-of steps. ``fixed`` trains dense for half of them, is pruned, and goes on with its mask; ``ste``, ``srste``
-and ``soft`` train under the pattern from the first step. What is measured is the finalized model, whose
-weights are compressed. The output layer stays dense. The optimizer starts anew at half time, for all.
+Two tasks: scikit-learn's handwritten digits (where it is not installed, points labelled by a random network),
+and the next character of the standard library's documentation. Every row takes the same number of steps.
+``fixed`` trains dense for half of them, is pruned, and continues under its mask; ``ste``, ``srste`` and
+``soft`` train under the pattern from the first step. Scores are those of the finalized model, whose weights
+are compressed. The output layer stays dense. Every row restarts the optimizer at half time.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,23 @@ def gluon_source_of(
     names = kernel.arg_names
     places = [names.index(name) for name in names if name in aligned]
     return GluonASTSource(kernel, signature, *_by_place(names, constants, places))
+
+
+def assembled(source: Any, arch: int, warps: int) -> tuple[Any, str, str]:
+    """A kernel compiled for ``sm_<arch>``, its SASS, and its use of registers and memory; needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        sass, usage = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True).stdout
+            for option in ("-sass", "-res-usage")
+        )
+    return built, sass, usage
 
 
 def _by_place(names: list[str], constants: dict[str, Any], places: list[int]) -> tuple[Any, Any]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from interpreter import assembled, gluon_source_of
 from s3tensor.kernels import tiles
 from torch import Tensor
 
@@ -46,10 +44,6 @@ sizes = st.tuples(st.integers(1, 4).map(lambda n: 16 * n), st.integers(1, 5).map
 
 def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], arch: int) -> str:
     """SASS of a kernel for ``sm_<arch>``, after a check that nothing spills; needs no GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
-
     warps = constants.pop("num_warps")
     names = kernel.arg_names
     signature = {
@@ -57,20 +51,10 @@ def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], a
     }
     aligned = {"x_ptr", "v_ptr", "c_ptr", "y_ptr", "ws_ptr", "M"}
     aligned |= {name + n for name in ("v", "y") for n in ("2_ptr", "3_ptr")} | {"M2", "M3"}
-    source = GluonASTSource(
-        kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
-    )
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-        assert re.search(r"STACK:0 .*LOCAL:0", usage.stdout), usage.stdout
-        return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True).stdout
+    source = gluon_source_of(kernel, signature, constants, aligned)
+    _, sass, usage = assembled(source, arch, warps)
+    assert re.search(r"STACK:0 .*LOCAL:0", usage), usage
+    return sass
 
 
 def pointer_types(dtype: str, codes: str, x: str) -> dict[str, str]:

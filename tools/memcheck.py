@@ -1,10 +1,10 @@
-"""Every kernel on small and odd sizes, for a memory checker to watch.
+"""Run every kernel on small and odd sizes under a memory checker.
 
     python tools/memcheck.py --processes 8           # compile all kernels into the cache on disk
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tools/memcheck.py
 
-Without PyTorch's cache each tensor is an allocation of its own, so that a read past its end is one that the
-checker sees. Results are compared with the torch code here too.
+Without PyTorch's cache each tensor is its own allocation, so that the checker sees a read past its end.
+Results are also compared with the torch code.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _shape(pattern: str) -> tuple[int, ...]:
 
 
 def product(pattern: str, shape: tuple[int, int], dtype: str, batches: tuple[int, ...]) -> None:
-    """Every path of linear but the vendor's, in both orders."""
+    """Every path of linear but ``vendor``, in both orders."""
     kind = getattr(torch, dtype)
     weight = s3.StructuredSparseTensor.from_dense(
         torch.randn(shape, device="cuda").to(kind), pattern
@@ -113,7 +113,7 @@ def product(pattern: str, shape: tuple[int, int], dtype: str, batches: tuple[int
 def product_int8(
     pattern: str, shape: tuple[int, int], dtype: str, batches: tuple[int, ...]
 ) -> None:
-    """int8 values: the kernel where there is one, and the ways round it."""
+    """int8 values, by the kernel where there is one and by the other paths."""
     kind = getattr(torch, dtype)
     dense = torch.randn(shape, device="cuda").to(kind)
     sparse = s3.StructuredSparseTensor.from_dense(dense, pattern)
@@ -130,7 +130,7 @@ def product_int8(
 def product_group(
     pattern: str, shape: tuple[int, int], dtype: str, batches: tuple[int, ...]
 ) -> None:
-    """Several weights of one x in one launch, as GroupLinears makes them."""
+    """Several weights of one x in one launch, as GroupLinears calls them."""
     from s3tensor.kernels import matmul
 
     rows, columns = shape
@@ -198,7 +198,7 @@ def weights_in_use(n: int, dtype: str) -> None:
 
 
 def compressed_for_cores(shape: tuple[int, int], dtype: str) -> None:
-    """A dense 2:4 weight, either way round, in cuSPARSELt's form: the values are those that stay."""
+    """A dense 2:4 weight and its transpose in cuSPARSELt's form: it holds the kept values."""
     from s3tensor.kernels import cores
 
     weight = torch.randn(shape, device="cuda").to(getattr(torch, dtype))
@@ -222,7 +222,7 @@ def _same(found: Tensor, exact: Tensor, tolerance: float) -> None:
 
 
 def run(case: Case) -> str | None:
-    """Run a case; what went wrong, or None."""
+    """Run a case; its error as text, or None."""
     name, arguments = case
     torch.manual_seed(0)
     try:

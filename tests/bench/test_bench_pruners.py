@@ -9,8 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny_models
 import torch
-from tiny_models import VOCABULARY, tiny
+from tiny_models import tiny
 
 import s3tensor as s3
 from s3tensor import prune
@@ -27,8 +28,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def batches(count: int = 4) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(VOCABULARY, (1, 48), generator=generator) for _ in range(count)]
+    return tiny_models.batches(count, 48, rows=1)
 
 
 def row(bench: ModuleType, name: str, pattern: str = "2:4") -> dict:

@@ -22,6 +22,7 @@ from s3tensor.io import pretrained as hf
 from s3tensor.llm import run as pruning
 
 transformers = pytest.importorskip("transformers")
+from saved_models import byte_level  # noqa: E402 - needs transformers
 
 SHORT = ("--samples", "4", "--seq-len", "16", "--eval-samples", "0", "--pruner", "wanda")
 
@@ -37,19 +38,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """A folder with a random Llama of three blocks, 100 kB, and a tokenizer of bytes."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    fast = byte_level(256)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, vocab_size=len(alphabet), max_position_embeddings=64,
+        num_key_value_heads=1, vocab_size=len(fast), max_position_embeddings=64,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("models") / "dense"
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     hf.save_pretrained(transformers.LlamaForCausalLM(config), folder, fast, dense=True)
     return folder
 

@@ -21,9 +21,9 @@ from s3tensor import llm
 transformers = pytest.importorskip("transformers")
 pd = pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
+import tiny_models  # noqa: E402 - needs transformers
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-VOCABULARY = 97
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,22 +50,11 @@ def plot() -> ModuleType:
 
 
 def tiny(blocks: int = 3) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=blocks,
-        vocab_size=VOCABULARY,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    return tiny_models.tiny("llama", blocks, positions=128)
 
 
 def batches(count: int = 3) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(VOCABULARY, (2, 24), generator=generator) for _ in range(count)]
+    return tiny_models.batches(count)
 
 
 def perplexity(model: nn.Module) -> float:

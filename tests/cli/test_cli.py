@@ -22,6 +22,7 @@ from s3tensor.io import pretrained as hf
 from s3tensor.llm import run as pruning
 
 transformers = pytest.importorskip("transformers")
+from saved_models import byte_level  # noqa: E402 - needs transformers
 
 BLOCKS = 3
 SHORT = ("--samples", "4", "--seq-len", "32", "--eval-samples", "3", "--pruner", "wanda")
@@ -41,16 +42,8 @@ def _few_topics() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama and a tokenizer that was trained on the calibration topics."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     folder = tmp_path_factory.mktemp("models") / "model"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([llm.load_text("pydoc")[:20_000]], trainer)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast = byte_level(320)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=32,

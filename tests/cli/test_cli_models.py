@@ -16,6 +16,7 @@ from s3tensor import cli, llm
 from s3tensor.io import pretrained as hf
 
 transformers = pytest.importorskip("transformers")
+from saved_models import byte_level  # noqa: E402 - needs transformers
 
 
 def run(*arguments: Any) -> Result:
@@ -32,15 +33,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """A folder with a random Llama with zeros: 2:4 in the first block, rowpair16 in the other."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([text.read_text(encoding="utf-8")], trainer)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast = byte_level(300, text.read_text(encoding="utf-8"))
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,

@@ -10,31 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from s3tensor import llm
-
 transformers = pytest.importorskip("transformers")
+from saved_models import byte_level  # noqa: E402 - needs transformers
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 
 
 def save_toy(folder: Path) -> None:
     """A random Llama with room for 512 positions, and a tokenizer of bytes and some merges."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([llm.load_text("pydoc")[:20_000]], trainer)
+    byte_level(300).save_pretrained(folder)
     config = transformers.LlamaConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
     )  # fmt: skip
     transformers.set_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    fast.save_pretrained(folder)
 
 
 def test_the_example_trains_saves_reloads_and_compiles(tmp_path: Path) -> None:

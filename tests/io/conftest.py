@@ -1,4 +1,4 @@
-"""A model that is saved compressed, and a copy of its folder to damage."""
+"""A pruned model in a folder, and a copy of it to change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import s3tensor as s3
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny_models import pruned
+    from tiny_models import pruned  # needs transformers
 
     place = tmp_path_factory.mktemp("saved") / "model"
     s3.save_pretrained(pruned("llama"), place)

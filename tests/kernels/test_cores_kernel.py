@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import DEVICES, INTERPRETED, device_of, run_again, source_of, triton_version
+from interpreter import INTERPRETED, run_again, source_of, triton_version
 from torch import Tensor
 
 import s3tensor as s3
@@ -20,11 +20,6 @@ from s3tensor.kernels import cores  # noqa: E402 (what it needs is asked for fir
 FEW = settings(max_examples=12 if INTERPRETED else 60)
 # What a code's place in a tile counts, from the lowest bit: (rows, scopes).
 BITS = ((8, 0), (0, 4), (0, 1), (0, 2), (1, 0), (2, 0), (4, 0), (16, 0), (32, 0), (0, 8))
-
-
-@pytest.fixture(params=DEVICES, scope="module")
-def device(request: pytest.FixtureRequest) -> str:
-    return device_of(request.param)
 
 
 def test_the_interpreter_runs_the_tests_of_this_file() -> None:

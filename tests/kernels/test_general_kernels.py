@@ -11,15 +11,13 @@ import operator
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from interpreter import gluon_source_of, source_of, triton_version
+from interpreter import assembled, gluon_source_of, source_of, triton_version
 from torch import Tensor
 
 from s3tensor.mask.packing import pack, unpack
@@ -495,9 +493,6 @@ def compiled(
     kernel: Any, build: Any, pointers: dict[str, str], constants: dict[str, Any], arch: int
 ) -> str:
     """SASS of a kernel for ``sm_<arch>``, after a check that nothing spills; needs no GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
     warps = constants.pop("num_warps")
     names = kernel.arg_names
     signature = {
@@ -508,12 +503,7 @@ def compiled(
     unknown |= {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
     aligned = {"x_ptr", "v_ptr", "y_ptr", "M", "sx"} - unknown
     source = build(kernel, signature, constants, aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True).stdout
+    built, sass, _ = assembled(source, arch, warps)
     assert built.metadata.shared <= 99 * 1024  # of a program on any GPU from sm_80 on
     # No spills; but a register that is idle within the loop may wait in memory.
     assert len(re.findall(r"\bSTL", sass)) <= 1 and len(re.findall(r"\bLDL", sass)) <= 1

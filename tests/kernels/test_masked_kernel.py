@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import DEVICES, INTERPRETED, device_of, run_again
+from interpreter import INTERPRETED, run_again
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -26,11 +26,6 @@ if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
 from s3tensor.kernels import masked as kernel  # noqa: E402 (what it needs is asked for first)
 
 FEW = settings(max_examples=12 if INTERPRETED else 60)
-
-
-@pytest.fixture(params=DEVICES, scope="module")
-def device(request: pytest.FixtureRequest) -> str:
-    return device_of(request.param)
 
 
 def test_the_interpreter_runs_the_tests_of_this_file() -> None:

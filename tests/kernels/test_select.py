@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import DEVICES, INTERPRETED, device_of, run_again
+from interpreter import INTERPRETED, assembled, run_again, source_of
 from torch import Tensor
 
 import s3tensor as s3
@@ -36,11 +33,6 @@ from s3tensor.kernels import masks, select  # noqa: E402 (what they need is aske
 
 FEW = settings(max_examples=8 if INTERPRETED else 60)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=DEVICES, scope="module")
-def device(request: pytest.FixtureRequest) -> str:
-    return device_of(request.param)
 
 
 def test_the_interpreter_runs_the_tests_of_this_file() -> None:
@@ -397,26 +389,14 @@ def compiled(
     kernel: Any, pointers: dict[str, str], constants: dict[str, Any], arch: int, stack: int = 0
 ) -> tuple[str, str]:
     """(layouts, SASS) of a kernel for ``sm_<arch>``, after a check that nothing spills; needs no GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     warps = constants.pop("num_warps")
     names = kernel.arg_names
     signature = {
         name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names
     }
-    places = {(names.index(name),): value for name, value in constants.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers}
-    source = ASTSource(kernel, signature, places, aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-        assert re.search(rf"STACK:{stack} .*LOCAL:0", usage.stdout), usage.stdout
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True).stdout
+    source = source_of(kernel, signature, constants, pointers)
+    built, sass, usage = assembled(source, arch, warps)
+    assert re.search(rf"STACK:{stack} .*LOCAL:0", usage), usage
     return built.asm["ttgir"], sass
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import DEVICES, INTERPRETED, device_of, run_again, source_of
+from interpreter import INTERPRETED, run_again, source_of
 
 import s3tensor as s3
 from s3tensor.mask.transposable import tile_masks, transposable_mask
@@ -16,11 +16,6 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 from s3tensor.kernels import transposable as kernel  # noqa: E402 (what it needs is asked for first)
 
 FEW = settings(max_examples=12 if INTERPRETED else 60)
-
-
-@pytest.fixture(params=DEVICES, scope="module")
-def device(request: pytest.FixtureRequest) -> str:
-    return device_of(request.param)
 
 
 def test_the_interpreter_runs_the_tests_of_this_file() -> None:

@@ -7,11 +7,8 @@ process of its own. What the kernels compile to is read where there is no GPU, t
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import (
-    DEVICES,
     INTERPRETED,
-    device_of,
+    assembled,
     keep_sums_in_their_dtype,
     run_again,
     source_of,
@@ -60,11 +56,6 @@ BLOCKS = (
     "head:8x2@0.5/input",
 )
 HALF = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return device_of(request.param)
 
 
 def test_the_interpreter_runs_the_tests_of_this_file() -> None:
@@ -462,28 +453,15 @@ def compiled(
     kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int, arch: int
 ) -> tuple[str, str]:
     """SASS and use of registers and memory of a kernel for ``sm_<arch>``; needs no GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
     if INTERPRETED:
         pytest.skip("the interpreter does not compile")
     names = kernel.arg_names
     signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in names}
     source = source_of(kernel, signature, constants, pointers.keys() - {"flag_ptr"})
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        texts = [
-            subprocess.run([tool, option, file.name], capture_output=True, text=True).stdout
-            for option in ("-sass", "-res-usage")
-        ]
-    spilled = re.search(r"STACK:(\d+) .*LOCAL:0", texts[1])
-    assert spilled and int(spilled.group(1)) <= 8, texts[
-        1
-    ]  # Triton 3.9's assembler spills two words of one
-    return texts[0], texts[1]
+    _, sass, usage = assembled(source, arch, warps)
+    spilled = re.search(r"STACK:(\d+) .*LOCAL:0", usage)
+    assert spilled and int(spilled.group(1)) <= 8, usage  # Triton 3.9 spills two words of one
+    return sass, usage
 
 
 def registers(usage: str) -> int:

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import VOCABULARY, logits, tiny
+from tiny_models import batches, logits, tiny
 
 import s3tensor as s3
 from s3tensor import cli, llm
@@ -25,11 +25,6 @@ from s3tensor.pattern import Pattern
 from s3tensor.prune.hessian import Factors
 
 seeds = st.integers(0, 10_000)
-
-
-def batches(count: int = 2) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(VOCABULARY, (2, 24), generator=generator) for _ in range(count)]
 
 
 # The allocation ---------------------------------------------------------------------------------------

@@ -20,35 +20,19 @@ from s3tensor.llm import calibrate, plan, progress, run, structure
 from s3tensor.text import text
 
 transformers = pytest.importorskip("transformers")
+import tiny_models  # noqa: E402 - needs transformers
+from tiny_models import VOCABULARY  # noqa: E402
 
-VOCABULARY = 97
 LINUX = sys.platform == "linux"
 
 
 def tiny(kind: str, blocks: int = 2) -> nn.Module:
-    """A small random language model of one family, float32, in eval mode."""
-    torch.manual_seed(0)
-    wide = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": blocks,
-        "vocab_size": VOCABULARY,
-    }
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    config = {
-        "llama": lambda: transformers.LlamaConfig(**wide, **heads, tie_word_embeddings=True),
-        "qwen2": lambda: transformers.Qwen2Config(**wide, **heads),
-        "mistral": lambda: transformers.MistralConfig(**wide, **heads, sliding_window=16),
-        "gpt2": lambda: transformers.GPT2Config(
-            n_embd=32, n_layer=blocks, n_head=4, vocab_size=VOCABULARY, n_positions=128
-        ),
-    }[kind]()
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    """A small random language model; a Llama with tied embeddings."""
+    return tiny_models.tiny("llama, tied" if kind == "llama" else kind, blocks, positions=128)
 
 
 def batches(count: int = 4, tokens: int = 24) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(VOCABULARY, (2, tokens), generator=generator) for _ in range(count)]
+    return tiny_models.batches(count, tokens)
 
 
 FAMILIES = ["llama", "qwen2", "mistral", "gpt2"]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compile_counter import compiled
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -55,12 +56,6 @@ def two_layers(pattern: str = "2:4", bias: bool = True) -> nn.Module:
     model = nn.Sequential(nn.Linear(64, 48, bias=bias), nn.ReLU(), nn.Linear(48, 32, bias=bias))
     s3.sparsify_(model, pattern)
     return model
-
-
-def compiled(function: Any, **options: Any) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
-    """The function compiled whole, and the counter of its compilations."""
-    counter = CompileCounterWithBackend("aot_eager")
-    return torch.compile(function, fullgraph=True, backend=counter, **options), counter
 
 
 class Captured:
@@ -167,8 +162,7 @@ def test_a_dynamic_batch_compiles_once(grad: bool) -> None:
 @inductor
 def test_inductor_compiles_once_for_a_batch_that_is_marked_dynamic() -> None:
     model = two_layers()
-    counter = CompileCounterWithBackend("inductor")
-    call = torch.compile(model, fullgraph=True, backend=counter)
+    call, counter = compiled(model, "inductor")
     x = torch.randn(4, 5, 64)
     for dim in (0, 1):
         torch._dynamo.mark_dynamic(x, dim)  # raises if anything makes the size a constant

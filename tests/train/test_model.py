@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from compile_counter import compiled
 from hypothesis import given
 from hypothesis import strategies as st
+from nets import Net
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrize
 
 import s3tensor as s3
@@ -50,17 +51,6 @@ def sparse(layer: nn.Module) -> s3.S3Sparse:
 
 
 # sparsify_training_ -----------------------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(8, 32)
-        self.up = nn.Linear(32, 64)
-        self.down = nn.Linear(64, 32)
-        self.odd = nn.Linear(32, 7, bias=False)
-        self.lm_head = nn.Linear(32, 8, bias=False)
-        self.lm_head.weight = self.embed.weight
 
 
 def test_each_layer_is_parametrized_or_skipped_with_a_reason() -> None:
@@ -286,9 +276,8 @@ def test_compiled_training_is_the_eager_one_in_one_graph(mode: str, held: bool) 
     eager = sparse_mlp(mode, **options)
     model = copy.deepcopy(eager)
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    torch.testing.assert_close(run(model, compiled), run(eager, eager))
+    call, counter = compiled(model)
+    torch.testing.assert_close(run(model, call), run(eager, eager))
     for left, right in zip(eager.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(right, left)
     assert counter.frame_count == 1  # masks and beta change in place: nothing is compiled again

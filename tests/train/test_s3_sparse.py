@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from nets import Net
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -667,17 +668,6 @@ def test_finalizing_a_copy_leaves_the_model_trainable() -> None:
 
 
 # sparsify_ --------------------------------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(8, 32)
-        self.up = nn.Linear(32, 64)
-        self.down = nn.Linear(64, 32)
-        self.odd = nn.Linear(32, 7, bias=False)
-        self.lm_head = nn.Linear(32, 8, bias=False)
-        self.lm_head.weight = self.embed.weight
 
 
 def test_each_layer_is_compressed_projected_or_skipped_with_a_reason() -> None:
