@@ -153,7 +153,6 @@ def save_pretrained(
     absent = [name for name, tensor in state.items() if tensor.is_meta]
     if absent:
         raise ModelError(f"{absent[0]} is on the meta device and has no values to save")
-    entry = None if dense else quantization(state)
     try:
         with staging_folder(folder) as stage:
             if card is not None:
@@ -163,15 +162,14 @@ def save_pretrained(
             if tokenizer is not None:
                 tokenizer.save_pretrained(stage)
             if dense:
-                plain = without_shared_storage(
-                    {name: densified(part).contiguous() for name, part in state.items()}
-                )
+                whole = {name: densified(part).contiguous() for name, part in state.items()}
+                plain = without_shared_storage(whole)
                 with _quiet(), _config_as_stored(model, None):
                     model.save_pretrained(  # type: ignore[operator]
                         stage, state_dict=plain, max_shard_size=largest
                     )
                 return folder
-            with _config_as_stored(model, entry):
+            with _config_as_stored(model, quantization(state)):
                 config.save_pretrained(stage)
             generation = getattr(model, "generation_config", None)
             if generation is not None:

@@ -39,11 +39,6 @@ class MemoryReport(Report[MemoryRow]):
         """Bytes of all weights without second forms."""
         return self.total("bytes_compressed")
 
-    @property
-    def dense(self) -> int:
-        """Bytes of all weights, if they were dense in their dtypes."""
-        return self.total("bytes_dense")
-
     def __str__(self) -> str:
         copies = [row for row in self if len(row.forms) > 1]
         return (

@@ -40,11 +40,6 @@ class QuantizeReport(Report[QuantizeRow]):
         """``bytes_after``."""
         return self.bytes_after
 
-    @property
-    def dense(self) -> int:
-        """Bytes of all weights, if they were dense in their dtypes."""
-        return self.total("bytes_dense")
-
     def __str__(self) -> str:
         worst = max(self, key=lambda row: row.error)
         return (

@@ -38,6 +38,11 @@ class Report(Generic[Row]):
         """Bytes of all weights in the report, as they are now."""
         return self.total("bytes_after")
 
+    @property
+    def dense(self) -> int:
+        """Bytes of all weights, if they were dense in their dtypes."""
+        return self.total("bytes_dense")
+
     def to_frame(self) -> pd.DataFrame:
         """The rows as a pandas frame, a column for each field."""
         import pandas as pd
