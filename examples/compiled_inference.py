@@ -52,7 +52,7 @@ def main() -> None:
     held = sum(getattr(p, "nbytes_compressed", p.nbytes) for p in model.parameters())
     print(f"weights: {held:,} bytes, {dense_bytes:,} dense")
 
-    # What a graph holds: one s3tensor.linear for each weight, and no dense weight.
+    # What a graph holds: one s3tensor.linear_inference for each weight, and no dense weight.
     seen: Counter[str] = Counter()
 
     def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
@@ -64,7 +64,7 @@ def main() -> None:
     x = torch.randn(4, args.hidden, device=args.device, dtype=next(model.parameters()).dtype)
     with torch.no_grad():
         torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=backend))(x)
-    count = seen["s3tensor.linear.default"]
+    count = seen["s3tensor.linear_inference.default"]
     print(
         f"the graph: {count} products by compressed weights, {sum(seen.values()) - count} other nodes"
     )

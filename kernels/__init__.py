@@ -11,6 +11,7 @@ s3tensor loads a file through ``s3tensor.mask.backend`` when its kernel first ru
 ``wide``          its kernel for 17 rows and more, on sm_90 (Gluon)
 ``expand``        shared by both: packed words to tensor-core fragments, and sums in a fixed order
 ``widen``         the same for int8 values, for ``skinny``
+``launch``        launches, and those that were recorded, again
 ``gpu``           whether the matmul kernels run on a device, and how large it is
 ``columns``       ``linear`` of 1 to 64 rows by any N:M of columns; its kernels are
 ``gather``        plain multiply-adds, any dtype

@@ -25,6 +25,7 @@ from .columns import (
     columns_together,
     mismatch,
 )
+from .launch import scratch, start
 
 
 @dataclass(frozen=True)
@@ -258,19 +259,30 @@ def launch(
     height = min(config.rows, 1 << (block_rows - 1).bit_length())
     parts = -(-block_rows // height)
     y = torch.empty(n, rows, dtype=x.dtype, device=x.device)
-    numbers = torch.empty(rows // block_rows * keep, dtype=torch.int32, device=x.device)
+    numbers = scratch(rows // block_rows * keep, torch.int32, x.device)
     bits = index_bits(keep, blocks)
     grid = (rows // block_rows * parts * -(-n // config.batch),)
-    blocks_kernel[grid](
+    arguments = (
         x, values.reshape(-1), indices.reshape(-1), numbers,
         y if bias is None else bias.contiguous(), y,
         rows, n, keep, blocks, x.stride(0), indices.numel(),
-        R=block_rows, C=block_columns, PIECE=piece, BITS=bits,
-        CHUNK=min(1024, max(32, 1 << ((keep if bits else blocks) - 1).bit_length())),
-        WK=config.warps, BR=height, NP=config.columns // piece, BN=config.batch,
-        STAGES=config.stages, EVEN=block_rows % height == 0,
-        BIAS=bias is not None, num_warps=config.warps,
     )  # fmt: skip
+    constants = {
+        "R": block_rows,
+        "C": block_columns,
+        "PIECE": piece,
+        "BITS": bits,
+        "CHUNK": min(1024, max(32, 1 << ((keep if bits else blocks) - 1).bit_length())),
+        "WK": config.warps,
+        "BR": height,
+        "NP": config.columns // piece,
+        "BN": config.batch,
+        "STAGES": config.stages,
+        "EVEN": block_rows % height == 0,
+        "BIAS": bias is not None,
+        "num_warps": config.warps,
+    }
+    start(blocks_kernel, grid, arguments, constants)
     return y
 
 

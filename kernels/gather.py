@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import start
+
 if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 5):
     raise ImportError(
         f"the kernels for N:M of columns and for blocks need Triton 3.5; this is {triton.__version__}"
@@ -245,7 +247,7 @@ def launch(
         m, n, runs, x.stride(0), words.numel(), -(-runs // step),
     )  # fmt: skip
     grid = (-(-m // config.rows) * -(-n // config.batch),)
-    gather_kernel[grid](*arguments, **constants)
+    start(gather_kernel, grid, arguments, constants)
 
 
 def as_words(codes: Tensor, width: int, row_bits: int) -> tuple[Tensor, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import gpu, skinny, wide
+from .launch import keep_for_replays, scratch
 from .skinny import Skinny
 from .tiles import FORMS, Form, can_tile, code_bytes
 from .wide import Wide
@@ -114,10 +115,9 @@ def linear(
     sums = cells = y
     if config.split > 1:
         tiles = -(-rows // config.rows) * -(-n // config.batch)
-        sums = torch.empty(
-            tiles * config.split * config.rows * config.batch, dtype=torch.float32, device=x.device
-        )
-        cells = _cells(x.device, tiles)
+        count = tiles * config.split * config.rows * config.batch
+        sums = scratch(count, torch.float32, x.device)
+        cells = keep_for_replays(_cells(x.device, tiles))
     number = FORMS.index(form)
     with torch.cuda.device(x.device):
         if isinstance(config, Wide):

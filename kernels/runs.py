@@ -28,6 +28,7 @@ from triton.runtime.jit import constexpr_function
 
 from .expand import code_layout, halves, log2, store_sums, word_layout
 from .gather import as_words
+from .launch import start
 
 # (keep, group): columns of a run. Eight values are 16 bytes.
 RUNS = {(1, 2): 16, (2, 4): 16, (4, 8): 16, (8, 16): 16, (1, 4): 32, (2, 8): 32, (4, 16): 32}
@@ -432,4 +433,4 @@ def launch(
         m, n, runs, x.stride(0) // 4, words.numel(), -(-runs // step),
     )  # fmt: skip
     grid = (-(-m // config.rows), -(-n // config.batch))
-    runs_kernel[grid](*arguments, **constants)
+    start(runs_kernel, grid, arguments, constants)

@@ -31,6 +31,7 @@ from .expand import (
     wait_for_previous,
     word_layout,
 )
+from .launch import start
 from .widen import dense_rows_of_bytes
 
 _ROWPAIR = gl.constexpr(ROWPAIR)
@@ -405,7 +406,7 @@ def launch(
         arguments = (*arguments[:7], scales, *arguments[7:])
     if warmup:
         return kernel.warmup(*arguments, grid=grid, **constants)
-    return kernel[grid](*arguments, **constants)
+    return start(kernel, grid, arguments, constants)
 
 
 def launch_group(
@@ -433,7 +434,7 @@ def launch_group(
     grid = (sum(blocks), -(-n // config.batch))
     if warmup:
         return group_kernel.warmup(*arguments, grid=grid, **constants)
-    return group_kernel[grid](*arguments, **constants)
+    return start(group_kernel, grid, arguments, constants)
 
 
 def _constants(config: Skinny, form: int, even: bool) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from .expand import (
     wait_for_previous,
     word_layout,
 )
+from .launch import start
 
 # By the name of Triton 3.9 or of earlier releases.
 copy_to_shared = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
@@ -289,4 +290,4 @@ def launch(
     }
     if warmup:
         return wide_kernel.warmup(*arguments, grid=grid, **constants)
-    return wide_kernel[grid](*arguments, **constants)
+    return start(wide_kernel, grid, arguments, constants)

@@ -31,6 +31,8 @@ from s3tensor.llm.report import BlockRow, LinearRow, PeakMemory, PruneReport
 from s3tensor.llm.residual import writer_moments, writers
 from s3tensor.llm.resume import RunFolder
 from s3tensor.llm.structure import dense_again, on_device
+from s3tensor.model.generate import prefer_grouped_linears
+from s3tensor.model.linear import put_parameter
 from s3tensor.model.weights import LayerFilter, ModelWeight
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
@@ -189,6 +191,8 @@ def run(plan: Plan) -> PruneReport:
             report.skipped.extend((s.name, s.reason) for s in block.skipped)
             pruned = {linear.name for linear in linears}
             report.skipped.extend((x.name, _ROUTED) for x in block.layers if x.name not in pruned)
+    if plan.compress:
+        prefer_grouped_linears(plan.model)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -233,7 +237,7 @@ def _replay(
         if isinstance(tensor, Compressed):
             owner, _, attribute = name.rpartition(".")
             parameter = nn.Parameter(tensor.to(runner.device), requires_grad=False)
-            setattr(runner.block.get_submodule(owner), attribute, parameter)
+            put_parameter(runner.block.get_submodule(owner), attribute, parameter)
     return row, linears
 
 

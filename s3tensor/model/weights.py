@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from s3tensor.model.linear import put_parameter
 from s3tensor.tensor.base import Compressed
 
 LayerFilter = Callable[[nn.Module, str], bool]
@@ -79,7 +80,7 @@ class ModelWeight:
     def set_weight(self, weight: Tensor) -> None:
         """Make ``weight``, (out_features, in_features), the parameter of its own place, without gradient."""
         parameter = nn.Parameter(self.upright(weight), requires_grad=False)
-        setattr(self.module, self.attribute, parameter)
+        put_parameter(self.module, self.attribute, parameter)
 
     def copy_weight(self, weight: Tensor) -> None:
         """Write ``weight``, (out_features, in_features), into the parameter that is there."""
@@ -88,7 +89,7 @@ class ModelWeight:
     def replace(self, parameter: nn.Parameter) -> None:
         """Put one parameter, as it is stored, in all the places, so that what was shared stays shared."""
         for place in self.places:
-            setattr(place.module, place.attribute, parameter)
+            put_parameter(place.module, place.attribute, parameter)
 
 
 def model_weights(model: nn.Module, filter_fn: LayerFilter | None = None) -> list[ModelWeight]:

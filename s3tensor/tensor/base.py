@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 Rules = dict[Any, Callable[..., Any]]
 
+# Counts what ``__tensor_flatten__`` gives: a graph in torch's cache on disk was made for one of these.
+_CONTEXT = 2
+
 # Rules for the functions that users call on any compressed tensor, rule(*args, **kwargs), filled by
 # ``s3tensor.tensor.functions``. Below them each class has rules for the operators of aten.
 FUNCTION_RULES: Rules = {}
@@ -68,6 +71,8 @@ class Compressed(Tensor):
     scales: Tensor | None
     # What ``__tensor_flatten__`` gives: the names of the tensors that are there, and the facts.
     _flat: tuple[list[str], Facts]
+    traced_as: str  # the facts, for an operator in a graph; empty where it does not take the weight
+    _ready: Any  # products whose launch is ready (:mod:`s3tensor.tensor.ready`), or None
 
     PARTS: ClassVar[tuple[str, ...]] = ("packed", "indices")  # what a checkpoint stores
     COPIES: ClassVar[tuple[str, ...]] = ()  # made from the parts, for speed; each may be None
@@ -125,12 +130,20 @@ class Compressed(Tensor):
         self.bound_shape = facts.bound_shape
         self.transposed = facts.transposed
         self.tiled = facts.tiled
+        self._ready = None
+        self.traced_as = "" if self._has_copies() or len(self.bound_shape) != 2 else _text(facts)
         # Made once: a compiled graph asks for it several times in each call.
         names = list(self.PARTS)
         for name in self.COPIES:
             if getattr(self, name) is not None:
                 names.append(name)
+        if type(packed) is Tensor and packed.is_cuda:
+            for name in names:  # as parameters are: a CUDA graph reads them where they lie
+                getattr(self, name)._dynamo_static_input_type = "unguarded"
         self._flat = names, facts
+
+    def _has_copies(self) -> bool:
+        return any(getattr(self, name) is not None for name in self.COPIES)
 
     def _with(self, **changes: Any) -> Self:
         """The same tensors and facts, but for the given ones."""
@@ -302,7 +315,7 @@ class Compressed(Tensor):
     def own_names(cls) -> frozenset[str]:
         """What ``__init__`` sets; anything else on a tensor is its user's, or says that it is a parameter."""
         parts = "packed", "indices", "scales", "dense", "vendor"
-        return frozenset((*parts, *Facts._fields, "_flat"))
+        return frozenset((*parts, *Facts._fields, "_flat", "_ready", "traced_as"))
 
     def further_attributes(self) -> dict[str, Any]:
         """What is set on the tensor beside :meth:`own_names`."""
@@ -330,6 +343,7 @@ class Compressed(Tensor):
     def _stable_hash_for_caching(self) -> str:
         """What a cached compilation depends on (AOTAutograd's cache asks): everything but the values."""
         facts = (
+            _CONTEXT,
             *(self.pattern.parts, str(self.pattern), self.bound_shape, self.transposed, self.tiled),
             *(self.dtype, self.device, self.shape, self.stride(), self.requires_grad),
             *((name, tuple(getattr(self, name).shape)) for name in self._flat[0]),
@@ -345,8 +359,9 @@ class Compressed(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in FUNCTION_RULES:
-            return FUNCTION_RULES[func](*args, **kwargs)
+        rule = FUNCTION_RULES.get(func)
+        if rule is not None:
+            return rule(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -387,6 +402,13 @@ def rules_for(rules: Rules) -> Callable[..., Callable[[Rule], Rule]]:
         return register
 
     return keyed
+
+
+@functools.lru_cache(maxsize=1024)
+def _text(facts: Facts) -> str:
+    """Pattern, shape and order in words that :mod:`s3tensor.tensor.frozen` reads again."""
+    bound = f"{facts.pattern} on {'x'.join(map(str, facts.bound_shape))}"
+    return f"{bound}{', tiled' if facts.tiled else ''}{', transposed' if facts.transposed else ''}"
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,6 +16,7 @@ from s3tensor.errors import UnsupportedOpError
 from s3tensor.tensor.base import FUNCTION_RULES, Compressed, refusal, rules_for
 from s3tensor.tensor.linear import multiply
 from s3tensor.tensor.ops import watched_linear
+from s3tensor.tensor.ready import multiply_eagerly
 
 function = rules_for(FUNCTION_RULES)
 
@@ -117,6 +118,8 @@ def _by_weight(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     """
     watched = torch.is_grad_enabled() and weight.requires_grad
     if not watched and _nothing_watches(x, bias, weight.packed):
+        if x.is_cuda:
+            return multiply_eagerly(x, weight, bias)
         return multiply(x, weight.as_weight(), bias)
     return watched_linear(x, weight, bias)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from s3tensor.tensor import ops
+from s3tensor.tensor import frozen, ops
 
 _MOST = 3  # weights of one launch
 
@@ -28,7 +28,8 @@ class GroupLinears(CustomGraphPass):
     """
 
     def __init__(self, targets: tuple[Any, ...] = (), merge: bool = True) -> None:
-        self.targets = targets or (ops.linear._opoverload, ops.linear_int8._opoverload)
+        every = ops.linear._opoverload, ops.linear_int8._opoverload, frozen.LINEAR_INFERENCE
+        self.targets = targets or every
         self.merge = merge
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -68,6 +69,18 @@ class GroupLinears(CustomGraphPass):
             place[arg] = place[leader] - 1
         return True
 
+    # transformers copies and compares the options of a model's generate on each call.
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, GroupLinears):
+            return NotImplemented
+        return (self.targets, self.merge) == (other.targets, other.merge)
+
+    def __hash__(self) -> int:
+        return hash((self.targets, self.merge))
+
+    def __deepcopy__(self, memo: Any) -> GroupLinears:
+        return self  # it never changes
+
     def uuid(self) -> Any:
         return get_hash_for_files((__file__,), repr((self.targets, self.merge)))
 
@@ -76,31 +89,53 @@ def _alike(group: list[fx.Node]) -> list[list[fx.Node]]:
     """Of the linears that read one x, those that ``linear_group`` takes together, two or more."""
     found: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in group:
-        kind = _kind(node)
-        if kind is not None:
-            found.setdefault(kind, []).append(node)
+        linear = _read(node)
+        if linear is not None:
+            found.setdefault((linear.pattern, linear.columns), []).append(node)
     return [nodes for nodes in found.values() if len(nodes) > 1]
 
 
-def _kind(node: fx.Node) -> tuple[Any, ...] | None:
-    """What the linears of a group have in common; None for one that no group takes."""
-    if node.target is not ops.linear._opoverload or node.kwargs or len(node.args) < 7:
+class _Linear(NamedTuple):
+    """A compressed linear of a graph, as a group takes it."""
+
+    x: Any
+    packed: Any
+    indices: Any
+    pattern: str
+    rows: Any
+    columns: Any
+
+
+def _read(node: fx.Node) -> _Linear | None:
+    """The parts of a linear that ``linear_group`` takes; None for one that it does not."""
+    if node.kwargs:
         return None
-    given: list[Any] = [*node.args, *(False, None, None)[len(node.args) - 7 :]]
-    bias, pattern, shape, transposed, tiled, dense, vendor = given[3:]
-    if bias is not None or transposed or not tiled or dense is not None or vendor is not None:
+    if node.target is frozen.LINEAR_INFERENCE:
+        x, packed, indices, scales, bias, text = node.args
+        bound, tiled, transposed = frozen.read_facts(text)  # type: ignore[arg-type]
+        given = (scales, bias, transposed or None, None if tiled else True)
+        rows, columns = bound.shape
+        pattern = str(bound.pattern)
+    elif node.target is ops.linear._opoverload and len(node.args) >= 7:
+        args: list[Any] = [*node.args, *(False, None, None)[len(node.args) - 7 :]]
+        x, packed, indices, bias, pattern, (rows, columns), transposed, tiled, *copies = args
+        given = (bias, transposed or None, None if tiled else True, *copies)
+    else:
         return None
-    return pattern, shape[1]
+    if any(value is not None for value in given):
+        return None
+    return _Linear(x, packed, indices, pattern, rows, columns)
 
 
 def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     """One operator in place of linears of one kind that read one x and follow each other."""
-    x, pattern = nodes[0].args[0], nodes[0].args[4]
-    packed, indices = ([node.args[i] for node in nodes] for i in (1, 2))
-    rows = [node.args[5][0] for node in nodes]  # type: ignore[index]
+    linears = [linear for linear in map(_read, nodes) if linear is not None]
+    first = linears[0]
+    packed, indices = [one.packed for one in linears], [one.indices for one in linears]
+    rows = [one.rows for one in linears]
     with graph.inserting_before(nodes[-1]):  # where the inputs of all are at hand
         whole = graph.call_function(
-            ops.linear_group._opoverload, (x, packed, indices, pattern, rows, True)
+            ops.linear_group._opoverload, (first.x, packed, indices, first.pattern, rows, True)
         )
         whole.meta["val"] = [node.meta.get("val") for node in nodes]
         for number, node in enumerate(nodes):
