@@ -18,7 +18,6 @@ dense's time over that of the compressed model.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 import transformers
-from stored import versions
+from measure import RESULTS, versions, write_json
 from torch import Tensor, nn
 
 import s3tensor as s3
@@ -172,8 +171,7 @@ def main() -> None:
                 flush=True,
             )
         if not args.tiny or args.out:
-            out = args.out or Path("bench/results/generate.json")
-            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_json(args.out or RESULTS / "generate.json", record)
 
 
 if __name__ == "__main__":
