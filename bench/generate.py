@@ -6,9 +6,10 @@
     python bench/generate.py --tiny                           # a model of toy size, to try it on a CPU
 
 Weights are random: speed does not depend on them. Every linear of the layers is compressed by
-``s3.sparsify_`` and nothing else is called: no options, no CUDA graph of our own. ``eager`` is ``generate``
-as it is, ``static`` passes ``cache_implementation="static"``, by which transformers compiles the step by
-itself. ``no layers`` is the same ``generate`` of a model that has none: the time of transformers' own loop.
+``s3.sparsify_`` and nothing else is called: no CUDA graph of our own. ``eager`` is ``generate`` as it is,
+``static`` passes ``cache_implementation="static"``, by which transformers compiles the step by itself, and
+``config`` passes ``compile_config=s3.compile_config()`` too, for all but the dense model. ``no layers`` is
+the same ``generate`` of a model that has none: the time of transformers' own loop.
 
 For each cell: seconds of the first call, which compiles; milliseconds to the first token; milliseconds of
 each further token; the most memory in use. Medians over rounds in which the models take turns; a ratio is
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 import s3tensor as s3
 
-CELLS = "eager:1:37,static:1:37,static:1:2048,static:4:1,static:16:512"
+CELLS = "eager:1:37,static:1:37,config:1:37,config:1:2048,config:4:1,config:16:512"
 
 
 def build(device: str, tiny: bool, layers: int | None) -> nn.Module:
@@ -68,9 +69,8 @@ def compress(model: nn.Module, weights: str) -> nn.Module:
     return model
 
 
-def seconds(model: Any, tokens: Tensor, new: int, static: bool) -> float:
+def seconds(model: Any, tokens: Tensor, new: int, options: dict[str, Any]) -> float:
     """Wall-clock seconds of one call of ``generate`` for so many new tokens."""
-    options: dict[str, Any] = {"cache_implementation": "static"} if static else {}
     wait(tokens)
     began = time.perf_counter()
     model.generate(
@@ -87,38 +87,46 @@ def wait(tokens: Tensor) -> None:
 
 
 def measure(
-    models: dict[str, nn.Module], static: bool, batch: int, prompt: int, new: int, rounds: int
+    models: dict[str, nn.Module], mode: str, batch: int, prompt: int, new: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """One cell: a row for each model."""
+    """One cell: a row for each model.
+
+    Compiled steps share code, and Dynamo looks through all that it compiled of it: so it forgets before each
+    model, and the models take turns twice, the second time in reverse.
+    """
     device = next(models["dense"].parameters()).device
     vocabulary = models["dense"].config.vocab_size  # type: ignore[union-attr]
     tokens = torch.randint(vocabulary, (batch, prompt), device=device)
     first: dict[str, float] = {}
     memory: dict[str, int] = {}
-    for name, model in models.items():
-        torch._dynamo.reset()
-        model.__dict__.pop("_compiled_call", None)  # what transformers keeps of a step it compiled
-        with tempfile.TemporaryDirectory() as cache, torch._inductor.utils.fresh_cache(cache):
-            first[name] = seconds(model, tokens, new, static)
     firsts: dict[str, list[float]] = {name: [] for name in models}
     wholes: dict[str, list[float]] = {name: [] for name in models}
-    for name, model in models.items():
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        seconds(model, tokens, new, static)
-        if device.type == "cuda":
-            memory[name] = torch.cuda.max_memory_allocated()
-    for _ in range(rounds):
-        for name, model in models.items():
-            firsts[name].append(seconds(model, tokens, 1, static))
-            wholes[name].append(seconds(model, tokens, new, static))
+    with tempfile.TemporaryDirectory() as cache, torch._inductor.utils.fresh_cache(cache):
+        for name in [*models, *reversed(models)]:
+            model, again = models[name], name in first
+            options: dict[str, Any] = {} if mode == "eager" else {"cache_implementation": "static"}
+            if mode == "config" and name != "dense":
+                options["compile_config"] = s3.compile_config()
+            torch._dynamo.reset()
+            model.__dict__.pop("_compiled_call", None)  # what transformers keeps of a compiled step
+            took = seconds(model, tokens, new, options)
+            if not again:
+                first[name] = took
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+            seconds(model, tokens, new, options)
+            if device.type == "cuda" and not again:
+                memory[name] = torch.cuda.max_memory_allocated()
+            for _ in range(rounds):
+                firsts[name].append(seconds(model, tokens, 1, options))
+                wholes[name].append(seconds(model, tokens, new, options))
     rows = []
     for name in models:
         start = statistics.median(firsts[name])
         step = (statistics.median(wholes[name]) - start) / (new - 1)
         rows.append(
             {
-                "mode": "static" if static else "eager", "batch": batch, "prompt": prompt,
+                "mode": mode, "batch": batch, "prompt": prompt,
                 "weights": name, "first_call_s": first[name], "first_token_ms": 1e3 * start,
                 "token_ms": 1e3 * step, "tokens_per_s": batch / step, "bytes": memory.get(name),
             }
@@ -158,9 +166,7 @@ def main() -> None:
     }  # fmt: skip
     for cell in args.cells.split(","):
         mode, batch, prompt = cell.split(":")
-        rows = measure(
-            models, mode == "static", int(batch), int(prompt), args.new_tokens, args.rounds
-        )
+        rows = measure(models, mode, int(batch), int(prompt), args.new_tokens, args.rounds)
         record["rows"] += rows
         for row in rows:
             print(

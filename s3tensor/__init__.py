@@ -59,7 +59,7 @@ if _typing.TYPE_CHECKING:
         View,
     )
     from s3tensor.prune.hessian import Factors, Hessian, compute_hessian, output_error
-    from s3tensor.tensor.inductor import inductor_options
+    from s3tensor.tensor.inductor import compile_config, inductor_options
     from s3tensor.tensor.int8 import Int8SparseTensor
     from s3tensor.tensor.sparse import StructuredSparseTensor
     from s3tensor.text.text import get_c4
@@ -93,7 +93,7 @@ _LAZY = {
             "BlockCoupling BlockSpec ScopeCoupling ScopeSpec SparsityBuilder StructuredOBS View"
         ),
         "s3tensor.prune.hessian": "Factors Hessian compute_hessian output_error",
-        "s3tensor.tensor.inductor": "inductor_options",
+        "s3tensor.tensor.inductor": "compile_config inductor_options",
         "s3tensor.tensor.int8": "Int8SparseTensor",
         "s3tensor.tensor.sparse": "StructuredSparseTensor",
         "s3tensor.text.text": "get_c4",
@@ -139,6 +139,7 @@ __all__ = [
     "__version__",
     "coalesce",
     "compact",
+    "compile_config",
     "complement",
     "composition",
     "compute_hessian",

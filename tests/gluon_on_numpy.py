@@ -293,10 +293,9 @@ def load(*files: str) -> SimpleNamespace:
         }
         tree = ast.parse((KERNELS / f"{file}.py").read_text(encoding="utf-8"))
         for node in tree.body:
-            if isinstance(node, ast.ImportFrom) and node.level:
-                space.update(
-                    {alias.name: spaces[node.module or ""][alias.name] for alias in node.names}
-                )
+            # What is not among them, as the start of a launch, is the host's.
+            if isinstance(node, ast.ImportFrom) and node.level and node.module in spaces:
+                space.update({alias.name: spaces[node.module][alias.name] for alias in node.names})
         tree.body = [n for n in tree.body if not isinstance(n, (ast.Import, ast.ImportFrom))]
         flags = __future__.annotations.compiler_flag
         exec(compile(tree, f"{file}.py", "exec", flags=flags), space)

@@ -26,7 +26,6 @@ from s3tensor.errors import CheckpointError, ModelError
 from s3tensor.files import first_line
 from s3tensor.io.folder import FORMAT, METHOD, quantization, tied_names, unshared_state
 from s3tensor.io.state import METADATA_KEY, flatten_state, open_weights, read_description
-from s3tensor.model.generate import prefer_grouped_linears
 from s3tensor.model.linear import put_parameter
 from s3tensor.model.weights import model_weights
 from s3tensor.pattern import Pattern
@@ -200,7 +199,6 @@ class S3Quantizer(HfQuantizer):
             for later in order[order.index(leaf) + 1 :]:
                 if later in owner._parameters:
                     owner._parameters[later] = owner._parameters.pop(later)
-        prefer_grouped_linears(model)
         self._loading.clear()
         self._orders.clear()
         model.is_quantized = False  # type: ignore[assignment]  # or .half() would be refused

@@ -31,7 +31,6 @@ from s3tensor.llm.report import BlockRow, LinearRow, PeakMemory, PruneReport
 from s3tensor.llm.residual import writer_moments, writers
 from s3tensor.llm.resume import RunFolder
 from s3tensor.llm.structure import dense_again, on_device
-from s3tensor.model.generate import prefer_grouped_linears
 from s3tensor.model.linear import put_parameter
 from s3tensor.model.weights import LayerFilter, ModelWeight
 from s3tensor.pattern import Pattern
@@ -191,8 +190,6 @@ def run(plan: Plan) -> PruneReport:
             report.skipped.extend((s.name, s.reason) for s in block.skipped)
             pruned = {linear.name for linear in linears}
             report.skipped.extend((x.name, _ROUTED) for x in block.layers if x.name not in pruned)
-    if plan.compress:
-        prefer_grouped_linears(plan.model)
     report.seconds = time.perf_counter() - start
     return report
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from s3tensor.errors import ModelError, OptionError
-from s3tensor.model.generate import prefer_grouped_linears
 from s3tensor.model.report import Report
 from s3tensor.model.weights import LayerFilter, ModelWeight, model_weights
 from s3tensor.tensor.int8 import Int8SparseTensor
@@ -100,7 +99,6 @@ def quantize_(
         )
     for found, parameter in made:
         found.replace(parameter)
-    prefer_grouped_linears(model)
     return QuantizeReport(tuple(rows))
 
 

@@ -10,7 +10,6 @@ from torch.nn.utils import parametrize
 
 from s3tensor.errors import ModelError, NonFiniteError, PatternError
 from s3tensor.mask.projection import satisfies
-from s3tensor.model.generate import prefer_grouped_linears
 from s3tensor.model.linear import put_parameter
 from s3tensor.model.report import Report, table
 from s3tensor.model.weights import LayerFilter, ModelWeight, linear_layers
@@ -96,7 +95,6 @@ def sparsify_(
             parameter, action = made[key]
             put_parameter(layer.module, "weight", parameter)
         rows.append(SparsifyRow(layer.name, str(pattern), action, before, layer.nbytes, reason))
-    prefer_grouped_linears(model)
     return SparsifyReport(tuple(rows))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import operator
 from typing import Any, NamedTuple
 
@@ -143,6 +144,17 @@ def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
             part.meta.update(node.meta)
             node.replace_all_uses_with(part)
             graph.erase_node(node)
+
+
+def compile_config() -> Any:
+    """How transformers' ``generate`` compiles a compressed model best: a ``CompileConfig``.
+
+    ``model.generate(..., cache_implementation="static", compile_config=s3.compile_config())``: with a static
+    cache transformers compiles the step by itself, by default without :func:`inductor_options`. Needs
+    transformers.
+    """
+    transformers = importlib.import_module("transformers")
+    return transformers.CompileConfig(mode=None, options=inductor_options())
 
 
 def inductor_options(**more: Any) -> dict[str, Any]:
