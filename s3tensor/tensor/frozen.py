@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from s3tensor.pattern import BoundPattern, bind
-from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.linear import check, multiply
 from s3tensor.tensor.weight import Weight
 
@@ -169,7 +168,8 @@ def read_facts(text: str) -> tuple[BoundPattern, bool, bool]:
 
 def traces(x: Tensor, weight: Tensor) -> bool:
     """Whether Dynamo traces a product that :func:`frozen_linear` can stand for; constant while it traces."""
-    if not torch.compiler.is_dynamo_compiling() or not isinstance(weight, Compressed):
+    # hasattr: Dynamo of torch 2.11 takes every parameter for an nn.Parameter, whatever its class.
+    if not torch.compiler.is_dynamo_compiling() or not hasattr(weight, "traced_as"):
         return False
     if not weight.traced_as or weight.requires_grad or _is_exporting():
         return False
