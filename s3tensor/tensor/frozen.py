@@ -13,9 +13,13 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from s3tensor.mask.packing import unpack
 from s3tensor.pattern import BoundPattern, bind
+from s3tensor.tensor import int8_values
+from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.linear import check, multiply
 from s3tensor.tensor.weight import Weight
 
@@ -38,6 +42,8 @@ def frozen_linear(
     Raises:
         RuntimeError: sizes, dtypes or devices that do not belong together, as ``F.linear`` does.
     """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return _under_a_transform(x, _weight(x, packed, indices, scales, weight), bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         found: Tensor = _Frozen.apply(x, packed, indices, scales, bias, weight)
         return found
@@ -68,6 +74,15 @@ def _fake(
     given = _weight(x, packed, indices, scales, weight)
     check(x, given, bias)
     return x.new_empty(*x.shape[:-1], given.features[0])
+
+
+def _under_a_transform(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """The product by a scratch of the dense weight, which any transform of ``torch.func`` takes."""
+    if weight.scales is None:
+        dense = unpack(weight.packed, weight.indices, weight.bound, weight.tiled)
+    else:
+        dense = int8_values.dense_of(weight, x.dtype)
+    return F.linear(x, dense.t() if weight.transposed else dense, bias)
 
 
 class _Frozen(torch.autograd.Function):
@@ -166,16 +181,17 @@ def read_facts(text: str) -> tuple[BoundPattern, bool, bool]:
     return bind(pattern, [int(size) for size in shape.split("x")]), tiled, transposed
 
 
+# Dynamo of older torch (tried: 2.11) says of every trace that it exports, and cannot see transforms.
+_DYNAMO_TELLS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
 def traces(x: Tensor, weight: Tensor) -> bool:
     """Whether Dynamo traces a product that :func:`frozen_linear` can stand for; constant while it traces."""
-    # hasattr: Dynamo of torch 2.11 takes every parameter for an nn.Parameter, whatever its class.
-    if not torch.compiler.is_dynamo_compiling() or not hasattr(weight, "traced_as"):
+    if not torch.compiler.is_dynamo_compiling() or not isinstance(weight, Compressed):
         return False
-    if not weight.traced_as or weight.requires_grad or _is_exporting():
+    if not weight.traced_as or weight.requires_grad or torch.is_autocast_enabled(x.device.type):
         return False
-    if torch._C._functorch.get_dynamic_layer_stack_depth():  # a transform of torch.func
-        return False
-    return not torch.is_autocast_enabled(x.device.type)
-
-
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # of torch 2.7 and later
+    if _DYNAMO_TELLS:
+        transforms = torch._C._functorch.get_dynamic_layer_stack_depth()
+        return transforms == 0 and not torch.compiler.is_exporting()
+    return True
