@@ -213,8 +213,9 @@ def _cut(
 
 
 def _mlps(found: Mapping[Kind, list[Unit]]) -> dict[str, tuple[nn.Module, nn.Linear]]:
-    """The MLPs, each with a linear layer that reads its input."""
-    return {unit.name: (unit.module, unit.parts[0].module) for unit in found.get("channels", ())}  # type: ignore[misc]
+    """The MLPs, each with a linear layer that reads its input; none if that input is cut too."""
+    units = () if found.get("hidden") else found.get("channels", ())
+    return {unit.name: (unit.module, unit.parts[0].module) for unit in units}  # type: ignore[misc]
 
 
 # Choosing and cutting --------------------------------------------------------------------------

@@ -91,7 +91,10 @@ def _tried(call: Callable[[], Tensor]) -> Tensor | None:
 
 def _model_call(model: nn.Module) -> Callable[[], Tensor] | None:
     embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
-    if embedding is None or "input_ids" not in inspect.signature(model.forward).parameters:
+    taken = inspect.signature(model.forward).parameters.values()
+    if embedding is None or not any(
+        p.name == "input_ids" or p.kind is p.VAR_KEYWORD for p in taken
+    ):
         return None
     rows = embedding.num_embeddings
     tokens = torch.arange(math.prod(_TOKENS), device=embedding.weight.device)
