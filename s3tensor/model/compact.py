@@ -1,100 +1,23 @@
 """Remove whole channels and heads of a model: one decision over several tensors, then smaller dense modules.
 
-A channel of an MLP is a row of ``gate_proj`` and ``up_proj`` with a column of ``down_proj``; a key-value
-group of an attention is its rows of ``q_proj``, ``k_proj`` and ``v_proj`` with columns of ``o_proj``; a
-channel of the residual stream is a column or row of every weight that reads or writes it. Each is a block
-of a :class:`s3tensor.BlockCoupling`, and the blocks of one unit compete in one scope (S3, arXiv
-2604.11315, section 3). Units are found by the names and shapes of their parts, without transformers.
+:mod:`s3tensor.model.units` says what a channel or a head is.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s3tensor.errors import ModelError
+from s3tensor.model.outputs import Outputs, difference_from_config
 from s3tensor.model.report import Report
-from s3tensor.model.weights import ModelWeight, model_weights
-from s3tensor.paper import BlockCoupling, BlockSpec, ScopeSpec, View
-
-Kind = Literal["channels", "heads", "hidden"]
-
-# The names of an MLP's input projections (of one activation, or of a gate and what it multiplies) and its
-# output projection.
-_MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("w1", "w3"), "w2"), (("fc1",), "fc2"))
-_FUSED = ("gate_up_proj", "down_proj")  # gate over up in one weight
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part(ModelWeight):
-    """Blocks of a unit in one parameter: block i is ``size`` slices of ``dim`` from ``start + i size``.
-
-    The finders below leave the path empty; :func:`units` fills in the places of the parameter.
-    """
-
-    dim: int
-    size: int = 1
-    start: int = 0
-    role: Literal["reads", "writes", "scales"] = "reads"
-
-    def view(self, count: int) -> View:
-        """The part's blocks as a matrix, their dim first: (count * size, rest)."""
-        tensor = self.parameter
-        matrix = tensor.unsqueeze(1) if tensor.ndim == 1 else tensor
-        own = matrix.stride(self.dim)
-        other = 1 - self.dim
-        return View(
-            tensor,
-            (count * self.size, matrix.shape[other]),
-            (own, matrix.stride(other)),
-            self.start * own,
-        )
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Channels or heads of one module, or of the model's residual stream, that can be removed.
-
-    Args:
-        name: of the module, as in ``model.named_modules()``; of the residual stream, the stack's.
-        kind: ``channels`` of an MLP, ``heads`` of an attention (in whole key-value groups), ``hidden``.
-        count: blocks: channels or key-value groups.
-        parts: every parameter that holds a share of a block. A ``writes`` part makes the block's values and
-            a ``reads`` part uses them: a block whose values in either are zero does nothing. ``scales``
-            parts are neither.
-    """
-
-    name: str
-    kind: Kind
-    module: nn.Module
-    count: int
-    parts: tuple[Part, ...]
-
-    def scope(self) -> ScopeSpec:
-        """All blocks of the unit in one scope, bound to the parameters."""
-        blocks = [BlockSpec(part.view(self.count), (part.size, -1)) for part in self.parts]
-        return ScopeSpec(BlockCoupling(blocks, name=self.name), (-1,), name=self.name)
-
-    def used(self) -> Tensor:
-        """The blocks that change an output, (count,) bool."""
-        reads = torch.zeros(self.count, dtype=torch.bool)
-        writes = torch.zeros(self.count, dtype=torch.bool)
-        for part in self.parts:
-            if part.role == "scales":
-                continue
-            blocks = part.view(self.count).data.reshape(self.count, -1)
-            (reads if part.role == "reads" else writes).logical_or_((blocks != 0).any(1).cpu())
-        if self.kind == "hidden":  # a norm reads all that is written
-            return writes
-        # What is read but never written, or the reverse, changes no output.
-        return reads & writes if any(part.role == "writes" for part in self.parts) else reads
+from s3tensor.model.units import Kind, Part, Unit, norm_eps, units
 
 
 @dataclass(frozen=True)
@@ -147,28 +70,6 @@ class CompactReport(Report[Cut]):
         return "\n".join(lines + [self.problem] * (not self.uniform))
 
 
-def units(model: nn.Module, kind: Kind) -> list[Unit]:
-    """Every unit of a kind in a model, in its order.
-
-    ``unit.scope()`` is a :class:`s3tensor.ScopeSpec` for your own in-place pruning; :func:`compact` then
-    removes what is zero.
-
-    Raises:
-        ModelError: a weight that is compressed, parametrized or shared, which cannot be cut; or a
-            residual stream with norms that subtract a mean.
-    """
-    finder = {"channels": _channels, "heads": _heads, "hidden": _hidden}
-    if kind not in finder:
-        raise ModelError(f"kind={kind!r} must be one of {', '.join(finder)}")
-    known = {id(weight.parameter): vars(weight) for weight in model_weights(model)}
-    found = []
-    for unit in finder[kind](model):
-        parts = (replace(part, **known.get(id(part.parameter), {})) for part in unit.parts)
-        found.append(replace(unit, parts=tuple(parts)))
-    _check_parts(found)
-    return found
-
-
 def compact(
     model: nn.Module,
     *,
@@ -183,7 +84,8 @@ def compact(
     With densities, each unit is first pruned to its density, one decision over all its tensors, by the
     Euclidean norm of its blocks or by ``scores``. Modules keep their types: a Hugging Face model's
     configuration is updated where all layers agree, so that ``save_pretrained`` and ``from_pretrained``
-    work as for any other.
+    work as for any other. Outputs are compared before and after, of the model for a few tokens if it takes
+    ``input_ids``, else of each MLP; the old weights are kept until then.
 
     Norms of weights judge channels poorly. Prune the columns of the projections that read them instead, which
     also compensates for what is removed, and compact what that leaves at zero (``bench/compact.py``)::
@@ -206,8 +108,9 @@ def compact(
         what was cut; a warning says why if no configuration can describe the result.
 
     Raises:
-        ModelError: nothing to prune, a density out of range, or weights that cannot be cut. The model is
-            then unchanged.
+        ModelError: nothing to prune, a density out of range, weights that cannot be cut, or a model that
+            uses what would be cut in a way not known here, such as a norm over all heads. The model is then
+            unchanged.
     """
     wanted: dict[Kind, float | None] = {"channels": channels, "heads": heads, "hidden": hidden}
     found: dict[Kind, list[Unit]] = {}
@@ -224,154 +127,95 @@ def compact(
             f"{type(model).__name__} has neither MLPs nor attentions with known parts; see help(compact)"
         )
     chosen = {
-        unit.name: _chosen(unit, density, scores or {})
+        (kind, unit.name): _chosen(unit, density, scores or {})
         for kind, density in wanted.items()
         if density is not None
         for unit in found[kind]
     }
     before = _parameters(model)
-    for unit in (unit for each in found.values() for unit in each):
-        if unit.name in chosen:
-            unit.scope().block.apply_mask(~chosen[unit.name].unsqueeze(1))
-    cuts = []
-    for kind, each in found.items():
-        kept = {unit.name: _kept(unit) for unit in each}
-        if uniform and each:
-            _pad(kept, each)
-        for unit in each:
-            _shrink(unit, kept[unit.name])
-            cuts.append(Cut(unit.name, kind, unit.count, int(kept[unit.name].sum())))
-    problem = _describe(model, cuts, found)
+    changes = _Changes()
+    try:
+        cuts, problem = _cut(model, found, chosen, uniform, changes)
+    except BaseException:
+        changes.undo()
+        raise
     report = CompactReport(tuple(cuts), before, _parameters(model), problem)
     if problem:
         warnings.warn(problem, stacklevel=2)
     return report
 
 
-# Finding units ---------------------------------------------------------------------------------
+class _Changes:
+    """What was changed in a model, so that it can be undone."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """``setattr``, of a parameter too."""
+        old = getattr(owner, name)
+        self._undo.append(lambda: setattr(owner, name, old))
+        setattr(owner, name, value)
+
+    @torch.no_grad()
+    def zero(self, part: Part, blocks: Tensor) -> None:
+        """Set the blocks of a part, (count,) bool, to zero in place."""
+        tensor = part.parameter.detach()
+        index = part.slices(blocks).nonzero().flatten().to(tensor.device)
+        old = tensor.index_select(part.dim, index)
+        self._undo.append(lambda: tensor.index_copy_(part.dim, index, old))
+        tensor.index_fill_(part.dim, index, 0)
+
+    def config(self, config: Any) -> None:
+        """Remember a configuration as it is."""
+        old = dict(vars(config))
+        self._undo.append(lambda: (vars(config).clear(), vars(config).update(old)))
+
+    def undo(self) -> None:
+        """The latest first."""
+        while self._undo:
+            self._undo.pop()()
 
 
-def _linears(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear] | None:
-    found = [getattr(module, name, None) for name in names]
-    return found if all(isinstance(each, nn.Linear) for each in found) else None  # type: ignore[return-value]
+def _cut(
+    model: nn.Module,
+    found: Mapping[Kind, list[Unit]],
+    chosen: Mapping[tuple[Kind, str], Tensor],
+    uniform: bool,
+    changes: _Changes,
+) -> tuple[list[Cut], str]:
+    """Zero what is not chosen, cut what is zero, compare outputs; the cuts, and the report's problem."""
+    for unit in (unit for each in found.values() for unit in each):
+        if (unit.kind, unit.name) in chosen:
+            for part in unit.parts:
+                changes.zero(part, ~chosen[unit.kind, unit.name].cpu())
+    cuts: list[Cut] = []
+    outputs: Outputs | None = None
+    for kind, each in found.items():
+        kept = {unit.name: _kept(unit) for unit in each}
+        if uniform and each:
+            _pad(kept, each)
+        for unit in each:
+            if not bool(kept[unit.name].all()):
+                if unit.unknown:
+                    raise ModelError(unit.unknown)
+                outputs = outputs or Outputs.of(model, _mlps(found))
+                _shrink(unit, kept[unit.name], changes)
+            cuts.append(Cut(unit.name, kind, unit.count, int(kept[unit.name].sum())))
+    if hasattr(getattr(model, "config", None), "__dict__"):
+        changes.config(model.config)
+    problem = _describe(model, cuts, found)
+    if outputs is not None:
+        lost = ", ".join(sorted({cut.kind for cut in cuts if cut.after < cut.before}))
+        stream = next((kept[unit.name] for unit in found.get("hidden", ())), None)
+        outputs.check(f"without zero {lost}", stream)
+    return cuts, problem
 
 
-def _rows(linear: nn.Linear, size: int = 1, start: int = 0, role: Any = "writes") -> Iterator[Part]:
-    """Output features of a linear: rows of its weight, entries of its bias."""
-    for attribute in ("weight", "bias") if linear.bias is not None else ("weight",):
-        yield Part("", linear, attribute, dim=0, size=size, start=start, role=role)
-
-
-def _channels(model: nn.Module) -> Iterator[Unit]:
-    for name, module in model.named_modules():
-        for inputs, output in _MLPS:
-            linears = _linears(module, (*inputs, output))
-            if linears is None:
-                continue
-            *ins, out = linears
-            count = out.in_features
-            if any(linear.out_features != count for linear in ins):
-                continue
-            # An activation may not map zero to zero: only what a gate multiplies is surely zero.
-            roles = ("scales", "writes") if len(ins) == 2 else ("scales",)
-            parts = [p for i, r in zip(ins, roles, strict=True) for p in _rows(i, role=r)]
-            yield Unit(name, "channels", module, count, (*parts, Part("", out, dim=1)))
-        fused = _linears(module, _FUSED)
-        if fused is not None and fused[0].out_features == 2 * fused[1].in_features:
-            both, out = fused
-            count = out.in_features
-            parts = [*_rows(both, role="scales"), *_rows(both, start=count)]
-            yield Unit(name, "channels", module, count, (*parts, Part("", out, dim=1)))
-
-
-def _heads(model: nn.Module) -> Iterator[Unit]:
-    for name, module in model.named_modules():
-        linears = _linears(module, _ATTENTION)
-        size = getattr(module, "head_dim", None)
-        if linears is None or not isinstance(size, int):
-            continue
-        q, k, v, o = linears
-        groups = k.out_features // size
-        wide = q.out_features // max(groups, 1)
-        if (
-            k.out_features != v.out_features
-            or groups * size != k.out_features
-            or wide * groups != q.out_features
-            or wide % size
-            or o.in_features != q.out_features
-        ):
-            continue
-        parts = (
-            *_rows(q, wide, role="scales"),
-            *_rows(k, size, role="scales"),
-            *_rows(v, size),
-            Part("", o, dim=1, size=wide),
-        )
-        yield Unit(name, "heads", module, groups, parts)
-
-
-def _hidden(model: nn.Module) -> Iterator[Unit]:
-    """The residual stream: the embedding, every block's readers and writers, the norms, and the head."""
-    readers = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "gate_up_proj", "lm_head"}
-    writers = {"o_proj", "down_proj"}
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    if len(embeddings) != 1:
-        return
-    count = embeddings[0].embedding_dim
-    parts = [Part("", embeddings[0], dim=1, role="writes")]
-    for name, module in model.named_modules():
-        own = name.rpartition(".")[2]
-        if isinstance(module, nn.Linear):
-            if own in writers and module.out_features == count:
-                parts += _rows(module)
-            elif own in readers and module.in_features == count:
-                if module.weight is not embeddings[0].weight:
-                    parts.append(Part("", module, dim=1))
-            else:
-                raise ModelError(
-                    f"{name} reads or writes the residual stream in a way not known here; give "
-                    "channels= and heads= alone"
-                )
-        elif not isinstance(module, nn.Embedding):
-            weight = module._parameters.get("weight")
-            if weight is None or weight.shape != (count,):
-                continue
-            if _eps(module) is None or getattr(module, "bias", None) is not None:
-                raise ModelError(
-                    f"{name} is a {type(module).__name__}: only an RMS norm, with its eps, gives the same "
-                    "output without the zero channels"
-                )
-            parts.append(Part("", module, dim=0, role="scales"))
-    if len(parts) > 1:
-        yield Unit("residual stream", "hidden", model, count, tuple(parts))
-
-
-def _eps(norm: nn.Module) -> str | None:
-    """The attribute that holds an RMS norm's eps."""
-    if "rmsnorm" not in type(norm).__name__.lower():
-        return None
-    return next(
-        (a for a in ("variance_epsilon", "eps") if isinstance(getattr(norm, a, None), float)), None
-    )
-
-
-def _check_parts(found: list[Unit]) -> None:
-    for unit in found:
-        for part in unit.parts:
-            kind = type(part.module).__name__
-            if hasattr(part.module, "parametrizations"):
-                raise ModelError(
-                    f"a {kind} of {unit.name} is parametrized; call s3tensor.finalize, then densify"
-                )
-            tensor = part.parameter
-            if hasattr(tensor, "__tensor_flatten__") or not tensor.dtype.is_floating_point:
-                raise ModelError(
-                    f"a {kind} of {unit.name} holds a {type(tensor).__name__} of {tensor.dtype}: compact "
-                    "dense weights, then compress"
-                )
-            if len(part.places) > 1 and unit.kind != "hidden":
-                names = " and ".join(place.path for place in part.places)
-                raise ModelError(f"{names} are one parameter, which cannot be cut")
+def _mlps(found: Mapping[Kind, list[Unit]]) -> dict[str, tuple[nn.Module, nn.Linear]]:
+    """The MLPs, each with a linear layer that reads its input; none if that input is cut too."""
+    units = () if found.get("hidden") else found.get("channels", ())
+    return {unit.name: (unit.module, unit.parts[0].module) for unit in units}  # type: ignore[misc]
 
 
 # Choosing and cutting --------------------------------------------------------------------------
@@ -412,10 +256,8 @@ def _pad(kept: dict[str, Tensor], each: list[Unit]) -> None:
             kept[name][spare] = True
 
 
-def _shrink(unit: Unit, kept: Tensor) -> None:
+def _shrink(unit: Unit, kept: Tensor, changes: _Changes) -> None:
     """Cut every parameter of a unit to the blocks that stay."""
-    if bool(kept.all()):
-        return
     left = int(kept.sum())
     # Parts of one parameter along one dim are cut together.
     kept_of: dict[tuple[str, int], tuple[Part, Tensor]] = {}
@@ -423,42 +265,38 @@ def _shrink(unit: Unit, kept: Tensor) -> None:
         key = (part.path, part.dim)
         whole = torch.ones(part.parameter.shape[part.dim], dtype=torch.bool)
         _, keep = kept_of.setdefault(key, (part, whole))
-        keep[part.start : part.start + unit.count * part.size] = kept.repeat_interleave(part.size)
-    if unit.kind == "hidden":
-        _rescale_norms(unit, left)
+        keep &= ~part.slices(~kept)
     for part, keep in kept_of.values():
         old = part.parameter
         index = keep.nonzero().flatten().to(old.device)
         cut = old.detach().index_select(part.dim, index)
-        part.replace(nn.Parameter(cut, requires_grad=old.requires_grad))
+        if unit.kind == "hidden" and part.role == "scales":
+            _rescale_norm(part.module, cut, unit.count / left, changes)
+        parameter = nn.Parameter(cut, requires_grad=old.requires_grad)
         for place in part.places:  # a head that is the embedding, too
-            _resize(place.module, part.dim, len(index))
+            changes.set(place.module, place.attribute, parameter)
+            _resize(place.module, part.dim, len(index), changes)
     for attribute, value in _sizes(unit, left).items():
         if isinstance(getattr(unit.module, attribute, None), int):
-            setattr(unit.module, attribute, value)
+            changes.set(unit.module, attribute, value)
 
 
-def _resize(module: nn.Module, dim: int, size: int) -> None:
+def _resize(module: nn.Module, dim: int, size: int, changes: _Changes) -> None:
     """Update the size that a module states of itself."""
     if isinstance(module, nn.Linear):
-        if dim == 1:
-            module.in_features = size
-        else:
-            module.out_features = size
+        changes.set(module, "in_features" if dim == 1 else "out_features", size)
     elif isinstance(module, nn.Embedding):
-        module.embedding_dim = size
+        changes.set(module, "embedding_dim", size)
+    elif isinstance(module, nn.RMSNorm):
+        changes.set(module, "normalized_shape", (size,))
 
 
-def _rescale_norms(unit: Unit, left: int) -> None:
-    """A mean of squares over fewer channels is larger: the norms' weights and eps compensate."""
-    ratio = unit.count / left
-    for part in unit.parts:
-        if part.role == "scales":
-            with torch.no_grad():
-                part.parameter.mul_(math.sqrt(ratio))
-            name = _eps(part.module)
-            assert name is not None
-            setattr(part.module, name, getattr(part.module, name) * ratio)
+def _rescale_norm(norm: nn.Module, weight: Tensor, ratio: float, changes: _Changes) -> None:
+    """A mean of squares over fewer channels is larger: the norm's weight and eps compensate."""
+    weight.mul_(math.sqrt(ratio))
+    name = norm_eps(norm)
+    assert name is not None
+    changes.set(norm, name, getattr(norm, name) * ratio)
 
 
 def _sizes(unit: Unit, left: int) -> dict[str, int]:
@@ -478,7 +316,7 @@ def _sizes(unit: Unit, left: int) -> dict[str, int]:
 # The configuration -----------------------------------------------------------------------------
 
 
-def _describe(model: nn.Module, cuts: list[Cut], found: dict[Kind, list[Unit]]) -> str:
+def _describe(model: nn.Module, cuts: list[Cut], found: Mapping[Kind, list[Unit]]) -> str:
     """Update ``model.config``; returns why it cannot describe the model, or an empty string."""
     changed = {kind for kind in found if any(c.before != c.after for c in cuts if c.kind == kind)}
     config = getattr(model, "config", None)
@@ -509,7 +347,7 @@ def _describe(model: nn.Module, cuts: list[Cut], found: dict[Kind, list[Unit]]) 
         values.update(stated)
         if kind == "hidden":
             scaled = {part.module for part in unit.parts if part.role == "scales"}
-            others = [n for n, m in model.named_modules() if _eps(m) and m not in scaled]
+            others = [n for n, m in model.named_modules() if norm_eps(m) and m not in scaled]
             if others or not hasattr(config, "rms_norm_eps"):
                 where = (
                     f" and {others[0]} has it too" if others else ", which the configuration lacks"
@@ -529,15 +367,19 @@ def _describe(model: nn.Module, cuts: list[Cut], found: dict[Kind, list[Unit]]) 
             setattr(config, name, value)
         if callable(getattr(config, "validate", None)):
             config.validate()
+        problem = difference_from_config(model)
     except Exception as error:
+        reason = " ".join(str(error).split())
+        problem = f"{type(config).__name__} refuses {values} ({reason})"
+    else:
+        problem = problem and f"{type(config).__name__} cannot describe {values}: {problem}"
+    if problem:
         vars(config).clear()
         vars(config).update(before)
-        reason = " ".join(str(error).split())
-        return (
-            f"{type(config).__name__} refuses {values} ({reason}): from_pretrained cannot rebuild this "
-            "model; choose other densities, or use torch.save"
+        problem += (
+            "; from_pretrained cannot rebuild this model: choose other densities, or use torch.save"
         )
-    return ""
+    return problem
 
 
 def _parameters(model: nn.Module) -> int:

@@ -66,7 +66,7 @@ class Coupling:
         members: a :class:`CoupledSparse` for each of them.
 
     Raises:
-        PatternError: a budget that does not fit, or a schedule that does not end at it.
+        PatternError: a budget that does not fit, a schedule that does not end at it, or a weight on meta.
         OptionError: an unknown mode, or an option that is out of range or of another mode.
     """
 
@@ -97,6 +97,11 @@ class Coupling:
             root = _parameter_of(spec.view)
             if not any(root is weight for weight in self.weights):
                 self.weights.append(root)
+        if any(weight.is_meta for weight in self.weights):
+            raise PatternError(
+                f"{label}: a weight is on the meta device, without values to decide by; load the model "
+                "first, then couple its weights"
+            )
         # The same geometry over meta tensors, so that no parameter is held twice.
         self.scopes: Scopes = copy.deepcopy(
             scopes, {id(w): _without_memory(w) for w in self.weights}
@@ -255,8 +260,11 @@ class CoupledSparse(Masked):
 
     def current_mask(self, weight: Tensor) -> Tensor:
         assert self.mask is not None
+        if weight.is_meta:  # it has the shape alone
+            return self.mask.to(weight.device)
         if self.mask.device != weight.device:
             self.mask = self.mask.to(weight.device)
+        self._unset = False
         return self.mask
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Sequence
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s3tensor.errors import ArgumentError, ModelError, NonFiniteError, OptionError
+from s3tensor.errors import ArgumentError, ModelError, NonFiniteError, OptionError, S3Error
+from s3tensor.mask.projection import satisfies
 from s3tensor.model.weights import is_conv1d
 from s3tensor.tensor import ops
+from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.sparse import StructuredSparseTensor
 from s3tensor.train.masked import Masked
 
@@ -30,9 +33,12 @@ def lora_config(config: Any = None, **options: Any) -> Any:
     A training step also costs the dense product BA and, for a moment, a gradient of the weight's shape;
     optimizer states are those of the adapter alone.
 
+    A saved adapter names the patterns of its masks in ``adapter_config.json``. peft then loads it the same
+    way again, where s3tensor is imported, on the compressed model.
+
     Args:
-        config: a ``LoraConfig``, such as ``LoraConfig.from_pretrained(folder)`` of a saved adapter; changed
-            in place and returned.
+        config: a ``LoraConfig``, changed in place and returned; of an adapter that an earlier s3tensor saved,
+            give ``LoraConfig.from_pretrained(folder)`` here, then the result to peft.
         options: of a new ``LoraConfig``: r, lora_alpha, target_modules, lora_dropout, ...
 
     Example:
@@ -54,8 +60,57 @@ def lora_config(config: Any = None, **options: Any) -> Any:
             "give a LoraConfig, or the options of a new one, not both; set them on the config"
         )
     made = peft.LoraConfig(**options) if config is None else config
+    if not isinstance(vars(made).get("masked_patterns"), list):
+        # peft's own class would not save the patterns; a subclass of the user's stays, as it saves its own.
+        if type(made) is peft.LoraConfig:
+            made.__class__ = config_class()
+        made.masked_patterns, made._trained_under = [], ()
     made._register_custom_module({nn.Module: _dispatch})
     return made
+
+
+def register_with_peft() -> None:
+    """Let peft read the configurations that :func:`lora_config` makes, wherever it loads an adapter."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    PEFT_TYPE_TO_CONFIG_MAPPING[config_class()().peft_type] = config_class()
+
+
+def __getattr__(name: str) -> Any:  # so that pickles find the classes that are made on first use
+    made = {"SparseLoraConfig": config_class, "SparseLoraLinear": layer_class}.get(name)
+    if made is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return made()
+
+
+@functools.lru_cache(maxsize=1)
+def config_class() -> Any:
+    """peft's ``LoraConfig`` with the patterns of the masks that an adapter was trained under."""
+    from peft import LoraConfig
+
+    class AnyLora(type):
+        def __instancecheck__(cls, config: Any) -> bool:
+            # peft asks whether a configuration is of the class that it has for LoRA: all of them are.
+            return isinstance(config, LoraConfig)
+
+    @dataclasses.dataclass
+    class SparseLoraConfig(LoraConfig, metaclass=AnyLora):
+        masked_patterns: list[str] | None = None
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self._trained_under = tuple(self.masked_patterns or ())
+            if self.masked_patterns:
+                self._register_custom_module({nn.Module: _dispatch})
+
+        def to_dict(self) -> dict[str, Any]:
+            found: dict[str, Any] = super().to_dict()
+            if not found["masked_patterns"]:
+                del found["masked_patterns"]
+            return found
+
+    SparseLoraConfig.__qualname__ = "SparseLoraConfig"
+    return SparseLoraConfig
 
 
 def _dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> Any:
@@ -68,9 +123,36 @@ def _dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) 
             f"a {type(base).__name__} to adapt is still under S3Sparse({chain['weight'][-1].pattern}): peft "
             "would lose the adapter when it merges; call s3tensor.finalize(model) first"
         )
-    if not isinstance(getattr(base, "weight", None), StructuredSparseTensor):
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, StructuredSparseTensor):
+        _check_not_masked(base, weight, config._trained_under)
         return None
-    return layer_class()(target, adapter_name, config=config, **kwargs)
+    made = layer_class()(target, adapter_name, config=config, **kwargs)
+    config.masked_patterns = sorted({*(config.masked_patterns or ()), str(weight.pattern)})
+    return made
+
+
+def _check_not_masked(base: nn.Module, weight: Any, patterns: Sequence[str]) -> None:
+    """Refuse a weight of a pattern that a loaded adapter was trained under, where peft would not mask it."""
+    kind, found = "dense", ""
+    if isinstance(weight, Compressed):
+        kind, found = f"a {type(weight).__name__}", str(weight.pattern)
+    elif isinstance(weight, Tensor) and weight.ndim == 2 and not weight.is_meta:
+        upright = weight.detach().t() if is_conv1d(base) else weight.detach()
+        found = next((pattern for pattern in patterns if _satisfies(upright, pattern)), "")
+    if found and found in patterns:
+        raise ModelError(
+            f"the adapter was trained under the masks of weights compressed to {found}; this "
+            f"{type(base).__name__} of {found} is {kind}, and peft would add to pruned weights too: load the "
+            "adapter on the compressed model without int8 values, or call s3tensor.sparsify_ first"
+        )
+
+
+def _satisfies(weight: Tensor, pattern: str) -> bool:
+    try:
+        return satisfies(weight, pattern)
+    except S3Error:  # it does not fit
+        return False
 
 
 @functools.lru_cache(maxsize=1)
@@ -155,6 +237,7 @@ def layer_class() -> Any:
             weight.packed.copy_(packed)
             weight.refresh_()
 
+    SparseLoraLinear.__qualname__ = "SparseLoraLinear"
     return SparseLoraLinear
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +46,7 @@ class Masked(nn.Module):
     frozen: bool
     _flips: Tensor | None
     _FACTS: ClassVar[tuple[str, ...]]  # names that every extra state has
+    _unset = False  # the weight or a buffer was on meta, and no forward or step has seen it since
 
     def current_mask(self, weight: Tensor) -> Tensor:
         """The mask that :meth:`forward` applies to ``weight``."""
@@ -53,6 +55,25 @@ class Masked(nn.Module):
     def pattern_in(self, owner: nn.Module) -> Pattern | None:
         """The pattern that a module's weight is packed under when compressed; None if it must stay dense."""
         return None if isinstance(owner, _NO_PRODUCT) else self.pattern
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Masked:
+        """``fn`` of the buffers, which keep their values on the way to the meta device and back."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is None or new is None:
+                continue
+            if (
+                old.is_meta and not new.is_meta
+            ):  # by to_empty: any bytes, which _take must not trust
+                new.fill_(True if name == "mask" else float("nan"))
+            elif new.is_meta and not old.is_meta:
+                setattr(self, name, old)
+                self._unset = True
+            elif self._unset and not old.is_meta:
+                setattr(self, name, old.to(new.device, new.dtype))
+        return self
 
     @property
     def needs_steps(self) -> bool:

@@ -70,6 +70,9 @@ class S3Sparse(Masked):
         transposable: for 1:4, 2:4 and 3:4: masks under which the transpose satisfies the pattern too, see
             :func:`s3tensor.transposable`.
 
+    On the meta device it takes no mask. The first forward, or step, after ``to_empty`` takes the mask and
+    ``beta`` from the weight, unless a state dict has filled them in; a mask given to ``"fixed"`` stays.
+
     A held mask (``"fixed"``, refresh above 1, a function as score, a schedule, frozen) is a buffer in the
     state dict; counts are in its extra state. Forwards change neither.
 
@@ -115,6 +118,10 @@ class S3Sparse(Masked):
             raise OptionError(f"S3Sparse takes mask= in mode 'fixed' only, got mode {mode!r}")
         if mask is not None and mask.dtype != torch.bool:
             raise PatternError(f"mask has dtype {mask.dtype}; give a bool tensor, True where kept")
+        if mask is not None and mask.is_meta:
+            raise PatternError(
+                "mask is on the meta device, without values; give one on a real device"
+            )
         self.pattern = Pattern.parse(pattern)
         self.mode = mode
         self.refresh = refresh
@@ -144,8 +151,12 @@ class S3Sparse(Masked):
         """The mask that :meth:`forward` applies to ``weight``: bool, its shape, True where kept."""
         if self._shape is None:  # used without register_parametrization, or after another one
             self.right_inverse(weight)
+        if self._unset:
+            self._take(weight)
         if self.mask is not None:
             if self.mask.device != weight.device:  # loaded before the device was known
+                if weight.is_meta:  # it has the shape alone
+                    return self.mask.to(weight.device)
                 self.mask = self.mask.to(weight.device)
             return self.mask
         dense = self.upright(weight.detach())
@@ -159,6 +170,8 @@ class S3Sparse(Masked):
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` with pruned blocks zero; same shape, dtype and device."""
+        if self._unset:
+            self._take(weight)
         kernel = fused_kernel(weight) if self._fuses() else None
         if kernel is not None:
             held = None if self.mask is None else self.current_mask(weight)
@@ -215,7 +228,9 @@ class S3Sparse(Masked):
             check_mask(self.upright(self.mask), bound)
             if self.transposable:
                 check_mask(self.upright(self.mask).t(), self.pattern.bind(bound.shape[::-1]))
-            self.mask = self.mask.to(weight.device)
+            if not weight.is_meta:
+                self.mask = self.mask.to(weight.device)
+        self._unset = self._unset or weight.is_meta
         self._shape = tuple(weight.shape)
         self._run, self._budget = run_length(bound), bound.keep
         if self.holds_mask and self.mask is None and not self.frozen:
@@ -224,6 +239,19 @@ class S3Sparse(Masked):
             mask = self.mask if self.mask is not None else self._select(weight)
             self.beta = _outside_inference(self._scale(weight.detach(), mask))
         return weight
+
+    @torch.no_grad()
+    def _take(self, weight: Tensor) -> None:
+        """Take mask and beta from the weight where they left the meta device, and nothing filled them in."""
+        if weight.is_meta:
+            return
+        mask, keep = self.mask, self._keep(self.steps)
+        if mask is not None and (bool(mask.all()) or self._mask_problem(mask, keep)):
+            self.mask = self._select(weight)
+        if self.beta is not None and not bool(torch.isfinite(self.beta)):
+            held = self._select(weight) if self.mask is None else self.mask
+            self.beta = _outside_inference(self._scale(weight.detach(), held))
+        self._unset = False
 
     def upright(self, x: Tensor) -> Tensor:
         """``x``, laid out as the weight is stored, as the pattern sees it; its own inverse."""
@@ -279,6 +307,8 @@ class S3Sparse(Masked):
         Args:
             weight: the dense weight that :meth:`forward` is given.
         """
+        if self._unset:
+            self._take(weight)
         self.steps += 1
         if self.mode == "fixed" or self.frozen:
             return
@@ -315,6 +345,8 @@ class S3Sparse(Masked):
 
     def mask_to_freeze(self, weight: Tensor | None) -> Tensor | None:
         """The mask that :meth:`freeze` would keep, if known; raises what that raises."""
+        if self._unset and weight is not None:
+            self._take(weight)
         if self._shape is not None and not self.has_ended:
             raise PatternError(
                 f"the schedule is at density {self.density:g} after {self.steps} steps, above the "

@@ -285,3 +285,169 @@ def test_a_residual_stream_with_layer_norms_is_refused() -> None:
     model = transformers.OPTForCausalLM(config)
     with pytest.raises(ModelError):
         s3.compact(model, hidden=0.5)
+
+
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+UNKNOWN = (  # a class of config, its options, what is cut, what the error names
+    ("GemmaConfig", {"head_dim": 8}, "hidden", "GemmaRMSNorm"),  # multiplies by 1 + weight
+    ("Gemma2Config", {"head_dim": 8}, "hidden", "Gemma2RMSNorm"),
+    ("OlmoConfig", {}, "hidden", "OlmoLayerNorm"),  # without parameters
+    ("MixtralConfig", MOE, "hidden", "gate.weight"),
+    ("Olmo2Config", {}, "heads", "q_norm.weight"),  # over all heads
+    ("Olmo3Config", {}, "heads", "q_norm.weight"),
+    ("OlmoeConfig", {}, "heads", "q_norm.weight"),
+    ("CohereConfig", {"use_qk_norm": True}, "heads", "q_norm.weight"),  # a row for each head
+    ("DiffLlamaConfig", {"num_key_value_heads": 2}, "heads", "lambda_q1"),  # heads in pairs
+    ("GptOssConfig", {"head_dim": 8, **MOE}, "heads", "sinks"),
+    ("BitNetConfig", {}, "heads", "attn_sub_norm.weight"),
+    ("BitNetConfig", {}, "channels", "ffn_sub_norm.weight"),
+)
+
+
+def causal_lm(name: str, **options: Any) -> nn.Module:
+    config = getattr(transformers, name)(**{**SIZES, **options})
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def facts(model: nn.Module) -> dict[str, Any]:
+    """All that compact could change: parameters by identity and value, and plain attributes."""
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        found |= {
+            f"{path}.{name}": value
+            for name, value in vars(module).items()
+            if isinstance(value, (int, float, tuple))
+        }
+    for name, parameter in model.named_parameters():
+        found[name] = (id(parameter), parameter.detach().numpy().tobytes())
+    config = getattr(model, "config", None)
+    return {**found, "config": config and config.to_dict()}
+
+
+@pytest.mark.parametrize(("name", "options", "kind", "part"), UNKNOWN)
+def test_parts_not_known_are_refused_and_the_model_is_left_as_it_was(
+    name: str, options: dict[str, Any], kind: str, part: str
+) -> None:
+    model = causal_lm(name, **options)
+    before = facts(model)
+    with pytest.raises(ModelError, match=part):
+        s3.compact(model, **{kind: 0.5})
+    assert facts(model) == before
+
+
+def test_units_with_parts_not_known_are_in_the_way_only_where_they_would_be_cut() -> None:
+    model = causal_lm("Olmo2Config")
+    expected = logits(masked(model, channels=0.5))
+    report = s3.compact(model, channels=0.5)
+    assert {(c.before, c.after) for c in report.cuts if c.kind == "heads"} == {(3, 3)}
+    assert_same(logits(model), expected)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[:8] = 0.0
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q_norm"):
+        s3.compact(model)
+
+
+@pytest.mark.parametrize("name", ["Olmo2Config", "BitNetConfig"])
+def test_a_norm_inside_an_attention_is_not_one_of_the_residual_stream(name: str) -> None:
+    model = causal_lm(name, num_key_value_heads=6)  # its norms have the stream's size
+    expected = logits(masked(model, hidden=0.75))
+    with pytest.warns(UserWarning, match="eps"):
+        s3.compact(model, hidden=0.75)
+    assert_same(logits(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind"),
+    [
+        ("StableLmConfig", {}, "heads"),  # its configuration takes no head_dim
+        ("HeliumConfig", {"head_dim": 8}, "hidden"),  # another class ignores what is set
+        ("Llama4TextConfig", {"head_dim": 8, **MOE}, "channels"),  # two sizes of MLPs
+    ],
+)
+def test_uniform_is_what_the_class_builds_from_the_configuration(
+    name: str, options: dict[str, Any], kind: str, tmp_path
+) -> None:
+    model = causal_lm(name, **options)
+    config = model.config.to_dict()
+    expected = logits(masked(model, **{kind: 2 / 3}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = s3.compact(model, **{kind: 2 / 3})
+    assert_same(logits(model), expected)
+    if report.uniform:
+        model.save_pretrained(tmp_path)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert_same(logits(again), expected)
+    else:
+        assert "cannot describe" in report.problem and model.config.to_dict() == config
+
+
+class Mixing(nn.Module):
+    """An MLP whose activation mixes channels: what is zero still changes the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 10), nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(torch.softmax(self.fc1(x), -1))
+
+
+def test_a_forward_that_gives_other_outputs_is_refused_and_undone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Mixing(), Mixing()).train()
+    before = facts(model)
+    with pytest.raises(
+        ModelError, match=r"outputs of 0 change by .* channels.*nothing was changed"
+    ):
+        s3.compact(model, channels=0.5)
+    assert facts(model) == before and model.training
+
+    class Scaled(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            return output.__class__(logits=output.logits * self.config.hidden_size**0.5)
+
+    class Fixed(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            self.model.layers[0].mlp.up_proj.weight.view(40, -1)
+            return output
+
+    for kind, other, message in (
+        (Scaled, {"hidden": 0.75}, "outputs change"),
+        (Fixed, {"channels": 0.7}, "fails"),
+    ):
+        model = kind(transformers.LlamaConfig(**SIZES))
+        before = facts(model)
+        with pytest.raises(ModelError, match=message):
+            s3.compact(model, heads=2 / 3, **other)
+        assert facts(model) == before
+
+
+def test_the_norm_of_torch_states_its_size() -> None:
+    class Norms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm = nn.Embedding(11, 8), nn.RMSNorm(8, eps=1e-6)
+            self.lm_head = nn.Linear(8, 11, bias=False)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.lm_head(self.norm(self.embed(input_ids)))
+
+    torch.manual_seed(0)
+    model = Norms()
+    with torch.no_grad():
+        model.embed.weight[:, ::2] = 0.0
+        expected = model(TOKENS % 11)
+        s3.compact(model, hidden=1.0)
+        assert model.norm.normalized_shape == (4,)
+        assert_same(model(TOKENS % 11), expected)
+
+
+def test_a_model_that_returns_its_residual_stream_returns_what_is_left_of_it() -> None:
+    model = build().model
+    wide = model(input_ids=TOKENS).last_hidden_state
+    s3.compact(model, hidden=0.75)
+    assert model(input_ids=TOKENS).last_hidden_state.shape[-1] == 36 < wide.shape[-1]

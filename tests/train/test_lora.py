@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -237,3 +239,76 @@ def test_adapters_train_over_int8_values_which_stay_as_they_are() -> None:
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(s3.UnsupportedOpError, match="Int8SparseTensor"):
         model.merge_and_unload()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_saved_adapter_loads_the_ordinary_way_to_the_same_outputs(
+    pattern: str, tmp_path: Path
+) -> None:
+    x = torch.randn(5, 32)
+    model = adapted(Net(pattern))
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(Net(pattern), tmp_path)
+    assert torch.equal(again.eval()(x), model(x))
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert config.masked_patterns == [pattern] and isinstance(config, peft.LoraConfig)
+    injected = Net(pattern)
+    peft.inject_adapter_in_model(config, injected)
+    assert type(injected.up).__name__ == "SparseLoraLinear"
+    second = adapted(Net(pattern), seed=2)
+    second.load_adapter(tmp_path, "first")
+    second.set_adapter("first")
+    assert torch.equal(second.eval()(x), model(x))
+    assert pickle.loads(pickle.dumps(config)).masked_patterns == [pattern]
+    again.save_pretrained(tmp_path / "again")  # the mark stays
+    assert peft.LoraConfig.from_pretrained(tmp_path / "again").masked_patterns == [pattern]
+
+
+@pytest.mark.parametrize("first", ["s3tensor", "peft"])
+def test_a_program_that_never_names_lora_config_loads_a_masked_adapter(
+    first: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16))
+    s3.sparsify_(net, "2:4")
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    model = adapted(net, target_modules=["0"])
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save(model(torch.ones(1, 16)), tmp_path / "output.pt")
+    second = "peft" if first == "s3tensor" else "s3tensor"
+    code = f"""
+import {first}, {second}, torch, peft
+net = torch.nn.Sequential(torch.nn.Linear(16, 16))
+net.load_state_dict(torch.load({str(tmp_path / "net.pt")!r}, weights_only=True), assign=True)
+model = peft.PeftModel.from_pretrained(net, {str(tmp_path / "adapter")!r}).eval()
+print(torch.equal(model(torch.ones(1, 16)), torch.load({str(tmp_path / "output.pt")!r})))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True"]
+
+
+def test_a_masked_adapter_is_refused_where_peft_would_change_pruned_weights(tmp_path: Path) -> None:
+    adapted(Net()).save_pretrained(tmp_path)
+    dense, whole = Net(), Net()
+    for layer in (dense.up, dense.down):
+        layer.weight = nn.Parameter(layer.weight.to_dense())  # type: ignore[operator]
+    s3.quantize_(whole)
+    for net in (dense, whole):
+        with pytest.raises(s3.ModelError, match=r"trained under the masks of .* 2:4"):
+            peft.PeftModel.from_pretrained(net, tmp_path)
+
+
+def test_an_adapter_without_masks_is_saved_and_loaded_as_by_peft_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["up"])).save_pretrained(tmp_path)
+    dense = nn.Sequential(nn.Linear(8, 8))
+    config = s3.lora_config(target_modules=["0"])
+    peft.get_peft_model(dense, config).save_pretrained(tmp_path / "dense")
+    for folder in (tmp_path, tmp_path / "dense"):
+        assert "masked" not in (folder / "adapter_config.json").read_text()
+    again = peft.PeftModel.from_pretrained(Net(), tmp_path)
+    assert type(layer_of(again, "up")).__name__ == "Linear"
+    again.save_pretrained(tmp_path / "again")
+    assert "masked" not in (tmp_path / "again" / "adapter_config.json").read_text()
+    assert pickle.loads(pickle.dumps(again.peft_config["default"])).r == 8

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import s3tensor as s3
+from s3tensor.model.units import units
 from s3tensor.train import model as training
 
 
@@ -174,6 +175,117 @@ def test_a_model_on_the_meta_device_is_prepared_and_then_loaded(mode: str) -> No
     other.load_state_dict(model.state_dict(), assign=True)
     x = torch.randn(3, 32)
     assert torch.equal(other(x), model(x))
+
+
+ON_META: list[dict[str, Any]] = [
+    {"mode": "fixed"},
+    {"refresh": 10},
+    {"mode": "srste", "schedule": s3.Density(steps=4)},
+    {"score": lambda weight, sparse: weight.abs()},
+    {"mode": "soft"},
+    {"mode": "soft", "refresh": 2},
+    {"transposable": True, "refresh": 2},
+]
+
+
+@pytest.mark.parametrize("options", ON_META, ids=str)
+def test_a_model_prepared_on_meta_and_then_materialised_is_the_one_prepared_with_its_weights(
+    options: dict[str, Any],
+) -> None:
+    def prepared(device: str) -> nn.Module:
+        with torch.device(device):
+            model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+        if device == "cpu":
+            model.load_state_dict(dense)
+        s3.sparsify_training_(model, "2:4", **options)
+        return model
+
+    dense = mlp().state_dict()
+    expected, model = prepared("cpu"), prepared("meta")
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, value in dense.items():
+            place, _, attribute = name.rpartition(".")
+            layer = model.get_submodule(place)
+            if attribute == "weight":
+                layer.parametrizations.weight.original.copy_(value)
+            else:
+                layer.bias.copy_(value)
+    x = torch.randn(3, 32)
+    assert torch.equal(model(x), expected(x))
+    for each in (model, expected):
+        s3.step(each)
+    assert torch.equal(model(x), expected(x))
+    for mine, other in zip(model.buffers(), expected.buffers(), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("options", [{"mode": "fixed"}, {"mode": "soft", "refresh": 2}], ids=str)
+def test_a_state_dict_fills_what_left_the_meta_device(options: dict[str, Any]) -> None:
+    model = mlp()
+    s3.sparsify_training_(model, "2:4", **options)
+    with torch.no_grad():  # the mask stays where the weight has moved on
+        model[0].parametrizations.weight.original.copy_(torch.randn(32, 32))
+    with torch.device("meta"):
+        other = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    s3.sparsify_training_(other, "2:4", **options)
+    other.to_empty(device="cpu")
+    assert all(bool(sparse.mask.all()) for sparse in masked(other))  # nothing is masked yet
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(3, 32)
+    assert torch.equal(other(x), model(x))
+    assert all(
+        torch.equal(a.mask, b.mask) for a, b in zip(masked(other), masked(model), strict=True)
+    )
+
+
+def masked(model: nn.Module) -> list[Any]:
+    return [each for each in model.modules() if isinstance(each, s3.S3Sparse)]
+
+
+def test_a_given_mask_outlives_the_meta_device() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(32, 32)
+    mask = s3.project(torch.randn(32, 32), "2:4")
+    with torch.device("meta"):
+        layer = nn.Linear(32, 32)
+    sparse = s3.S3Sparse("2:4", "fixed", mask=mask)
+    parametrize.register_parametrization(layer, "weight", sparse)
+    assert layer(torch.randn(2, 32, device="meta")).is_meta
+    layer.to_empty(device="cpu")
+    layer.weight = weight
+    assert torch.equal(layer.weight, torch.where(mask, weight, 0))
+    layer.to("meta")
+    assert layer(torch.randn(2, 32, device="meta")).is_meta
+    layer.to_empty(device="cpu")
+    layer.weight = weight
+    assert torch.equal(layer.weight, torch.where(mask, weight, 0))
+    with pytest.raises(s3.PatternError, match="meta device"):
+        s3.S3Sparse("2:4", "fixed", mask=mask.to("meta"))
+
+
+def test_a_coupling_needs_values_and_keeps_its_masks_through_meta() -> None:
+    def scopes(model: nn.Module) -> list[Any]:
+        return [unit.scope() for unit in units(model, "channels")]
+
+    class MLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc2(torch.relu(self.fc1(x)))
+
+    with torch.device("meta"):
+        model = MLP()
+    with pytest.raises(s3.PatternError, match="meta device"):
+        s3.sparsify_training_(model, scopes(model), keep=0.5)
+    model = MLP()
+    s3.sparsify_training_(model, scopes(model), keep=0.5)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    model.to("meta").to_empty(device="cpu")
+    for name, value in model.named_buffers():
+        assert torch.equal(value, before[name])
 
 
 def test_masks_made_under_inference_mode_can_be_trained_with() -> None:
