@@ -81,6 +81,7 @@ class Settings:
     damp: float = 0.01
     alpha: float | None = None  # default: each method's own
     ng: int = 64
+    chunk_size: int | None = None  # rows that obs prunes at once
     blocks: int | None = None
     cache_device: str = "cpu"
     original_h: bool = False
@@ -255,6 +256,8 @@ def method_of(method: str, settings: Settings) -> tuple[str, str, float | None, 
         alpha = settings.alpha
     if pruner == "obs":
         options["ng"] = settings.ng
+        if settings.chunk_size is not None:
+            options["chunk_size"] = settings.chunk_size
     return pruner, PATTERNS[short], alpha, options
 
 
@@ -364,9 +367,17 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", help="hub name, folder or .gguf file [SmolLM2-135M, if it is installed]")
     add("--name", help="the model's name in the results [from --model]")
     add("--ng", type=int, default=64, help="scopes of a row that true_obs decides at once [64]")
+    add("--chunk_size", type=int, help="rows that true_obs prunes at once [what memory holds]")
     add("--calibration", metavar="SOURCE", help="c4, wikitext2, pydoc or a path [c4, else pydoc]")
-    add("--samples", type=int, default=128, help="calibration windows [128, or what pydoc has]")
-    add("--seq_len", type=int, default=1024, help="tokens in a calibration window [1024]")
+    count = {"type": int, "metavar": "N"}
+    add(
+        "--samples", "--num_samples", **count, default=128,
+        help="calibration windows [128, or what pydoc has]",
+    )  # fmt: skip
+    add(
+        "--seq_len", "--seq_length", **count, default=1024,
+        help="tokens in a calibration window [1024]",
+    )  # fmt: skip
     add("--batch", type=int, default=4, help="calibration windows in one pass [4]")
     add("--text", metavar="SOURCE", help="of the perplexity [wikitext2, else pydoc]")
     add("--eval_samples", type=int, help="windows of 1024 tokens of it [all]")
@@ -394,11 +405,17 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default=DEVICE)
     add("--cache_device", default="cpu", help="where calibration activations wait [cpu]")
     add("--tag", help="added to the methods' names in the results [original_h with that option]")
-    add("--out", type=Path, default=Path("demo-out/paper/results"), help="folder of the results")
+    add(
+        "--out",
+        "--output",
+        type=Path,
+        default=Path("demo-out/paper/results"),
+        help="folder of the results",
+    )
     args = parser.parse_args(given)
     for method in args.method:
         method_of(method, Settings())
-    for option in ("batch", "samples", "eval_samples", "seq_len", "blocks"):
+    for option in ("batch", "samples", "eval_samples", "seq_len", "blocks", "chunk_size"):
         count = getattr(args, option)
         if count is not None and count < 1:
             parser.error(f"--{option} {count} must be 1 or more")
@@ -433,6 +450,7 @@ def main(given: Sequence[str] | None = None) -> None:
         args.damp,
         args.alpha,
         args.ng,
+        args.chunk_size,
         args.blocks,
         args.cache_device,
         args.original_h,

@@ -35,7 +35,6 @@ Drawable = Pattern | str | BoundPattern | BlockSpec | BlockCoupling | ScopeSpec 
 
 _HUES = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66bbdd", "#ccaa33", "#44aa99", "#dd5566")
 _SHADES = {1: (0.3,), 2: (0.15, 0.45), 3: (0.05, 0.3, 0.5), 4: (0.0, 0.2, 0.38, 0.54)}  # white
-_MOST_CELLS = (64, 128)  # rows and columns of one picture
 _DIMS = {1: ("weights",), 2: ("rows", "columns"), 4: ("filters", "channels", "height", "width")}
 
 
@@ -64,7 +63,6 @@ def describe(pattern: Pattern | str, shape: tuple[int, ...] | None = None) -> st
     bound = pattern.bind(shape if shape is not None else small_shape(pattern))
     view = "the weight as it is" if pattern.view is None else pattern.view
     sizes = ", ".join(f"{name}={size}" for name, size in dict(pattern.sizes).items())
-    dense = math.prod(bound.shape) * 2
     index = {
         "none": "all blocks are kept",
         "bitmap": "1 bit for each block",
@@ -80,7 +78,7 @@ def describe(pattern: Pattern | str, shape: tuple[int, ...] | None = None) -> st
         ),
         "scopes": f"{_by(bound.scope_grid)}, {bound.scopes} in all; density {bound.density:.4g}",
         "packed": (
-            f"{bound.packed_bytes(2) / dense:.4g} of dense bfloat16: "
+            f"{bound.packed_bytes(2) / math.prod(bound.shape) / 2:.4g} of dense bfloat16: "
             f"{bound.packed_bytes(2) - bound.index_bytes} bytes of values, {bound.index_bytes} of indices "
             f"({index})"
         ),
@@ -91,14 +89,11 @@ def describe(pattern: Pattern | str, shape: tuple[int, ...] | None = None) -> st
 
 
 def facts(pattern: Pattern | str, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
-    """What :func:`describe` says, as numbers and lists by name; bytes are those of bfloat16.
+    """What :func:`describe` says or raises, as numbers and lists by name; bytes are those of bfloat16.
 
     Example:
         >>> facts("2:4", (8, 16))["index_bytes"]
         16
-
-    Raises:
-        PatternError: as :func:`describe`.
     """
     pattern = Pattern.parse(pattern)
     bound = pattern.bind(shape if shape is not None else small_shape(pattern))
@@ -185,12 +180,16 @@ def draw_layout(
     mask: Tensor | Sequence[Tensor] | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     title: str | None = None,
+    *,
+    max_rows: int = 64,
+    max_cols: int = 128,
+    cell_size: float | None = None,
 ) -> Figure:
     """Draw blocks and scopes: fill by block, outline by scope, pruned cells hatched.
 
     Where cells are wide enough each holds the number of its block in its scope: cells of one hue and
     one number are kept or pruned together. A convolution is drawn as a grid of its kernels, a large weight
-    as its corner of 64 x 128 cells.
+    as its corner.
 
     Args:
         what: a pattern, its string, a bound pattern; or a block, a scope or a coupling of
@@ -199,15 +198,20 @@ def draw_layout(
         mask: bool, True where kept, in the weight's shape; one for each parameter of a coupling.
         ax: axes to draw on, one for each parameter of a coupling; default a new figure.
         title: replaces the description above a single tensor.
+        max_rows, max_cols: of the corner.
+        cell_size: inches of a cell of a new figure; default what fits a page.
 
     Returns:
-        The figure, ``draw_layout("2:4").savefig("2to4.png")``.
+        The figure, ``draw_layout("2:4").savefig("2to4.png")``. A new one also unpacks, into itself and its
+        axes (a list for a coupling): ``figure, ax = draw_layout("2:4")``.
 
     Raises:
-        PatternError: a pattern that does not fit the shape, or a mask or axes that do not fit it.
+        PatternError: a pattern that does not fit the shape, a mask or axes that do not fit it, no cells.
         ImportError: without matplotlib.
     """
-    panels = _panels(what, shape)
+    if min(max_rows, max_cols) < 1 or not (cell_size is None or cell_size > 0):
+        raise PatternError(f"no cells: {max_rows=}, {max_cols=}, {cell_size=} must be above 0")
+    panels = _panels(what, shape, (max_rows, max_cols))
     if title is not None and len(panels) == 1:
         panels = [dataclasses.replace(panels[0], title=title)]
     masks: list[Tensor | None] = [None] * len(panels)
@@ -215,7 +219,7 @@ def draw_layout(
         masks = [mask] if isinstance(mask, Tensor) else list(mask)
     _check_masks(panels, masks)
     if ax is None:
-        figure, axes = _figure([panel.index.shape for panel in panels])
+        figure, axes = _figure([panel.index.shape for panel in panels], cell_size)
     else:
         axes = list(ax) if isinstance(ax, Sequence) else [ax]
         figure = axes[0].figure if axes else None
@@ -259,8 +263,7 @@ def draw_mask(mask: Tensor, ax: Axes | None = None, title: str | None = None) ->
         share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="equal",
         extent=(-0.5, columns * square - 0.5, rows * square - 0.5, -0.5),
     )  # fmt: skip
-    ax.set_xlim(-0.5, kept.shape[1] - 0.5)
-    ax.set_ylim(kept.shape[0] - 0.5, -0.5)
+    ax.set(xlim=(-0.5, kept.shape[1] - 0.5), ylim=(kept.shape[0] - 0.5, -0.5))
     bar = ax.figure.colorbar(image, ax=ax, fraction=0.03, pad=0.02)
     bar.set_label("kept" if square == 1 else f"kept share of {square}x{square} weights", fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -311,7 +314,7 @@ def save_picture(
 
 
 def _panels(
-    what: Drawable, shape: tuple[int, ...] | None, most: tuple[int, int] = _MOST_CELLS
+    what: Drawable, shape: tuple[int, ...] | None, most: tuple[int, int] = (64, 128)
 ) -> list[_Panel]:
     if isinstance(what, (Blocks, Scopes)):
         if shape is not None:
@@ -356,12 +359,11 @@ def _of_blocks(blocks: Blocks, most: tuple[int, int]) -> Iterator[_Panel]:
         shape = tuple(spec.view.param.shape)
         index = _corner(shape, most)
         block = _on_param(spec, back(ids, order), index)
-        everywhere = np.where(block < 0, -1, 0)
         of = _times(spec.shape, math.prod(spec.shape), "weight")
         title = f"{spec.name or 'tensor'} {_by(shape)}\nblocks of {of}"
         shade = np.full(block.shape, _SHADES[1][0])
         hue = _hue(np.maximum(block, 0), blocks.grid_shape)
-        yield _Panel(title, shape, index, everywhere, block, hue, shade, block)
+        yield _Panel(title, shape, index, np.where(block < 0, -1, 0), block, hue, shade, block)
 
 
 def _of_scopes(scopes: Scopes, most: tuple[int, int]) -> Iterator[_Panel]:
@@ -459,13 +461,13 @@ def _check_masks(panels: list[_Panel], masks: Sequence[Tensor | None]) -> None:
             )
 
 
-def _figure(grids: list[tuple[int, ...]]) -> tuple[Any, list[Any]]:
+def _figure(grids: list[tuple[int, ...]], cell: float | None) -> tuple[Any, list[Any]]:
     """A figure with axes for grids of cells (rows, columns), side by side where they are narrow."""
     side_by_side = len(grids) > 1 and sum(columns for _, columns in grids) <= 64
     across = sum if side_by_side else max
     columns = max(across(columns for _, columns in grids), 16)
     tallest = max(rows for rows, _ in grids)
-    inch = min(0.5, max(8.0 / columns, 0.09), max(8.0 / tallest, 0.12))  # of a cell
+    inch = cell or min(0.5, max(8.0 / columns, 0.09), max(8.0 / tallest, 0.12))  # of a cell
     # A title is wider than a few columns; coupled tensors have titles of two lines.
     least = 1.5 if side_by_side else 4.6
     widths = [max(columns * inch, least) + 0.7 for _, columns in grids]
@@ -486,7 +488,16 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 's3tensor[viz]'") from error
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+    class Picture(Figure):
+        def __iter__(self) -> Iterator[Any]:
+            yield from (self, self.axes[0] if len(self.axes) == 1 else self.axes)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:  # pickled as a plain Figure
+            parts: Any = super().__reduce_ex__(1)  # later ones insist on the class
+            return parts[0], (Figure, *parts[1][1:]), *parts[2:]
+
+    figure = Picture(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -527,14 +538,11 @@ def _draw(panel: _Panel, kept: Array | None, ax: Any) -> None:
                 column + (width - 1) / 2, row + (height - 1) / 2, text, ha="center", va="center",
                 fontsize=min(9, points), color="#8a8a92" if pruned[row, column] else "#111111",
             )  # fmt: skip
-    ax.set_xlim(-0.5, columns - 0.5)
-    ax.set_ylim(rows - 0.5, -0.5)
+    ax.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), anchor="W")
     ax.tick_params(labelsize=7, length=2)
     _name_axes(ax, panel.shape)
-    whole = scope.size == math.prod(panel.shape)
-    part = "" if whole else f" (the first {rows}x{columns} cells)"
+    part = "" if scope.size == math.prod(panel.shape) else f" (the first {rows}x{columns} cells)"
     ax.set_title(panel.title + part, fontsize=9, loc="left")
-    ax.set_anchor("W")
 
 
 def _name_axes(ax: Any, shape: tuple[int, ...]) -> None:
@@ -568,8 +576,7 @@ def _edges(ids: Array) -> list[list[tuple[float, float]]]:
 def _boxes(ids: Array) -> Iterator[tuple[int, int, int, int]]:
     """(row, column, height, width) of the connected pieces of each block, which are boxes too."""
     padded = np.pad(ids, 1, constant_values=-1)
-    inside = ids >= 0
-    first = inside & (padded[1:-1, :-2] != ids) & (padded[:-2, 1:-1] != ids)
+    first = (ids >= 0) & (padded[1:-1, :-2] != ids) & (padded[:-2, 1:-1] != ids)
     for row, column in np.argwhere(first):
         here = ids[row, column]
         height = int(np.argmax(padded[row + 1 :, column + 1] != here))

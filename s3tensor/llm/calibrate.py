@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +43,29 @@ class _Caught(Exception):
     """Raised inside a forward pass to end it early; never leaves this module."""
 
 
+class _Reached(_Caught, RuntimeError):
+    """Raised at a module that was attached with ``raise_error``."""
+
+
+class _Arguments(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class CaughtCall(_Arguments):
+    """The arguments of one call: ``args, kwargs = call``, ``call.args`` or ``call["args"]``."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return getattr(self, key) if key in self._fields else super().__getitem__(key)
+
+
 class ModuleInputCatcher:
     """Records the inputs of modules and, if wanted, ends the forward pass once the last is reached.
 
     Args:
         modules: one module or several (a ``ModuleList`` is several); ``inputs[i]`` are the calls of
-            ``modules[i]`` in order.
+            ``modules[i]`` in order. Without modules, :meth:`attach` them by name: ``inputs[name]``. A device
+            in this place is ``device``.
         device: where recorded tensors are kept; ``None`` leaves them where they are.
         stop: end the forward pass when the last of ``modules`` is called, so that nothing after it is
             computed. Then run the pass inside :meth:`run`.
@@ -64,34 +81,79 @@ class ModuleInputCatcher:
 
     def __init__(
         self,
-        modules: nn.Module | Sequence[nn.Module],
+        modules: nn.Module | Sequence[nn.Module] | torch.device | str | None = None,
         device: torch.device | str | None = None,
         stop: bool = True,
     ) -> None:
+        if isinstance(modules, (torch.device, str)):
+            modules, device = None, modules
+        self.inputs: Any  # by index, or by name where modules are attached
+        by_name = modules is None
+        modules = [] if modules is None else modules
         several = not isinstance(modules, nn.Module) or isinstance(modules, nn.ModuleList)
         self.modules: list[nn.Module] = list(modules) if several else [modules]  # type: ignore[arg-type, list-item]
         self.device = device
         self.stop = stop
-        self.inputs: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in self.modules]
+        self.inputs = {} if by_name else [[] for _ in self.modules]
         self._hooks = ExitStack()
+        self._attached: dict[str, Any] = {}  # handles of hooks
 
     def __enter__(self) -> ModuleInputCatcher:
         for index, module in enumerate(self.modules):
-            handle = module.register_forward_pre_hook(self._hook(index), with_kwargs=True)
+            last = index == len(self.modules) - 1
+            hook = self._hook(self.inputs[index], _Caught if self.stop and last else None)
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             self._hooks.callback(handle.remove)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._hooks.close()
+        for handle in self._attached.values():
+            handle.remove()
+        self._attached.clear()
 
-    def _hook(self, index: int) -> Any:
+    def attach(self, module: nn.Module, name: str, raise_error: bool = False) -> None:
+        """Record the calls of a module in ``inputs[name]`` until :meth:`detach`.
+
+        With ``raise_error`` its call then ends the forward pass with a RuntimeError, which :meth:`run`
+        catches.
+
+        Raises:
+            ModelError: a name that is attached, or a catcher that was made for modules.
+        """
+        if isinstance(self.inputs, list):
+            raise ModelError(
+                "this catcher was made for modules; make one without to attach by name"
+            )
+        if name in self._attached:
+            raise ModelError(
+                f"{name!r} is attached already; detach it first, or choose another name"
+            )
+        calls = self.inputs.setdefault(name, [])
+        hook = self._hook(calls, _Reached if raise_error else None)
+        self._attached[name] = module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def detach(self, name: str) -> None:
+        """Stop recording a module, and forget its calls.
+
+        Raises:
+            ModelError: a name that is not attached.
+        """
+        if name not in self._attached:
+            raise ModelError(
+                f"{name!r} is not attached; there are: {', '.join(self._attached) or 'none'}"
+            )
+        self._attached.pop(name).remove()
+        del self.inputs[name]
+
+    def _hook(self, calls: list[CaughtCall], end: type[Exception] | None) -> Any:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = (args, kwargs)
+            call = CaughtCall(args, kwargs)
             if self.device is not None:
                 call = transfer_to_device(call, self.device)
-            self.inputs[index].append(call)
-            if self.stop and index == len(self.modules) - 1:
-                raise _Caught
+            calls.append(call)
+            if end is not None:
+                raise end("the forward pass ended at the module whose inputs were wanted")
 
         return record
 
@@ -102,9 +164,10 @@ class ModuleInputCatcher:
         except _Caught:
             return None
 
-    def pop(self, index: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The oldest recorded call of one module, forgotten here."""
-        return self.inputs[index].pop(0)
+    def pop(self, index: int | str = 0) -> CaughtCall:
+        """The oldest recorded call of one module, by its index or name, forgotten here."""
+        call: CaughtCall = self.inputs[index].pop(0)
+        return call
 
 
 @dataclass

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from s3tensor.errors import NonFiniteError, PatternError
 from s3tensor.paper import proximal
-from s3tensor.paper.grid import Coupling, Grid, back, grid_first, whole_dims
-from s3tensor.paper.view import View
+from s3tensor.paper.grid import Coupling, Grid, back
+from s3tensor.paper.view import View, whole_dims
 
 Values = Tensor | Mapping["BlockSpec", Tensor] | None
-"""One value for each element: a tensor in the view's shape, one such tensor for each ``BlockSpec`` of a
-coupling, or None for the parameters' own data."""
+"""One value for each element: a tensor in the view's shape or in the parameter's, one such tensor for each
+``BlockSpec`` of a coupling, or None for the parameters' own data."""
 
 
 class Blocks(Grid["BlockSpec"]):
@@ -85,12 +85,8 @@ class Blocks(Grid["BlockSpec"]):
     ) -> None:
         """Zero every block where ``mask`` is **True**."""
         mask = self._per_cell(mask, "mask")
-        if mask.dtype != torch.bool:
-            raise PatternError(f"a mask is bool, True where a block is zeroed, got {mask.dtype}")
-        with torch.no_grad():
-            for spec, order in self.members:
-                spread = spec.broadcast_block_to_element(back(mask, order), fake=True)
-                spec.block_view(reorder=False).masked_fill_(spread.to(spec.view.device), 0.0)
+        for spec, order in self.members:
+            spec.view.apply_mask(back(mask, order), spec.shape)
 
     def apply_multiplier(
         self,
@@ -98,10 +94,8 @@ class Blocks(Grid["BlockSpec"]):
     ) -> None:
         """Multiply every element of a block by its block's factor."""
         multiplier = self._per_cell(multiplier, "multiplier")
-        with torch.no_grad():
-            for spec, order in self.members:
-                spread = spec.broadcast_block_to_element(back(multiplier, order), fake=True)
-                spec.block_view(reorder=False).mul_(spread.to(spec.view.device, spec.view.dtype))
+        for spec, order in self.members:
+            spec.view.apply_multiplier(back(multiplier, order), spec.shape)
 
     def hard_threshold(
         self,
@@ -213,6 +207,9 @@ class BlockSpec(Blocks):
     def members(self) -> tuple[tuple[BlockSpec, tuple[int, ...]], ...]:
         return ((self, tuple(range(self.grid_ndim))),)
 
+    def _identity(self) -> tuple[object, ...]:
+        return self.view, self.shape
+
     @property
     def ndim(self) -> int:
         """Dims of the view."""
@@ -236,19 +233,25 @@ class BlockSpec(Blocks):
             self.view.data.copy_(data.detach())
 
     def given(self, values: Values = None) -> Tensor:
-        """The values of this spec's elements, in the view's shape; the live data for None."""
+        """The values of this spec's elements, in the view's shape; the live data for None.
+
+        Values of the parameter's shape are read through the view. Where both shapes are one, they are taken
+        for the view's.
+        """
         if values is None:
             return self.view.data
         if isinstance(values, Mapping):
             if self not in values:
                 raise PatternError(f"values lack an entry for {self}; give one for each BlockSpec")
             values = values[self]
-        if values.shape != self.view.shape:
-            raise PatternError(
-                f"values of shape {tuple(values.shape)} for {self} over a view of shape "
-                f"{self.view.shape}; lay values of the parameter's shape out with view.of(values)"
-            )
-        return values.detach()
+        if values.shape == self.view.shape:
+            return values.detach()
+        if values.shape == self.view.param.shape:
+            return self.view.of(values)
+        raise PatternError(
+            f"values of shape {tuple(values.shape)} for {self}; they must have the shape of the view, "
+            f"{self.view.shape}, or of the parameter, {tuple(self.view.param.shape)}"
+        )
 
     def block_view(
         self, values: Values = None, reorder: bool = True, merge: bool = False
@@ -259,13 +262,7 @@ class BlockSpec(Blocks):
             (*grid_shape, *shape); with ``reorder=False`` interleaved, (g0, b0, g1, b1, ...); with
             ``merge=True`` (*grid_shape, numel_per_block).
         """
-        given = self.given(values)
-        pairs = [n for pair in zip(self.grid_shape, self.shape, strict=True) for n in pair]
-        # A split of dims is always a view, of any strides.
-        interleaved = given.view(pairs)
-        if merge:
-            return grid_first(interleaved).flatten(self.grid_ndim)
-        return grid_first(interleaved) if reorder else interleaved
+        return View.block_view_of(self.given(values), self.shape, reorder, merge)
 
     def broadcast_block_to_element(
         self,
@@ -278,12 +275,7 @@ class BlockSpec(Blocks):
         interleaved :meth:`block_view`.
         """
         values = self._per_cell(block_values, "block values")
-        pairs = [n for size in self.grid_shape for n in (size, 1)]
-        thin = values.reshape(pairs)
-        if fake:
-            return thin
-        full = [n for pair in zip(self.grid_shape, self.shape, strict=True) for n in pair]
-        return thin.expand(full).reshape(self.view.shape)
+        return View.broadcast_block_to_element(values, self.shape, fake)
 
     def __repr__(self) -> str:
         return self._label(f"{self.shape}, grid {self.grid_shape}, {self.view}")
@@ -295,7 +287,7 @@ class BlockCoupling(Coupling["BlockSpec"], Blocks):
     Args:
         specs: grids of blocks, of disjoint memory.
         orders: for each spec, the permutation of its grid's axes that aligns it with the others;
-            default, and None for one spec, is the identity.
+            default, an empty list, and None or an empty order for one spec, is the identity.
         name: for messages.
 
     Example:

@@ -59,6 +59,16 @@ class Grid(abc.ABC, Generic[Leaf]):
             )
         return values.detach().expand(self.grid_shape)
 
+    @abc.abstractmethod
+    def _identity(self) -> tuple[object, ...]:
+        """What makes two grids one: the views, and how they are divided; names do not count."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash((type(self), *self._identity()))
+
     def _label(self, text: str) -> str:
         return f"{type(self).__name__}({self.name + ': ' if self.name else ''}{text})"
 
@@ -68,8 +78,8 @@ class Coupling(Grid[Leaf]):
 
     Args:
         grids: of disjoint memory, on one device.
-        orders: for each, the permutation of its axes that aligns it with the others; default, and None for
-            one grid, is the identity.
+        orders: for each, the permutation of its axes that aligns it with the others; default, an empty list,
+            and None or an empty order for one grid, is the identity.
         name: for messages.
 
     Raises:
@@ -93,23 +103,8 @@ class Coupling(Grid[Leaf]):
     def members(self) -> tuple[tuple[Leaf, tuple[int, ...]], ...]:
         return self._members
 
-
-def whole_dims(what: str, shape: Sequence[int], grid: tuple[int, ...], of: str) -> tuple[int, ...]:
-    """``shape`` with -1 filled in, checked to tile ``grid``."""
-    given = as_ints(f"{what} shape", shape, -1)
-    if len(given) != len(grid) or 0 in given:
-        raise PatternError(
-            f"{what} shape {given} must hold an int >= 1, or -1 for the whole dim, for each of the "
-            f"{len(grid)} dims of {grid}"
-        )
-    full = tuple(n if size == -1 else size for size, n in zip(given, grid, strict=True))
-    for dim, (size, n) in enumerate(zip(full, grid, strict=True)):
-        if n % size:
-            raise PatternError(
-                f"{what} shape {given} does not tile {grid} {of}: dim {dim} has {n}, not a multiple of "
-                f"{size}; choose a divisor of {n}, or -1 for the whole dim"
-            )
-    return full
+    def _identity(self) -> tuple[object, ...]:
+        return self._members
 
 
 def leaves(
@@ -133,15 +128,15 @@ def align(
     """Checked axis orders under which all grids are the same."""
     if not grids:
         raise PatternError(f"a coupling of {what} needs at least one")
-    wanted = [None] * len(grids) if orders is None else list(orders)
+    wanted = list(orders) if orders is not None and len(orders) else [None] * len(grids)
     if len(wanted) != len(grids):
         raise PatternError(f"{len(wanted)} orders for {len(grids)} grids; give one for each")
     checked: list[tuple[int, ...]] = []
     for grid, order, spec in zip(grids, wanted, named, strict=True):
-        full = tuple(range(len(grid))) if order is None else as_ints("order", order, 0)
+        full = _order(order, len(grid))
         if sorted(full) != list(range(len(grid))):
             raise PatternError(
-                f"order {full} is no permutation of the axes 0 to {len(grid) - 1} of the grid {grid} of "
+                f"order {full} is not a permutation of the axes 0 to {len(grid) - 1} of the grid {grid} of "
                 f"{spec}"
             )
         aligned = tuple(grid[axis] for axis in full)
@@ -155,6 +150,13 @@ def align(
     return tuple(checked)
 
 
+def _order(order: Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+    """An order of axes as ints; None and an empty one are the identity."""
+    if order is None or len(order) == 0:
+        return tuple(range(ndim))
+    return as_ints("order", order, 0)
+
+
 def check_devices(views: Sequence[View]) -> None:
     """Refuse coupled tensors on several devices."""
     devices = sorted({str(view.device) for view in views})
@@ -162,14 +164,6 @@ def check_devices(views: Sequence[View]) -> None:
         raise PatternError(
             f"coupled tensors lie on {' and '.join(devices)}; move them to one device"
         )
-
-
-def grid_first(
-    interleaved: Tensor,  # (g0, b0, g1, b1, ...)
-) -> Tensor:
-    """The dims of the grid, then those inside: (g0, g1, ..., b0, b1, ...)."""
-    ndim = interleaved.ndim
-    return interleaved.permute(*range(0, ndim, 2), *range(1, ndim, 2))
 
 
 def back(values: Tensor, order: tuple[int, ...]) -> Tensor:

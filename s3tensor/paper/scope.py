@@ -13,8 +13,8 @@ from s3tensor.errors import PatternError
 from s3tensor.mask.order_statistics import kth_largest, mid_kth_largest
 from s3tensor.mask.projection import tile_norms, top_blocks
 from s3tensor.paper.block import Blocks, BlockSpec, Values
-from s3tensor.paper.grid import Coupling, Grid, back, grid_first, whole_dims
-from s3tensor.paper.view import View
+from s3tensor.paper.grid import Coupling, Grid, back
+from s3tensor.paper.view import View, grid_first, whole_dims
 from s3tensor.pattern import BoundPattern, Pattern, ViewRule
 from s3tensor.pattern.layout import as_int
 
@@ -257,6 +257,9 @@ class ScopeSpec(Scopes):
     def members(self) -> tuple[tuple[ScopeSpec, tuple[int, ...]], ...]:
         return ((self, tuple(range(len(self._grid)))),)
 
+    def _identity(self) -> tuple[object, ...]:
+        return self.block, self.shape
+
     def block_to_scope(
         self,
         b: Tensor,  # the blocks' grid shape
@@ -335,7 +338,7 @@ class ScopeCoupling(Coupling["ScopeSpec"], Scopes):
     Args:
         scopes: of disjoint memory.
         orders: for each, the permutation of its grid's axes that aligns it with the others; default,
-            and None for one scope, is the identity.
+            an empty list, and None or an empty order for one scope, is the identity.
         name: for messages.
 
     Raises:

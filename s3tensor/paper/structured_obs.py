@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -80,18 +81,33 @@ class StructuredOBS:
                 self._inverse = inverse_of(self.factors)
         return self._inverse
 
-    def prune(self, nnz: int, compensate: str = "local", n_splits: int = 1) -> None:
+    @overload
+    def prune(
+        self,
+        nnz: int,
+        compensate: str = "local",
+        n_splits: int = 1,
+        block_size: int | None = None,
+    ) -> None: ...
+    @overload
+    def prune(
+        self, nnz: int, block_size: int, compensate: str = "local", n_splits: int = 1
+    ) -> None: ...
+    def prune(self, nnz: int, *options: Any, **named: Any) -> None:
         """Keep ``nnz`` blocks of every scope, chosen at once; see :func:`s3tensor.prune.oneshot.one_shot`.
 
         Args:
             nnz: blocks to keep in each scope.
             compensate: ``local``, ``full``, ``split`` or ``interleaved``.
             n_splits: splits of ``interleaved``.
+            block_size: accepted, also as the second argument, and not needed: ``memory_budget`` says how
+                many columns are searched at once.
 
         Raises:
             PatternError, NonFiniteError: an invalid budget or weight.
             PrunerError: an unknown option.
         """
+        compensate, n_splits = _chosen(options, named)
         problem = self._pose(nnz)
         product = Product.of(problem.bound).to(problem.dense.device)
         with full_precision():
@@ -190,3 +206,19 @@ class StructuredOBS:
                 "inv_h holds NaN or Inf, or no positive diagonal; make it with compute_inverse"
             )
         return inverse
+
+
+def _chosen(options: tuple[Any, ...], named: dict[str, Any]) -> tuple[str, int]:
+    """``compensate`` and ``n_splits`` of a call in our order of arguments or in the reference's."""
+
+    def ours(compensate: str = "local", n_splits: int = 1, block_size: object = None) -> Any:
+        return compensate, n_splits
+
+    def reference(block_size: int, compensate: str = "local", n_splits: int = 1) -> Any:
+        return compensate, n_splits
+
+    taken = reference if options and isinstance(options[0], int) else ours
+    try:
+        return taken(*options, **named)
+    except TypeError as error:
+        raise TypeError(str(error).replace(taken.__qualname__, "StructuredOBS.prune")) from None

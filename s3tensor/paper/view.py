@@ -175,9 +175,185 @@ class View:
         torch.as_strided(laid, self.shape, self.stride, self.offset).copy_(values)
         return laid
 
+    @staticmethod
+    def block_view_of(
+        t: Tensor, block_shape: Sequence[int], reorder: bool = True, merge: bool = False
+    ) -> Tensor:
+        """Any tensor by blocks, a live view unless ``merge`` has to copy.
+
+        Returns:
+            (*grid_shape, *block_shape); with ``reorder=False`` interleaved, (g0, b0, g1, b1, ...); with
+            ``merge=True`` (*grid_shape, elements of a block).
+
+        Raises:
+            PatternError: blocks that do not tile the tensor.
+        """
+        block = whole_dims("block", block_shape, tuple(t.shape), "elements")
+        # A split of dims is always a view, of any strides.
+        pairs = zip(t.shape, block, strict=True)
+        interleaved = t.view([size for n, b in pairs for size in (n // b, b)])
+        if merge:
+            return grid_first(interleaved).flatten(t.ndim)
+        return grid_first(interleaved) if reorder else interleaved
+
+    @staticmethod
+    def broadcast_block_to_element(
+        block_values: Tensor,  # (*grid_shape)
+        block_shape: Sequence[int],
+        fake: bool = False,
+    ) -> Tensor:
+        """A value for each block, spread over its elements.
+
+        With ``fake=True`` nothing is spread: shape (g0, 1, g1, 1, ...), which broadcasts against the
+        interleaved :meth:`block_view_of`.
+
+        Raises:
+            PatternError: not one size for each dim of the grid.
+        """
+        block = as_ints("block shape", block_shape, 1)
+        if len(block) != block_values.ndim:
+            raise PatternError(
+                f"block shape {block} for values of shape {tuple(block_values.shape)}; give one size for "
+                "each dim of the grid"
+            )
+        pairs = list(zip(block_values.shape, block, strict=True))
+        thin = block_values.reshape([size for n, _ in pairs for size in (n, 1)])
+        if fake:
+            return thin
+        spread = thin.expand([size for pair in pairs for size in pair])
+        return spread.reshape([n * b for n, b in pairs])
+
+    def apply_mask(
+        self,
+        mask: Tensor,  # (*grid_shape) bool
+        block_shape: Sequence[int],
+    ) -> None:
+        """Zero every block where ``mask`` is **True**, in place, outside autograd.
+
+        Raises:
+            PatternError: blocks that do not tile the view, or a mask that is not one bool for each.
+        """
+        if mask.dtype != torch.bool:
+            raise PatternError(f"a mask is bool, True where a block is zeroed, got {mask.dtype}")
+        with torch.no_grad():
+            blocks, spread = self._against(mask, block_shape)
+            blocks.masked_fill_(spread, 0.0)
+
+    def apply_multiplier(
+        self,
+        multiplier: Tensor,  # (*grid_shape)
+        block_shape: Sequence[int],
+    ) -> None:
+        """Multiply every element of a block by its block's factor, in place, outside autograd.
+
+        Raises:
+            PatternError: blocks that do not tile the view, or a multiplier that is not one value for each.
+        """
+        with torch.no_grad():
+            blocks, spread = self._against(multiplier, block_shape)
+            blocks.mul_(spread.to(self.dtype))
+
+    def _against(self, values: Tensor, block_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The interleaved blocks, live, and a value for each that broadcasts against them."""
+        blocks = View.block_view_of(self.data, block_shape, reorder=False)
+        if tuple(values.shape) != tuple(blocks.shape[::2]):
+            raise PatternError(
+                f"values of shape {tuple(values.shape)} for a grid of {tuple(blocks.shape[::2])} blocks; "
+                "give one value a block"
+            )
+        spread = View.broadcast_block_to_element(values.detach(), blocks.shape[1::2], fake=True)
+        return blocks, spread.to(self.device)
+
+    def linear_offset(
+        self,
+        idx: Tensor,  # (..., ndim) integers
+    ) -> Tensor:
+        """Where elements of the view lie in memory: elements from the parameter's first, (...) int64.
+
+        Raises:
+            PatternError: not an integer for each dim, or an index out of the view.
+        """
+        index = self._inside(idx)
+        return (index * index.new_tensor(self.stride)).sum(-1) + self.offset
+
+    def to_param_rc(
+        self,
+        idx: Tensor,  # (..., ndim) integers
+    ) -> tuple[Tensor, Tensor]:
+        """Row and column in the parameter of elements of the view, each (...) int64.
+
+        Raises:
+            PatternError: a parameter that is not a matrix, or as :meth:`linear_offset`.
+        """
+        shape = tuple(self.param.shape)
+        if len(shape) != 2:
+            raise PatternError(
+                f"a parameter of shape {shape} has no rows and columns; use linear_offset"
+            )
+        index = self._inside(idx)
+        places = torch.arange(math.prod(shape), device=idx.device).reshape(shape)
+        found = self.of(places)[index.unbind(-1)]
+        return found // shape[1], found % shape[1]
+
+    def _inside(self, idx: Tensor) -> Tensor:
+        """Checked indices, (..., ndim) int64."""
+        if idx.dtype.is_floating_point or idx.dtype.is_complex or idx.dtype == torch.bool:
+            raise PatternError(f"indices of dtype {idx.dtype}; give integers")
+        if idx.ndim == 0 or idx.shape[-1] != self.ndim:
+            raise PatternError(
+                f"indices of shape {tuple(idx.shape)} into a view of shape {self.shape}; the last dim must "
+                f"be {self.ndim}"
+            )
+        index = idx.long()
+        if bool(((index < 0) | (index >= index.new_tensor(self.shape))).any()):
+            raise PatternError(f"an index lies outside the view's shape {self.shape}")
+        return index
+
+    def __eq__(self, other: object) -> bool:
+        """One view: the same parameter, shape, strides and offset."""
+        if not isinstance(other, View):
+            return NotImplemented
+        same = self.param is other.param or (
+            isinstance(self.param, View) and self.param == other.param
+        )
+        return same and self._mode() == other._mode()
+
+    def __hash__(self) -> int:
+        param = self.param if isinstance(self.param, View) else id(self.param)
+        return hash((param, self._mode()))
+
+    def _mode(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        return self.shape, self.stride, self.offset
+
     def __repr__(self) -> str:
         start = f" from {self.offset}" if self.offset else ""
         return f"View({self.layout}{start} of {'x'.join(map(str, self.param.shape))})"
+
+
+def whole_dims(what: str, shape: Sequence[int], grid: tuple[int, ...], of: str) -> tuple[int, ...]:
+    """``shape`` with -1 filled in, checked to tile ``grid``."""
+    given = as_ints(f"{what} shape", shape, -1)
+    if len(given) != len(grid) or 0 in given:
+        raise PatternError(
+            f"{what} shape {given} must hold an int >= 1, or -1 for the whole dim, for each of the "
+            f"{len(grid)} dims of {grid}"
+        )
+    full = tuple(n if size == -1 else size for size, n in zip(given, grid, strict=True))
+    for dim, (size, n) in enumerate(zip(full, grid, strict=True)):
+        if n % size:
+            raise PatternError(
+                f"{what} shape {given} does not tile {grid} {of}: dim {dim} has {n}, not a multiple of "
+                f"{size}; choose a divisor of {n}, or -1 for the whole dim"
+            )
+    return full
+
+
+def grid_first(
+    interleaved: Tensor,  # (g0, b0, g1, b1, ...)
+) -> Tensor:
+    """The dims of the grid, then those inside: (g0, g1, ..., b0, b1, ...)."""
+    ndim = interleaved.ndim
+    return interleaved.permute(*range(0, ndim, 2), *range(1, ndim, 2))
 
 
 def memory(param: Tensor | View) -> Tensor:

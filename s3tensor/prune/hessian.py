@@ -178,16 +178,26 @@ class Hessian:
             raise HessianError(f"{name} has dtype {x.dtype}; inputs must be floating")
 
 
-def compute_hessian(x: Tensor) -> Tensor:
+def compute_hessian(
+    x: Tensor, device: torch.device | str | None = None, batch_size: int = _TOKENS
+) -> Tensor:
     """``X'X / N`` (K, K) in float32 of inputs ``x`` (..., K).
 
+    Args:
+        x: inputs, on any device.
+        device: where the Hessian is made; default is that of ``x``.
+        batch_size: tokens that are moved there and added at a time.
+
     Raises:
-        HessianError, NonFiniteError: as :meth:`Hessian.update`.
+        HessianError, NonFiniteError: as :meth:`Hessian.update`; HessianError also for a batch_size below 1.
     """
     if x.ndim < 1:
         raise HessianError("inputs need at least one dim, (..., in_features)")
-    hessian = Hessian(x.shape[-1])
-    hessian.update(x)
+    if batch_size < 1:
+        raise HessianError(f"batch_size={batch_size} tokens must be >= 1")
+    hessian = Hessian(x.shape[-1], device)
+    for tokens in x.reshape(-1, x.shape[-1]).split(batch_size):
+        hessian.update(tokens)
     return hessian.value()
 
 
@@ -195,15 +205,20 @@ def output_error(
     pruned: Tensor,  # (M, K)
     weight: Tensor,  # (M, K)
     hessian: Tensor,  # (K, K), undamped
+    N: int | None = None,
 ) -> float:
     """Relative error of a layer's output, ``sqrt(tr(dW H dW') / tr(W H W'))`` with ``dW = pruned - weight``.
 
+    With ``N``, the number of tokens, it is the absolute one, ``sqrt(N tr(dW H dW')) = ||X dW'||_F``.
     The products run in the Hessian's dtype and the sums in float64. 0 is exact; dropping every weight
-    gives 1. Where the dense output is zero the error is 0 if the pruned output is zero too, else inf.
+    gives 1. Where the dense output is zero the relative error is 0 if the pruned output is zero too, else
+    inf.
 
     Raises:
-        HessianError: shapes that do not match, or a Hessian that is not a floating square matrix.
+        HessianError: shapes that do not match, a Hessian that is not a floating square matrix, or N < 1.
     """
+    if N is not None and N < 1:
+        raise HessianError(f"N={N} tokens must be >= 1; leave N out for the relative error")
     if pruned.shape != weight.shape or weight.ndim != 2:
         raise HessianError(
             f"weights of shapes {tuple(pruned.shape)} and {tuple(weight.shape)} must be one (M, K) shape"
@@ -217,6 +232,8 @@ def output_error(
         dense = weight.detach().to(h.device, wide).mul(unit).to(h.dtype)
         lost = _energy(pruned.detach().to(h.device, wide).mul(unit).to(h.dtype) - dense, h)
         total = _energy(dense, h)
+    if N is not None:
+        return math.sqrt(N * max(lost, 0.0)) / unit
     if total <= 0:
         return 0.0 if lost <= 0 else math.inf
     return math.sqrt(max(lost, 0.0) / total)

@@ -103,6 +103,7 @@ def obs(
     scoring: str = "independent",
     refit: bool = True,
     memory_budget: int = MEMORY_BUDGET,
+    chunk_size: int | None = None,
     progress: Progress | None = None,
 ) -> Pruned:
     """Structured OBS with an inverse Hessian for every row (S3, arXiv 2604.11315, section 5).
@@ -128,6 +129,7 @@ def obs(
         refit: polish the weights of the final mask by conjugate gradients, which removes the rounding
             error of the sweep.
         memory_budget: bytes of working memory; rows are pruned in chunks that fit.
+        chunk_size: rows of a chunk, at most; it changes memory, and results only by rounding.
         progress: called with (rows done, rows in all).
 
     Raises:
@@ -151,6 +153,7 @@ def obs(
             ng=ng,
             order=order,
             scoring=scoring,
+            rows_at_once=chunk_size,
             memory_budget=memory_budget,
             progress=progress,
         )

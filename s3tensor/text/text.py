@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -228,12 +228,38 @@ def calibration_tokens(
     return list(picked.split(batch))
 
 
+@overload
 def get_c4(
-    num_samples: int, seq_len: int, tokenizer: Any, seed: int = 42, split: str = "train"
-) -> list[Tensor]:
+    num_samples: int,
+    seq_len: int,
+    tokenizer: Any,
+    seed: int = 42,
+    split: str = "train",
+    pairs: Literal[False] = False,
+) -> list[Tensor]: ...
+@overload
+def get_c4(
+    num_samples: int,
+    seq_len: int,
+    tokenizer: Any,
+    seed: int = 42,
+    split: str = "train",
+    *,
+    pairs: Literal[True],
+) -> list[tuple[Tensor, Tensor]]: ...
+def get_c4(
+    num_samples: int,
+    seq_len: int,
+    tokenizer: Any,
+    seed: int = 42,
+    split: str = "train",
+    pairs: bool = False,
+) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
     """``num_samples`` sequences of C4, each (1, seq_len) int64: calibration for ``prune_model``.
 
-    ``split`` is ``train`` or ``validation``. Needs ``datasets``, and a network or a filled cache.
+    ``split`` is ``train`` or ``validation``. With ``pairs`` each sequence comes with its target, which is
+    -100 (ignored by a cross entropy) at all tokens but the last. Needs ``datasets``, and a network or a
+    filled cache.
 
     Raises:
         CalibrationError: an unknown split, no data, or too little of it.
@@ -242,4 +268,8 @@ def get_c4(
     if split not in parts:
         raise CalibrationError(f"unknown split {split!r} of C4; use train or validation")
     tokens = load_tokens("c4", tokenizer, parts[split])
-    return list(windows(tokens, num_samples, seq_len, seed).split(1))
+    picked = list(windows(tokens, num_samples, seq_len, seed).split(1))
+    if not pairs:
+        return picked
+    last = torch.arange(seq_len) == seq_len - 1
+    return [(sequence, sequence.masked_fill(~last, -100)) for sequence in picked]

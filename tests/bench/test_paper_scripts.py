@@ -256,6 +256,31 @@ def test_a_point_of_the_curve_is_the_model_whose_first_blocks_alone_were_pruned(
         assert torch.equal(parameter, tiny().get_parameter(name)), name
 
 
+def test_the_flags_of_the_reference_mean_ours(gpt: ModuleType) -> None:
+    ours = ["--method", "true_obs_24", "--samples", "8", "--seq_len", "64", "--out", "x"]
+    theirs = [
+        "--method",
+        "true_obs_24",
+        "--num_samples",
+        "8",
+        "--seq_length",
+        "64",
+        "--output",
+        "x",
+    ]
+    assert gpt.arguments(theirs) == gpt.arguments(ours)
+    args = gpt.arguments([*theirs, "--chunk_size", "3"])
+    settings = gpt.Settings(chunk_size=args.chunk_size)
+    assert gpt.method_of("true_obs_24", settings)[3]["chunk_size"] == 3
+    assert "chunk_size" not in gpt.method_of("admm_24", settings)[3]
+    found = [
+        gpt.run_method(tiny(1), batches(), "true_obs_24", each, perplexity, 1.0)[0].state_dict()
+        for each in (settings, gpt.Settings())
+    ]
+    for name, weight in found[0].items():
+        torch.testing.assert_close(weight, found[1][name], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["sparsegpt_48", "true_obs_block16", "admm_coupled24"])
 def test_methods_are_pruners_on_patterns(gpt: ModuleType, method: str) -> None:
     pruner, pattern, alpha, options = gpt.method_of(method, gpt.Settings(ng=8))
@@ -344,6 +369,7 @@ def test_a_saved_model_is_the_pruned_one(gpt: ModuleType, tmp_path: Path) -> Non
         (["--method", "admm_24", "--text", "a.txt", "--calibration", "a.txt"], "would flatter"),
         (["--method", "admm_24", "--batch", "0"], "--batch 0 must be 1 or more"),
         (["--method", "admm_24", "--samples", "0"], "--samples 0 must be 1 or more"),
+        (["--method", "admm_24", "--chunk_size", "0"], "--chunk_size 0 must be 1 or more"),
         (["--method", "admm_24", "--alpha", "3"], "--alpha 3.0 must lie from 0 to 1"),
         (["--method", "admm_24", "--damp", "-1"], "--damp -1.0 must be 0 or more"),
     ],

@@ -455,5 +455,8 @@ class TestText:
         picked = s3.get_c4(3, 8, tokenizer, split="validation")
         assert [tuple(p.shape) for p in picked] == [(1, 8)] * 3
         assert set(torch.cat(picked).flatten().tolist()) == {1, 3}
+        pairs = s3.get_c4(3, 8, tokenizer, split="validation", pairs=True)
+        assert all(torch.equal(pair[0], each) for pair, each in zip(pairs, picked, strict=True))
+        assert pairs[0][1].tolist() == [[-100] * 7 + picked[0][0, -1:].tolist()]
         with pytest.raises(s3.CalibrationError, match="unknown split 'test'"):
             s3.get_c4(3, 8, tokenizer, split="test")
