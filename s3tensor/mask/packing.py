@@ -38,8 +38,10 @@ def pack(
         tiled: values and indices in tile order (``kernels/tiles.py``), for a pattern and shape that have one.
 
     Raises:
-        PatternError: a mask of another shape, one that splits a block, or one over the budget.
+        PatternError: a mask of another shape or on another device, one that splits a block, or one over
+            the budget.
     """
+    check_devices(weight, mask)
     if tuple(weight.shape) != bound.shape or mask.shape != weight.shape:
         raise PatternError(
             f"weight {tuple(weight.shape)} and mask {tuple(mask.shape)} must both have the bound shape "
@@ -78,6 +80,7 @@ def unpack(
     tiled: bool = False,  # both are in tile order
 ) -> Tensor:
     """The dense, contiguous tensor of the bound shape that was packed."""
+    check_devices(values, indices)
     dense = _unpack_by_kernel(values, indices, bound, tiled)
     if dense is not None:
         return dense
@@ -96,6 +99,7 @@ def gather(
     tiled: bool = False,  # the indices are in tile order, and so are the returned values
 ) -> Tensor:  # (scopes, keep, block_size), contiguous
     """The packed values of ``dense`` at the blocks that ``indices`` record: the adjoint of :func:`unpack`."""
+    check_devices(dense, indices)
     values = _gather_by_kernel(dense, indices, bound, tiled)
     if values is not None:
         return values
@@ -153,6 +157,19 @@ def _numbers(indices: Tensor, bound: BoundPattern) -> Tensor:
     """The kept blocks' numbers, (scopes, keep), from a stream of numbers; uint8 when they fit."""
     codes = _from_bytes(indices, bound.index_bits, bound.scopes * bound.keep)
     return codes.reshape(bound.scopes, bound.keep)
+
+
+def check_devices(first: Tensor, *others: Tensor | None) -> None:
+    """Refuse tensors of several devices: beside one on ``meta``, torch reads or writes no values at all.
+
+    Raises:
+        PatternError: a tensor on another device than the first.
+    """
+    for other in others:
+        if other is not None and other.device != first.device:
+            raise PatternError(
+                f"one tensor is on {first.device}, another on {other.device}; move them to one device"
+            )
 
 
 def check_packed(

@@ -23,6 +23,7 @@ from s3tensor.tensor.stored import (
     check_parts,
     damage_as_checkpoint_error,
     has_values,
+    refuse_unfilled,
     set_attributes,
 )
 
@@ -222,6 +223,7 @@ def rebuild_int8(
         CheckpointError: contents that no weight has.
     """
     where = "a pickled weight"
+    refuse_unfilled(where)
     made = Int8SparseTensor.from_stored(packed, indices, scales, description, where)
     set_attributes(made, more, where)
     return made

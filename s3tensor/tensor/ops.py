@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3tensor.errors import NonFiniteError, PatternError
+from s3tensor.mask.packing import check_devices
 from s3tensor.mask.packing import gather as gather_blocks
 from s3tensor.mask.packing import pack as pack_blocks
 from s3tensor.mask.packing import unpack as unpack_blocks
@@ -73,6 +74,7 @@ def pack(weight: Tensor, mask: Tensor, pattern: str) -> tuple[Tensor, Tensor]:
 
 @pack.register_fake
 def _(weight: Tensor, mask: Tensor, pattern: str) -> tuple[Tensor, Tensor]:
+    check_devices(weight, mask)
     return _empty_packed(weight, bind(pattern, weight.shape))
 
 
@@ -97,6 +99,7 @@ def unpack(
 def _(
     packed: Tensor, indices: Tensor, pattern: str, shape: Sequence[int], tiled: bool = False
 ) -> Tensor:
+    check_devices(packed, indices)
     bound = bind(pattern, shape)
     return torch.empty(bound.shape, dtype=packed.dtype, device=packed.device)
 
@@ -113,6 +116,7 @@ def gather(dense: Tensor, indices: Tensor, pattern: str, tiled: bool = False) ->
 
 @gather.register_fake
 def _(dense: Tensor, indices: Tensor, pattern: str, tiled: bool = False) -> Tensor:
+    check_devices(dense, indices)
     return _empty_packed(dense, bind(pattern, dense.shape))[0]
 
 
@@ -143,6 +147,7 @@ def add_packed(
 def _(
     packed: Tensor, indices: Tensor, other: Tensor, other_indices: Tensor, alpha: float
 ) -> Tensor:
+    check_devices(packed, indices, other, other_indices)
     return torch.empty_like(packed)
 
 
@@ -248,6 +253,7 @@ def _(
 ) -> Tensor:
     weight = Weight(packed, indices, bind(pattern, shape), transposed=transposed)
     check(x, weight, bias)
+    check_devices(packed, indices, dense, vendor)
     return x.new_empty(*x.shape[:-1], weight.features[0])
 
 
@@ -307,6 +313,7 @@ def _(
         packed, indices, bound, transposed=transposed, scales=scales, computed_in=x.dtype
     )
     check(x, weight, bias)
+    check_devices(packed, indices)
     return x.new_empty(*x.shape[:-1], weight.features[0])
 
 
@@ -366,6 +373,7 @@ def _(
 ) -> list[Tensor]:
     for values, codes, rows in zip(packed, indices, out_features, strict=True):
         check(x, Weight(values, codes, bind(pattern, (rows, x.shape[-1]))), None)
+        check_devices(values, codes)
     return [x.new_empty(*x.shape[:-1], rows) for rows in out_features]
 
 
@@ -431,6 +439,7 @@ def weight_linear(
 
 @weight_linear.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    check_devices(x, weight, bias)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -450,6 +459,7 @@ def weight_linear_grad(
 
 @weight_linear_grad.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    check_devices(weight, grad, x)
     return torch.empty_like(weight)
 
 

@@ -20,6 +20,7 @@ from s3tensor.tensor.stored import (
     check_parts,
     damage_as_checkpoint_error,
     names_of,
+    refuse_unfilled,
     set_attributes,
 )
 
@@ -223,6 +224,7 @@ def rebuild(
         CheckpointError: contents that no weight has.
     """
     where = "a pickled weight"
+    refuse_unfilled(where)
     made = StructuredSparseTensor.from_stored(packed, indices, description, where)
     if memory not in ("lean", "fast") or type(requires_grad) is not bool:
         raise CheckpointError(f"{where}: its memory or requires_grad is damaged")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,29 @@ def damage_as_checkpoint_error(where: str) -> Iterator[None]:
         raise CheckpointError(
             f"{where}: damaged description of a sparse tensor ({reason})"
         ) from None
+
+
+def refuse_unfilled(where: str) -> None:
+    """Refuse to rebuild a weight inside a legacy ``torch.load``, whose storages have no contents yet.
+
+    The format before zip files stores the contents behind the pickle and reads them afterwards: every
+    check here would read uninitialised memory, and none would see the indices. Only the call says so.
+
+    Raises:
+        CheckpointError: called while ``torch.load`` reads a legacy file.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        code = frame.f_code
+        if (
+            code.co_name == "_legacy_load"
+            and frame.f_globals.get("__name__") == "torch.serialization"
+        ):
+            raise CheckpointError(
+                f"{where} in a file of torch's legacy format, whose contents cannot be checked before they "
+                "are used; save it without _use_new_zipfile_serialization=False"
+            )
 
 
 def check_description(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import s3tensor as s3
-from s3tensor.mask.packing import pack, unpack_mask
+from s3tensor.errors import PatternError
+from s3tensor.mask.packing import pack, unpack, unpack_mask
 from s3tensor.tensor import linear as paths
 from s3tensor.tensor import ops
 
@@ -210,3 +212,42 @@ def test_scratch_on_cuda_agrees_with_the_cpu_and_warns_once(pattern: str) -> Non
         ops.linear(*arguments)
     assert torch.equal(ops.unpack(values.cuda(), indices.cuda(), pattern, shape).cpu(), dense)
     torch.testing.assert_close(y.cpu(), F.linear(x, dense))  # float64: another order of sums
+
+
+# devices ----------------------------------------------------------------------------------------------
+
+
+def _calls_with_one_tensor_on_meta() -> dict[str, Callable[[], object]]:
+    dense, x, s3ops = torch.randn(8, 16), torch.randn(3, 16), torch.ops.s3tensor
+    mask = s3.project(dense, "2:4")
+    values, indices = ops.pack(dense, mask, "2:4")
+    meta = {"device": "meta"}
+    weight = s3.StructuredSparseTensor.from_dense(dense, "2:4")
+    int8 = s3.Int8SparseTensor.from_sparse(weight)
+    stored = None, "2:4", [8, 16], False
+    return {
+        "from_dense": lambda: s3.StructuredSparseTensor.from_dense(dense, "2:4", mask.to(**meta)),
+        "pack": lambda: ops.pack(dense.to(**meta), mask, "2:4"),
+        "gather": lambda: ops.gather(dense, indices.to(**meta), "2:4"),
+        "unpack": lambda: ops.unpack(values, indices.to(**meta), "2:4", [8, 16]),
+        "unpack_blocks": lambda: unpack(values, indices.to(**meta), weight.bound),
+        "add": lambda: weight + weight.to("meta"),
+        "linear": lambda: ops.linear(x, values, indices.to(**meta), *stored),
+        "linear_dense": lambda: ops.linear(x, values, indices, *stored, False, dense.to(**meta)),
+        "linear_int8": lambda: ops.linear_int8(
+            x, int8.packed, int8.indices.to(**meta), int8.scales, *stored
+        ),
+        "linear_group": lambda: s3ops.linear_group(
+            x, [values], [indices.to(**meta)], "2:4", [8], False
+        ),
+        "weight_linear": lambda: s3ops.weight_linear(x, dense.to(**meta), None),
+        "weight_linear_grad": lambda: s3ops.weight_linear_grad(x[:, :8], x.to(**meta), dense),
+    }
+
+
+@pytest.mark.parametrize("name", _calls_with_one_tensor_on_meta())
+def test_one_tensor_on_meta_is_refused_and_makes_no_result_of_uninitialised_memory(
+    name: str,
+) -> None:
+    with pytest.raises(PatternError, match="move them to one device"):
+        _calls_with_one_tensor_on_meta()[name]()
