@@ -13,6 +13,7 @@ from s3tensor.mask.projection import satisfies
 from s3tensor.model.linear import put_parameter
 from s3tensor.model.report import Report, table
 from s3tensor.model.weights import LayerFilter, ModelWeight, linear_layers
+from s3tensor.modes import neutral
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.sparse import StructuredSparseTensor
@@ -45,6 +46,7 @@ class SparsifyReport(Report[SparsifyRow]):
         return table([*lines, ("total", "", self.bytes_before, self.bytes_after, "bytes")])
 
 
+@neutral()
 def sparsify_(
     model: nn.Module, pattern: Pattern | str, filter_fn: LayerFilter | None = None
 ) -> SparsifyReport:
