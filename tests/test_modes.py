@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import _lru_cache_wrapper, cache
@@ -13,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import pruned, tiny, token_ids
+from tiny_models import logits, pruned, tiny, token_ids
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import s3tensor as s3
 from s3tensor import prune
 from s3tensor.evaluate.compare import compare
+from s3tensor.modes import neutral
 from s3tensor.tensor.base import Compressed
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -71,7 +74,7 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 @cache
 def base(kind: str) -> nn.Module:
-    return tiny(kind)
+    return pruned("llama") if kind == "pruned" else tiny(kind)
 
 
 def whole(kind: str = "llama", **options: Any) -> Callable[[Path], Any]:
@@ -135,6 +138,25 @@ def quantized(_: Path) -> Any:
     return s3.quantize_(model).after, model
 
 
+def cut(_: Path) -> Any:
+    model = copy.deepcopy(base("llama"))
+    return s3.compact(model, channels=0.5).parameters_after, model
+
+
+def parametrized(_: Path) -> Any:
+    """A state dict in training, and what another module reads from it."""
+    made = []
+    for mode in ("ste", "ste", "soft"):
+        linear = nn.Linear(64, 32, bias=False, device="cpu", dtype=torch.float32)
+        with torch.no_grad():
+            linear.weight.copy_(W)
+        sparse = s3.S3Sparse("2:4", mode=mode, transposable=mode == "ste")  # type: ignore[arg-type]
+        nn.utils.parametrize.register_parametrization(linear, "weight", sparse)
+        made.append(linear)
+    made[1].load_state_dict(made[0].state_dict())
+    return made
+
+
 def paper(_: Path) -> Any:
     weight = nn.Parameter(W.clone())
     scope = s3.ScopeSpec(s3.BlockSpec(weight, shape=(1, 1)), shape=(1, 4))
@@ -167,6 +189,8 @@ ENTRIES: dict[str, Callable[[Path], Any]] = {
     "prune_model, auto": whole(alpha="auto"),
     "sparsify_": sparsified,
     "finalize": trained,
+    "compact": cut,
+    "S3Sparse": parametrized,
     "quantize_": quantized,
     "save_pretrained": saved,
     "perplexity": lambda _: s3.perplexity(base("llama"), IDS, 12),
@@ -193,7 +217,7 @@ def content(value: Any) -> Any:
 def forget_caches() -> None:
     """So that what a mode could leave in them shows."""
     for found in gc.get_objects():
-        if isinstance(found, _lru_cache_wrapper) and found.__module__.startswith("s3tensor."):
+        if type(found) is _lru_cache_wrapper and found.__module__.startswith("s3tensor."):
             found.cache_clear()
 
 
@@ -204,14 +228,9 @@ def outside(entry: str, folder: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base("gpt2"), base("llama")
+    for kind in ("gpt2", "llama", "pruned"):
+        base(kind)
     return tmp_path_factory.mktemp("modes")
-
-
-@pytest.fixture(autouse=True)
-def _made(monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds = {"pruned": lambda: pruned("llama")}
-    monkeypatch.setitem(globals(), "tiny", lambda kind: kinds.get(kind, lambda: tiny(kind))())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -228,9 +247,106 @@ def test_a_mode_changes_nothing_and_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize(
-    "entry", sorted(set(ENTRIES) - {"transposable", "finalize", "StructuredOBS"})
+    "call",
+    [
+        *(lambda name=name: prune.PRUNERS[name](W, H, "2:4") for name in prune.PRUNERS),  # type: ignore[misc]
+        lambda: prune.refit(W, H, MASK),
+        lambda: s3.compute_hessian(X),
+        lambda: s3.Hessian(64).update(X),
+        lambda: s3.Factors(H),
+        lambda: s3.output_error(DENSE, X, H),
+        lambda: s3.project(W, "2:4"),
+        lambda: s3.satisfies(W, "2:4"),
+        lambda: s3.StructuredSparseTensor.from_dense(W, "2:4"),
+        lambda: s3.StructuredSparseTensor.from_dense(W, "2:4", MASK),
+        lambda: s3.llm.prune_model(base("llama"), [IDS], "2:4", progress=False),
+        lambda: s3.sparsify_(base("llama"), "2:4"),
+        lambda: s3.quantize_(base("pruned")),
+        lambda: s3.save_pretrained(base("pruned"), "nowhere"),
+        lambda: s3.verify(base("pruned")),
+        lambda: s3.perplexity(base("llama"), IDS, 12),
+        lambda: s3.llm.windows(COUNT, 3, 8),
+    ],
 )
-def test_inside_a_fake_tensor_mode_an_entry_says_so(entry: str, folder: Path) -> None:
-    outside(entry, folder)
+def test_inside_a_fake_tensor_mode_an_entry_says_so(call: Callable[[], Any]) -> None:
+    for kind in ("llama", "pruned"):
+        base(kind)
     with FakeTensorMode(), pytest.raises(s3.OptionError, match="FakeTensorMode is active"):
-        ENTRIES[entry](folder)
+        call()
+
+
+def test_the_modes_of_the_caller_are_back_afterwards_also_after_an_error() -> None:
+    def ambient() -> tuple[Any, ...]:
+        return (
+            torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+        )
+
+    here = ambient()
+    with (
+        MODES["autocast"](),
+        MODES["inference_mode"](),
+        MODES["default dtype bfloat16"](),
+        MODES["default device"](),
+    ):
+        before = ambient()
+        with contextlib.suppress(ZeroDivisionError), neutral():
+            assert ambient() == (False, False, *here[2:])
+            with torch.enable_grad(), neutral():
+                assert not torch.is_grad_enabled()
+            raise ZeroDivisionError
+        assert ambient() == before
+    assert ambient() == here
+
+
+def test_the_default_dtype_is_back_once_the_last_thread_has_left() -> None:
+    first, second = threading.Event(), threading.Event()
+
+    def late() -> None:
+        with neutral():
+            first.set()
+            assert second.wait(10)
+            assert torch.get_default_dtype() == torch.float32
+
+    with default_dtype(torch.bfloat16):
+        thread = threading.Thread(target=late)
+        thread.start()
+        assert first.wait(10)
+        with neutral():
+            assert torch.get_default_dtype() == torch.float32
+        assert torch.get_default_dtype() == torch.float32  # the other thread's
+        second.set()
+        thread.join()
+        assert torch.get_default_dtype() == torch.bfloat16
+
+
+def test_casts_that_autocast_keeps_are_dropped_where_weights_change() -> None:
+    model = copy.deepcopy(base("llama"))
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(input_ids=IDS).logits
+        s3.llm.prune_model(model, [IDS], "2:4", compress=False, progress=False)
+        found = model(input_ids=IDS).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(input_ids=IDS).logits, found)
+    assert not torch.equal(before, found)
+
+
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize("kind", ["llama, tied", "gpt2"])
+def test_a_model_of_inference_mode_is_pruned_to_the_same_bits(kind: str, compress: bool) -> None:
+    options: dict[str, Any] = {"compress": compress, "recover": 2, "progress": False}
+    plain = tiny(kind)
+    with torch.inference_mode():
+        model = copy.deepcopy(plain)
+        ids = IDS.clone()
+    assert all(parameter.is_inference() for parameter in model.parameters())
+    for each, tokens in ((plain, IDS), (model, ids)):
+        s3.llm.prune_model(each, [tokens], "2:4", **options)
+    assert content(model) == content(plain)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied  # in both kinds
+    assert torch.equal(logits(model), logits(plain))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from s3tensor.errors import ModelError
 from s3tensor.model.report import Report
 from s3tensor.model.weights import ModelWeight, model_weights
+from s3tensor.modes import neutral, ordinary_
 from s3tensor.paper import BlockCoupling, BlockSpec, ScopeSpec, View
 
 Kind = Literal["channels", "heads", "hidden"]
@@ -169,6 +170,7 @@ def units(model: nn.Module, kind: Kind) -> list[Unit]:
     return found
 
 
+@neutral()
 def compact(
     model: nn.Module,
     *,
@@ -209,6 +211,7 @@ def compact(
         ModelError: nothing to prune, a density out of range, or weights that cannot be cut. The model is
             then unchanged.
     """
+    ordinary_(model)
     wanted: dict[Kind, float | None] = {"channels": channels, "heads": heads, "hidden": hidden}
     found: dict[Kind, list[Unit]] = {}
     for kind, density in wanted.items():
@@ -244,7 +247,7 @@ def compact(
     problem = _describe(model, cuts, found)
     report = CompactReport(tuple(cuts), before, _parameters(model), problem)
     if problem:
-        warnings.warn(problem, stacklevel=2)
+        warnings.warn(problem, stacklevel=3)
     return report
 
 
