@@ -118,8 +118,8 @@ def prune_model(
     After an error or an interrupt every block is whole: finished, or dense as before.
 
     Warns:
-        UserWarning: recovery met NaN or Inf in a block, which stays as it was pruned; or there are fewer
-            calibration tokens than some linear has inputs.
+        UserWarning: recovery met NaN or Inf in a block, which stays as it was pruned; there are fewer
+            calibration tokens than some linear has inputs; or the model has adapters of peft.
     """
     arguments = locals()  # Plan.of takes the same ones
     start = time.perf_counter()
