@@ -16,7 +16,7 @@ class NonFiniteError(S3Error, ValueError):
 
 
 class OptionError(S3Error, ValueError):
-    """An option that is unknown, out of range, or at odds with another."""
+    """An option that is unknown, out of range, or at odds with another or with a mode of torch."""
 
 
 class ArgumentError(OptionError, TypeError):

@@ -23,7 +23,7 @@ if not KERNELS.is_dir():  # not a checkout: the installed place
 # Floors from the ground up. A room, which is a folder or a file of s3tensor/, imports rooms of lower floors.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "moved"),
-    ("files", "pattern"),
+    ("files", "modes", "pattern"),
     ("kernels",),
     ("mask", "text"),
     ("tensor",),

@@ -14,6 +14,7 @@ from s3tensor.errors import CalibrationError, NonFiniteError
 from s3tensor.evaluate.perplexity import next_token_logits
 from s3tensor.io.folder import unshared_state
 from s3tensor.io.pretrained import weight_bytes
+from s3tensor.modes import neutral
 from s3tensor.tensor.base import Compressed
 from s3tensor.text.text import check_tokens
 
@@ -33,7 +34,7 @@ class Side:
     agreement: float  # share of positions with the same most likely token
 
 
-@torch.no_grad()
+@neutral()
 def compare(
     models: Sequence[tuple[str, nn.Module]],
     token_ids: Tensor,  # (windows, tokens) int64

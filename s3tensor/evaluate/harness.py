@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from s3tensor.errors import CalibrationError, OptionError
+from s3tensor.modes import neutral
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,6 +61,7 @@ class TaskReport:
         return {"scores": [asdict(score) for score in self.scores], "settings": self.settings}
 
 
+@neutral()
 def evaluate_tasks(
     model: nn.Module,
     tokenizer: Any,

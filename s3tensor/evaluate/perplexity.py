@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3tensor.errors import CalibrationError, NonFiniteError
+from s3tensor.modes import neutral
 from s3tensor.text.text import check_tokens
 
 
-@torch.no_grad()
+@neutral()
 def perplexity(
     model: nn.Module,
     token_ids: Tensor,

@@ -32,6 +32,7 @@ from s3tensor.io.folder import (
 from s3tensor.io.folder import WEIGHTS as WEIGHTS
 from s3tensor.io.state import load_state, without_shared_storage
 from s3tensor.mask.projection import satisfies
+from s3tensor.modes import neutral
 from s3tensor.tensor.base import Compressed
 from s3tensor.train.parametrized import trained_weights
 
@@ -39,6 +40,7 @@ _LAYERS = 1000  # a config with so many is tried, however few the tensors: layer
 _BUFFERS = 2**30  # bytes beyond those of the files that a new model may compute
 
 
+@neutral()
 def load_model(
     source: str | Path,
     dtype: torch.dtype | str = "auto",
@@ -95,6 +97,7 @@ def load_model(
     return _on_device(model, device), tokenizer
 
 
+@neutral()
 def save_pretrained(
     model: nn.Module,
     directory: str | Path,
@@ -203,6 +206,7 @@ def _config_as_stored(model: nn.Module, entry: dict[str, Any] | None) -> Iterato
             model.hf_quantizer = quantizer
 
 
+@neutral()
 def from_pretrained(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     """The model that :func:`save_pretrained` wrote compressed, with compressed parameters.
 
@@ -304,6 +308,7 @@ def _take_parameters(model: nn.Module, state: Mapping[str, Tensor], folder: Path
     model.requires_grad_(False)
 
 
+@neutral()
 def verify(source: nn.Module | str | Path) -> list[tuple[str, str, float]]:
     """Check that every sparse weight of a model, or of a saved folder, satisfies its pattern.
 

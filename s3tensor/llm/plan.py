@@ -22,7 +22,7 @@ from s3tensor.llm.calibrate import check_batches, has_room
 from s3tensor.llm.recover import Recovery, shared_parameters
 from s3tensor.llm.resume import fingerprint, tokens_digest
 from s3tensor.llm.structure import Skipped, decoder_blocks, prunable_layers
-from s3tensor.model.weights import LayerFilter, ModelWeight
+from s3tensor.model.weights import ADAPTER, LayerFilter, ModelWeight
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
 
@@ -120,6 +120,12 @@ class Plan:
         if not any(block.layers for block in planned):
             reasons = sorted({s.reason for block in planned for s in block.skipped})
             raise ModelError(f"no linear of the model can be pruned to {wanted('')}: {reasons[0]}")
+        if any(s.reason == ADAPTER for block in planned for s in block.skipped):
+            warnings.warn(
+                "the adapters of peft in this model stay dense, and merging one makes the pruned weight "
+                "beside it dense again; to prune both together, call model.merge_and_unload() first",
+                stacklevel=3,  # the caller of prune_model
+            )
         given, unseen = list(calibration), list(held_out or ())
         given = check_batches(model, given)
         batches, splits = given, [list(range(len(given)))]

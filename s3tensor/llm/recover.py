@@ -164,7 +164,7 @@ def recover_block(
     """
     start = time.perf_counter()
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             leaves = _leaves(runner.block, masks, fixed, recovery.norms)
             tuning = _Tuning(runner, leaves, Sequences(runner, chunks, targets), recovery)
             before, after, steps = tuning.run(start, seconds, on_step)

@@ -33,6 +33,7 @@ from s3tensor.llm.resume import RunFolder
 from s3tensor.llm.structure import dense_again, on_device
 from s3tensor.model.linear import put_parameter
 from s3tensor.model.weights import LayerFilter, ModelWeight
+from s3tensor.modes import neutral, ordinary_
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.sparse import StructuredSparseTensor
@@ -117,15 +118,17 @@ def prune_model(
     After an error or an interrupt every block is whole: finished, or dense as before.
 
     Warns:
-        UserWarning: recovery met NaN or Inf in a block, which stays as it was pruned; or there are fewer
-            calibration tokens than some linear has inputs.
+        UserWarning: recovery met NaN or Inf in a block, which stays as it was pruned; there are fewer
+            calibration tokens than some linear has inputs; or the model has adapters of peft.
     """
     arguments = locals()  # Plan.of takes the same ones
     start = time.perf_counter()
-    plan = Plan.of(**arguments.pop("options"), **arguments)
-    planning = time.perf_counter() - start
-    report = run(plan)
-    report.seconds += planning
+    with neutral():
+        ordinary_(model)
+        plan = Plan.of(**arguments.pop("options"), **arguments)
+        planning = time.perf_counter() - start
+        report = run(plan)
+        report.seconds += planning
     return report
 
 

@@ -11,7 +11,13 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from s3tensor.errors import ModelError, PatternError
-from s3tensor.model.weights import LayerFilter, ModelWeight, is_linear
+from s3tensor.model.weights import (
+    ADAPTER,
+    LayerFilter,
+    ModelWeight,
+    adapter_parts,
+    is_linear,
+)
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
 
@@ -68,6 +74,7 @@ def prunable_layers(
     layers: list[ModelWeight] = []
     skipped: list[Skipped] = []
     inside: tuple[str, ...] = ()  # prefixes of what belongs to a linear: its parametrizations
+    adapters = adapter_parts(block)
     for name, module in block.named_modules():
         full = f"{prefix}.{name}" if name else prefix
         if is_linear(module):
@@ -75,15 +82,17 @@ def prunable_layers(
             layer = ModelWeight(full, module)
             wanted = pattern if isinstance(pattern, Pattern) else pattern(full)
             refusal = _refusal(layer, wanted, filter_fn)
+            if id(module) in adapters:
+                refusal = Skipped(full, ADAPTER)
             if refusal is None:
                 layers.append(layer)
             else:
                 skipped.append(refusal)
         elif not name.startswith(inside):
+            reason = f"a weight of {type(module).__name__}, which is not a linear"
+            reason = ADAPTER if id(module) in adapters else reason
             skipped.extend(
-                Skipped(
-                    f"{full}.{part}", f"a weight of {type(module).__name__}, which is not a linear"
-                )
+                Skipped(f"{full}.{part}", reason)
                 for part, weight in module.named_parameters(recurse=False)
                 if weight.ndim >= 2
             )

@@ -20,6 +20,7 @@ from torch import Tensor
 from s3tensor.errors import CheckpointError, PatternError
 from s3tensor.mask import backend
 from s3tensor.mask.projection import blocks_in, count, tile, top_blocks, untile
+from s3tensor.modes import neutral
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.pattern.layout import Layout, coalesce_together
 
@@ -230,6 +231,7 @@ def _is_sound(indices: Tensor, bound: BoundPattern) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
+@neutral()
 def _sound_bytes(bound: BoundPattern) -> Tensor:
     """The byte values whose scopes are all sound, (256,) bool, where a byte holds one or more scopes."""
     per_byte = 8 // bound.scope_bits

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from s3tensor.errors import NonFiniteError, PatternError
 from s3tensor.mask import backend
+from s3tensor.modes import check_real
 from s3tensor.pattern import BoundPattern, Pattern, coalesce
 
 # Up to this many competing blocks a rank count (n^2/2 compares of contiguous planes) beats a sort:
@@ -162,6 +163,7 @@ def _bind(pattern: Pattern | str, weight: Tensor) -> BoundPattern:
         raise TypeError(
             "complex weights have no order; project their real and imaginary parts one by one"
         )
+    check_real(weight)
     return Pattern.parse(pattern).bind(weight.shape)
 
 

@@ -13,6 +13,7 @@ from s3tensor.errors import NonFiniteError, PatternError
 from s3tensor.mask import backend
 from s3tensor.mask import projection as masks
 from s3tensor.mask.projection import run_length
+from s3tensor.modes import neutral
 from s3tensor.pattern import BoundPattern, Pattern
 
 _SIDE = 4
@@ -20,6 +21,7 @@ _TILES = 2**18  # tiles scored at once: 0.2 GB of sums
 
 
 @functools.lru_cache(maxsize=8)
+@neutral()
 def tile_masks(keep: int) -> Tensor:
     """Every mask with ``keep`` True in each row and column: (90, 4, 4) bool for 2, else (24, 4, 4)."""
     rows = [

@@ -18,6 +18,7 @@ from s3tensor.errors import ModelError
 from s3tensor.model.outputs import Outputs, difference_from_config
 from s3tensor.model.report import Report
 from s3tensor.model.units import Kind, Part, Unit, norm_eps, units
+from s3tensor.modes import neutral, ordinary_
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class CompactReport(Report[Cut]):
         return "\n".join(lines + [self.problem] * (not self.uniform))
 
 
+@neutral()
 def compact(
     model: nn.Module,
     *,
@@ -112,6 +114,7 @@ def compact(
             uses what would be cut in a way not known here, such as a norm over all heads. The model is then
             unchanged.
     """
+    ordinary_(model)
     wanted: dict[Kind, float | None] = {"channels": channels, "heads": heads, "hidden": hidden}
     found: dict[Kind, list[Unit]] = {}
     for kind, density in wanted.items():
@@ -141,7 +144,7 @@ def compact(
         raise
     report = CompactReport(tuple(cuts), before, _parameters(model), problem)
     if problem:
-        warnings.warn(problem, stacklevel=2)
+        warnings.warn(problem, stacklevel=3)
     return report
 
 

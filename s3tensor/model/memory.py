@@ -10,6 +10,7 @@ from torch import nn
 from s3tensor.errors import ModelError
 from s3tensor.model.report import Report
 from s3tensor.model.weights import model_weights
+from s3tensor.modes import neutral
 from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.sparse import StructuredSparseTensor
 
@@ -48,6 +49,7 @@ class MemoryReport(Report[MemoryRow]):
         )
 
 
+@neutral()
 def set_memory_(
     model: nn.Module, memory: Literal["lean", "fast"], batches: tuple[int, int] = (1, 4096)
 ) -> MemoryReport:

@@ -11,6 +11,7 @@ from torch import nn
 from s3tensor.errors import ModelError, OptionError
 from s3tensor.model.report import Report
 from s3tensor.model.weights import LayerFilter, ModelWeight, model_weights
+from s3tensor.modes import neutral
 from s3tensor.tensor.int8 import Int8SparseTensor
 from s3tensor.tensor.sparse import StructuredSparseTensor
 
@@ -49,6 +50,7 @@ class QuantizeReport(Report[QuantizeRow]):
         )
 
 
+@neutral()
 def quantize_(
     model: nn.Module,
     dtype: Literal["int8"] = "int8",

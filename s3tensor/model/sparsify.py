@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,14 @@ from s3tensor.errors import ModelError, NonFiniteError, PatternError
 from s3tensor.mask.projection import satisfies
 from s3tensor.model.linear import put_parameter
 from s3tensor.model.report import Report, table
-from s3tensor.model.weights import LayerFilter, ModelWeight, linear_layers
+from s3tensor.model.weights import (
+    ADAPTER,
+    LayerFilter,
+    ModelWeight,
+    adapter_parts,
+    linear_layers,
+)
+from s3tensor.modes import neutral
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.sparse import StructuredSparseTensor
@@ -45,6 +53,7 @@ class SparsifyReport(Report[SparsifyRow]):
         return table([*lines, ("total", "", self.bytes_before, self.bytes_after, "bytes")])
 
 
+@neutral()
 def sparsify_(
     model: nn.Module, pattern: Pattern | str, filter_fn: LayerFilter | None = None
 ) -> SparsifyReport:
@@ -76,7 +85,8 @@ def sparsify_(
     if not layers:
         raise ModelError(f"{type(model).__name__} has no linear layers to compress")
     chosen = names_chosen(layers, filter_fn)
-    reasons = {layer.name: reason_to_skip(layer, pattern, chosen) for layer in layers}
+    adapters = adapter_parts(model)
+    reasons = {layer.name: reason_to_skip(layer, pattern, chosen, adapters) for layer in layers}
     for layer in layers:
         if not reasons[layer.name] and not bool(torch.isfinite(layer.parameter).all()):
             raise NonFiniteError(
@@ -114,13 +124,18 @@ def names_chosen(layers: list[ModelWeight], filter_fn: LayerFilter | None) -> se
     return {layer.name for layer in layers if filter_fn(layer.module, layer.name)}
 
 
-def reason_to_skip(layer: ModelWeight, pattern: Pattern, chosen: set[str] | None) -> str:
+def reason_to_skip(
+    layer: ModelWeight, pattern: Pattern, chosen: set[str] | None, adapters: Set[int] = frozenset()
+) -> str:
     """Why a layer stays as it is, or an empty string.
 
     Args:
         chosen: the names of the layers that a filter takes, or None: all but output heads and weights
             that several modules share.
+        adapters: ids of modules that belong to adapters, see :func:`adapter_parts`.
     """
+    if id(layer.module) in adapters:
+        return ADAPTER
     if parametrize.is_parametrized(layer.module, "weight"):
         return "parametrized; call s3tensor.finalize"
     if isinstance(layer.parameter, Compressed):

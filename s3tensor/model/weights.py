@@ -132,6 +132,22 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+ADAPTER = "part of an adapter of peft, which stays dense"
+"""Why a linear of an adapter is skipped."""
+
+
+def adapter_parts(model: nn.Module) -> frozenset[int]:
+    """Ids of the modules inside adapters of peft (``lora_A``, ``lora_B``), but not the layers they adapt."""
+    # By the name of the base class, so that peft need not be imported, nor installed.
+    found = set[int]()
+    for layer in model.modules():
+        if any(kind.__name__ == "BaseTunerLayer" for kind in type(layer).__mro__):
+            for name, part in layer.named_children():
+                if name != "base_layer":
+                    found.update(map(id, part.modules()))
+    return frozenset(found)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """True for the ``Conv1D`` of transformers, a linear layer that stores its weight transposed."""
     # By the name of its class, or of the base that a parametrization gives it, and by its shape, so that

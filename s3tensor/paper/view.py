@@ -63,7 +63,7 @@ class View:
             raise PatternError(f"view of a parameter of shape {own.shape}: {error}") from None
         if not own.is_compact and (own, 0) != (layout, offset):
             # Memory between the parameter's own elements belongs to another tensor.
-            mine = torch.zeros(own.cosize, dtype=torch.bool)
+            mine = torch.zeros(own.cosize, dtype=torch.bool, device="cpu")
             torch.as_strided(mine, own.shape, own.stride).fill_(True)
             if not bool(torch.as_strided(mine, self.shape, self.stride, offset).all()):
                 raise PatternError(
@@ -401,7 +401,7 @@ def check_disjoint(views: Sequence[View]) -> None:
         for other_storage, other_start, other_stop, other in spans[:place]:
             if storage != other_storage or start >= other_stop or other_start >= stop:
                 continue
-            used = torch.zeros(max(stop, other_stop), dtype=torch.bool)
+            used = torch.zeros(max(stop, other_stop), dtype=torch.bool, device="cpu")
             torch.as_strided(used, other.shape, other.stride, other_start).fill_(True)
             if bool(torch.as_strided(used, view.shape, view.stride, start).any()):
                 raise PatternError(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from s3tensor.errors import PatternError, PrunerError
 from s3tensor.mask.projection import select
+from s3tensor.modes import neutral
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.prune.hessian import DAMP_ADMM, DAMP_EXACT, Factors
 from s3tensor.prune.linalg import (
@@ -317,6 +318,7 @@ def _best(
     return best
 
 
+@neutral()
 def refit(
     weight: Tensor,  # (M, K) any floating dtype: the dense weight
     hessian: Tensor | Factors | None,  # (K, K) X'X / N

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from s3tensor.errors import HessianError, NonFiniteError, NonFiniteHessianError
+from s3tensor.modes import neutral
 from s3tensor.prune.linalg import full_precision
 
 # Default damping, by use: the share of the mean diagonal of H added to the diagonal (docs/pruners.md).
@@ -48,6 +49,7 @@ class Hessian:
         self._sum: Tensor | None = None  # (K, K)
         self._cross: Tensor | None = None  # (K, K), rows are the dense model's inputs
 
+    @neutral()
     def update(
         self,
         x: Tensor,  # (..., in_features), any floating dtype
@@ -107,6 +109,7 @@ class Hessian:
         self.samples += len(rows)
         self.weight += len(rows) if weights is None else float(weights.sum(dtype=torch.float64))
 
+    @neutral()
     def merge(self, other: Hessian) -> None:
         """Add the tokens of another Hessian, which does not change.
 
@@ -139,6 +142,7 @@ class Hessian:
             self._cross = torch.zeros_like(self._sum) if cross else None
         return self._sum
 
+    @neutral()
     def value(self) -> Tensor:
         """``X'X / N`` (K, K), float32, symmetric to the last bit; with weights ``X'diag(w)X / sum(w)``.
 
@@ -155,6 +159,7 @@ class Hessian:
             )
         return value
 
+    @neutral()
     def cross(self) -> Tensor | None:
         """``X_dense'X / N`` (K, K), float32; None without dense inputs."""
         if self._cross is None:
@@ -201,6 +206,7 @@ def compute_hessian(
     return hessian.value()
 
 
+@neutral()
 def output_error(
     pruned: Tensor,  # (M, K)
     weight: Tensor,  # (M, K)
@@ -267,6 +273,7 @@ class Factors:
             by a factorisation, when the damped matrix is not positive definite.
     """
 
+    @neutral()
     def __init__(self, hessian: Tensor, damp: float = DAMP) -> None:
         _check_square(hessian, None)
         if isinstance(damp, str) or not 0.0 <= damp < math.inf:
@@ -301,6 +308,7 @@ class Factors:
         """``sqrt(diag)`` of the damped matrix (K,): Jacobi scaling."""
         return self.matrix.diagonal().sqrt()
 
+    @neutral()
     def to(self, dtype: torch.dtype, device: torch.device) -> Factors:
         """The same factors in a dtype on a device: itself when nothing changes, else a copy that is kept."""
         if (dtype, device) == (self.matrix.dtype, self.matrix.device):
@@ -322,6 +330,7 @@ class Factors:
         """A copy of (M, K) with the dead inputs' columns at zero; itself when no input is dead."""
         return columns.masked_fill(self.dead, 0.0) if self.has_dead else columns
 
+    @neutral()
     def inverse(self) -> Tensor:
         """The inverse of the damped matrix (K, K).
 
@@ -336,6 +345,7 @@ class Factors:
                 self._inverse = unit.mul_(unscale[:, None]).mul_(unscale)
         return self._inverse
 
+    @neutral()
     def solve(self, rows: Tensor) -> Tensor:
         """``rows`` (M, K) times the inverse, without forming it: for few rows a sixth of the work.
 
@@ -348,6 +358,7 @@ class Factors:
             found = torch.cholesky_solve((rows * unscale).T, lower)
         return found.T * unscale
 
+    @neutral()
     def inverse_cholesky(self, order: Tensor | None = None) -> Tensor:
         """Upper U (K, K) with ``inv(matrix) = U'U``, rows and columns in ``order`` (default: as they are).
 

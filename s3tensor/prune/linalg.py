@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from s3tensor.errors import HessianError
+from s3tensor.modes import neutral
 
 # Relative size of the preconditioned residual at which a row's refit has converged.
 _CONVERGED = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -28,10 +29,7 @@ def full_precision() -> Iterator[None]:
     The flags of the process are restored on leaving, also after an error.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast("cpu", enabled=False))
-        if torch.cuda.is_available():
-            stack.enter_context(torch.autocast("cuda", enabled=False))
+        stack.enter_context(neutral())
         stack.callback(_set_precision, _set_precision(None))
         yield
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from s3tensor.errors import PrunerError
+from s3tensor.modes import neutral
 from s3tensor.prune.problem import Pruned
 
 _Pruner = TypeVar("_Pruner", bound=Callable[..., Pruned])
@@ -23,7 +24,7 @@ Weights of the same inputs may then be stacked along dim 0 and pruned as one.
 
 
 def register(*, needs_hessian: bool = True, row_wise: bool = True) -> Callable[[_Pruner], _Pruner]:
-    """Register the decorated pruner under its own name.
+    """Register the decorated pruner under its own name; it runs in :func:`s3tensor.modes.neutral`.
 
     Args:
         needs_hessian: whether ``hessian=None`` is an error.
@@ -32,6 +33,7 @@ def register(*, needs_hessian: bool = True, row_wise: bool = True) -> Callable[[
 
     def add(pruner: _Pruner) -> _Pruner:
         name = pruner.__name__
+        pruner = neutral()(pruner)
         PRUNERS[name] = pruner
         for names, belongs in ((NEEDS_HESSIAN, needs_hessian), (ROW_WISE, row_wise)):
             (names.add if belongs else names.discard)(name)

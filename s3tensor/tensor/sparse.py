@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from s3tensor.errors import CheckpointError, OptionError, PatternError
+from s3tensor.modes import check_real
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.tensor import cusparselt, ops
 from s3tensor.tensor.base import Compressed, Facts, Rules, refusal, rules_for
@@ -246,6 +247,7 @@ def _check_dense(dense: Tensor) -> None:
             f"the weight is a {type(dense).__name__}; compress a plain tensor: its .dequantize(), or a "
             "DTensor's .to_local() or .full_tensor()"
         )
+    check_real(dense)
     if dense.layout != torch.strided:
         raise PatternError(f"the weight has layout {dense.layout}; call .to_dense() on it first")
     if dense.dtype not in DTYPES:

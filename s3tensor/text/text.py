@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from s3tensor.errors import CalibrationError
+from s3tensor.modes import neutral
 from s3tensor.text.files import read_texts
 from s3tensor.text.token_cache import cached
 
@@ -167,12 +168,14 @@ def _hub_text(source: str, part: str, documents: int) -> str:
     return text
 
 
+@neutral()
 def tokenize(text: str, tokenizer: Any) -> Tensor:
     """Token ids of a text, (tokens,) int64, without special tokens."""
     ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return torch.tensor(ids["input_ids"], dtype=torch.int64)
 
 
+@neutral()
 def windows(tokens: Tensor, samples: int, seq_len: int, seed: int = 0) -> Tensor:
     """``samples`` non-overlapping windows of ``seq_len`` tokens, (samples, seq_len), in a seeded order.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from s3tensor.errors import ModelError
+from s3tensor.modes import neutral
 from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.sparse import StructuredSparseTensor
 from s3tensor.train.parametrized import (
@@ -56,7 +57,7 @@ def finalize(module: nn.Module, compress: bool = True) -> nn.Module:
         _check_trained(weight)
     check_masks_not_shared(found)
     made: dict[int, list[nn.Parameter]] = {}  # by the identity of the dense original
-    with torch.inference_mode(False), torch.no_grad():
+    with neutral():
         ready = [(weight, _final(weight, compress, made)) for weight in found]
         for weight, parameter in ready:
             owner, name = weight.module, weight.attribute

@@ -100,7 +100,9 @@ class Masked(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """:meth:`facts` as bytes of JSON, uint8: a tensor, so that safetensors can hold it."""
-        return torch.tensor(list(json.dumps(self.facts()).encode()), dtype=torch.uint8)
+        return torch.tensor(
+            list(json.dumps(self.facts()).encode()), dtype=torch.uint8, device="cpu"
+        )
 
     def saved_facts(self, state: Tensor) -> dict[str, Any]:
         """The facts in an extra state; TypeError or ValueError if it is damaged."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,13 @@ from s3tensor.errors import ArgumentError, ModelError, NonFiniteError
 from s3tensor.mask.transposable import check as check_transposable
 from s3tensor.model.report import Report, table
 from s3tensor.model.sparsify import names_chosen, reason_to_skip
-from s3tensor.model.weights import LayerFilter, ModelWeight, linear_layers, model_weights
+from s3tensor.model.weights import (
+    LayerFilter,
+    ModelWeight,
+    adapter_parts,
+    linear_layers,
+    model_weights,
+)
 from s3tensor.paper import Scopes
 from s3tensor.pattern import Pattern
 from s3tensor.train.coupling import CoupledSparse, Coupling
@@ -117,7 +123,10 @@ def sparsify_training_(
     if not layers:
         raise ModelError(f"{type(model).__name__} has no {kind.__name__} layers for {pattern}")
     chosen = names_chosen(layers, filter_fn)
-    reasons = {layer.name: _reason_to_skip(layer, pattern, chosen, options) for layer in layers}
+    adapters = adapter_parts(model)
+    reasons = {
+        layer.name: _reason_to_skip(layer, pattern, chosen, adapters, options) for layer in layers
+    }
     rows = []
     made: dict[tuple[frozenset[str], bool], S3Sparse] = {}  # one where the weight is shared
     for layer in layers:
@@ -140,12 +149,16 @@ def sparsify_training_(
 
 
 def _reason_to_skip(
-    layer: ModelWeight, pattern: Pattern, chosen: set[str] | None, options: dict[str, Any]
+    layer: ModelWeight,
+    pattern: Pattern,
+    chosen: set[str] | None,
+    adapters: Set[int],
+    options: dict[str, Any],
 ) -> str:
     """Why a layer is not parametrized, or an empty string; one that is to be is checked."""
     if parametrize.is_parametrized(layer.module, "weight"):
         return "parametrized already"
-    reason = reason_to_skip(layer, pattern, chosen)
+    reason = reason_to_skip(layer, pattern, chosen, adapters)
     if reason:
         return reason
     if not (layer.parameter.is_meta or bool(torch.isfinite(layer.parameter).all())):

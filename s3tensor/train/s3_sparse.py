@@ -13,6 +13,7 @@ from s3tensor.errors import OptionError, PatternError
 from s3tensor.mask.projection import project, run_length
 from s3tensor.mask.transposable import check as check_transposable
 from s3tensor.mask.transposable import transposable, transposable_mask
+from s3tensor.modes import ordinary
 from s3tensor.pattern import BoundPattern, Pattern
 from s3tensor.tensor.base import Compressed
 from s3tensor.train.masked import (
@@ -165,7 +166,7 @@ class S3Sparse(Masked):
         else:
             mask = self.upright(magnitude_mask(dense, self._text, self._run, self._budget))
         if self.frozen:  # by freeze() without the weight
-            self.mask = mask = _outside_inference(mask.contiguous())
+            self.mask = mask = ordinary(mask.contiguous())
         return mask
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -237,7 +238,7 @@ class S3Sparse(Masked):
             self.mask = self._select(weight)
         if self.mode == "soft" and self.beta is None:
             mask = self.mask if self.mask is not None else self._select(weight)
-            self.beta = _outside_inference(self._scale(weight.detach(), mask))
+            self.beta = ordinary(self._scale(weight.detach(), mask))
         return weight
 
     @torch.no_grad()
@@ -299,7 +300,7 @@ class S3Sparse(Masked):
             return torch.empty(weight.shape, dtype=torch.bool, device="meta")
         choose = transposable if self.transposable else project
         mask = choose(self.upright(weight.detach()), pattern, scores)
-        return _outside_inference(self.upright(mask).contiguous())
+        return ordinary(self.upright(mask).contiguous())
 
     def advance(self, weight: Tensor) -> None:
         """Count one optimizer step, and refresh a held mask when it is due; ``s3tensor.step`` calls it.
@@ -459,14 +460,6 @@ class S3Sparse(Masked):
             parts.append(f"decay={self.decay:g}")
         flags = ("transposed", "transposable", "frozen")
         return ", ".join(parts + [flag for flag in flags if getattr(self, flag)])
-
-
-def _outside_inference(x: Tensor) -> Tensor:
-    """``x`` as an ordinary tensor: autograd refuses one made under ``torch.inference_mode``."""
-    if torch.compiler.is_compiling() or not x.is_inference():
-        return x
-    with torch.inference_mode(False):
-        return x.clone()
 
 
 def _pattern_and_options(facts: dict[str, Any]) -> str:

@@ -312,3 +312,63 @@ def test_an_adapter_without_masks_is_saved_and_loaded_as_by_peft_alone(tmp_path:
     again.save_pretrained(tmp_path / "again")
     assert "masked" not in (tmp_path / "again" / "adapter_config.json").read_text()
     assert pickle.loads(pickle.dumps(again.peft_config["default"])).r == 8
+
+
+# Models that have adapters before they are pruned -------------------------------------------------------
+
+
+def adapted_llama(kind: str = "LoraConfig") -> Any:
+    """A small Llama with adapters of peft beside some linears of its blocks."""
+    from tiny_models import tiny
+
+    random = {"init_lora_weights": False} if kind == "LoraConfig" else {"init_weights": False}
+    config = getattr(peft, kind)(r=4, target_modules=["q_proj", "up_proj", "down_proj"], **random)
+    return peft.get_peft_model(tiny("llama"), config).eval()
+
+
+def dense_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if "lora_" in name or "hada_" in name
+    }
+
+
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize("kind", ["LoraConfig", "LoHaConfig"])
+def test_pruning_a_model_with_adapters_leaves_them_as_they_are_and_says_so(
+    kind: str, compress: bool
+) -> None:
+    from tiny_models import token_ids
+
+    model = adapted_llama(kind)
+    before = dense_weights(model)
+    with pytest.warns(UserWarning, match="merge_and_unload"):
+        report = s3.llm.prune_model(
+            model, [token_ids()], "2:4", compress=compress, recover=2, progress=False
+        )
+    after = dense_weights(model)
+    assert before
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    names = {row.name.rpartition("layers.0.")[2] for row in report.linears}
+    assert {"mlp.up_proj.base_layer", "mlp.gate_proj"} <= names
+    assert not any("lora_" in row.name for row in report.linears)
+    reasons = {reason for name, reason in report.skipped if "lora_A" in name or "hada_" in name}
+    assert reasons == {"part of an adapter of peft, which stays dense"}
+    weight = model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight
+    assert s3.satisfies(weight.to_dense() if compress else weight, "2:4")
+    assert torch.isfinite(model(input_ids=token_ids()).logits).all()
+
+
+def test_what_changes_all_linears_of_a_model_leaves_adapters_out() -> None:
+    for act in (s3.sparsify_, s3.sparsify_training_):
+        model = adapted_llama()
+        before = dense_weights(model)
+        done = {row.name: (row.action, row.reason) for row in act(model, "2:4")}
+        of_adapters = {made for name, made in done.items() if "lora_" in name}
+        assert of_adapters == {("skipped", "part of an adapter of peft, which stays dense")}
+        assert all(torch.equal(x, before[name]) for name, x in dense_weights(model).items())
+        bases = [made for name, made in done.items() if name.endswith("base_layer")]
+        assert bases
+        assert all(action != "skipped" for action, _ in bases)
