@@ -12,7 +12,13 @@ from s3tensor.errors import ModelError, NonFiniteError, PatternError
 from s3tensor.mask.projection import satisfies
 from s3tensor.model.linear import put_parameter
 from s3tensor.model.report import Report, table
-from s3tensor.model.weights import LayerFilter, ModelWeight, linear_layers
+from s3tensor.model.weights import (
+    LayerFilter,
+    ModelWeight,
+    computed_by_hook,
+    linear_layers,
+    router_names,
+)
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.sparse import StructuredSparseTensor
@@ -59,8 +65,9 @@ def sparsify_(
         model: a module; its own weight counts too when it is a linear layer.
         pattern: a pattern or its string.
         filter_fn: ``filter_fn(module, name)`` is True for the layers to compress. By default all but
-            output heads (``lm_head`` and the like) and weights that several modules share. With a filter,
-            a shared weight is compressed once if every module that holds it is chosen, else skipped.
+            output heads (``lm_head`` and the like), routers of experts, and weights that several modules
+            share. With a filter, a shared weight is compressed once if every module that holds it is
+            chosen, else skipped.
 
     Returns:
         One row for each linear layer: what was done, bytes before and after, and why it was skipped.
@@ -76,7 +83,8 @@ def sparsify_(
     if not layers:
         raise ModelError(f"{type(model).__name__} has no linear layers to compress")
     chosen = names_chosen(layers, filter_fn)
-    reasons = {layer.name: reason_to_skip(layer, pattern, chosen) for layer in layers}
+    routers = router_names(model)
+    reasons = {layer.name: reason_to_skip(layer, pattern, chosen, routers) for layer in layers}
     for layer in layers:
         if not reasons[layer.name] and not bool(torch.isfinite(layer.parameter).all()):
             raise NonFiniteError(
@@ -114,21 +122,29 @@ def names_chosen(layers: list[ModelWeight], filter_fn: LayerFilter | None) -> se
     return {layer.name for layer in layers if filter_fn(layer.module, layer.name)}
 
 
-def reason_to_skip(layer: ModelWeight, pattern: Pattern, chosen: set[str] | None) -> str:
+def reason_to_skip(
+    layer: ModelWeight, pattern: Pattern, chosen: set[str] | None, routers: set[str]
+) -> str:
     """Why a layer stays as it is, or an empty string.
 
     Args:
-        chosen: the names of the layers that a filter takes, or None: all but output heads and weights
-            that several modules share.
+        chosen: the names of the layers that a filter takes, or None: all but output heads, routers and
+            weights that several modules share.
+        routers: names of layers, see :func:`s3tensor.model.weights.router_names`.
     """
     if parametrize.is_parametrized(layer.module, "weight"):
         return "parametrized; call s3tensor.finalize"
+    computed = computed_by_hook(layer.module)
+    if computed:
+        return computed
     if isinstance(layer.parameter, Compressed):
         return "compressed already"
     if chosen is not None and layer.name not in chosen:
         return "left out by the filter"
     if chosen is None and layer.name.rpartition(".")[2] in HEADS:
         return "output head"
+    if chosen is None and layer.name in routers:
+        return "a router"
     holders = {place.name for place in layer.places}
     if len(holders) > 1 and (chosen is None or not holders <= chosen):
         return f"shared with {', '.join(sorted(holders - {layer.name}))}"

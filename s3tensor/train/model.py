@@ -14,7 +14,13 @@ from s3tensor.errors import ArgumentError, ModelError, NonFiniteError
 from s3tensor.mask.transposable import check as check_transposable
 from s3tensor.model.report import Report, table
 from s3tensor.model.sparsify import names_chosen, reason_to_skip
-from s3tensor.model.weights import LayerFilter, ModelWeight, linear_layers, model_weights
+from s3tensor.model.weights import (
+    LayerFilter,
+    ModelWeight,
+    linear_layers,
+    model_weights,
+    router_names,
+)
 from s3tensor.paper import Scopes
 from s3tensor.pattern import Pattern
 from s3tensor.train.coupling import CoupledSparse, Coupling
@@ -78,8 +84,9 @@ def sparsify_training_(
         pattern: a pattern or its string; or :class:`s3tensor.ScopeSpec` and ``ScopeCoupling`` objects.
         mode: ``"fixed"``, ``"ste"``, ``"srste"`` or ``"soft"`` (which couplings do not have).
         filter_fn: ``filter_fn(module, name)`` is True for the layers to take. By default all but output
-            heads (``lm_head`` and the like) and weights that several modules share. With a filter, a shared
-            weight is taken if every module that holds it is chosen, under one S3Sparse, else skipped.
+            heads (``lm_head`` and the like), routers of experts, and weights that several modules share.
+            With a filter, a shared weight is taken if every module that holds it is chosen, under one
+            S3Sparse, else skipped.
         options: of :class:`s3tensor.S3Sparse`: refresh, score, schedule, decay, transposable. Of a
             coupling: keep, refresh, schedule, decay.
 
@@ -117,7 +124,10 @@ def sparsify_training_(
     if not layers:
         raise ModelError(f"{type(model).__name__} has no {kind.__name__} layers for {pattern}")
     chosen = names_chosen(layers, filter_fn)
-    reasons = {layer.name: _reason_to_skip(layer, pattern, chosen, options) for layer in layers}
+    routers = router_names(model)
+    reasons = {
+        layer.name: _reason_to_skip(layer, pattern, chosen, routers, options) for layer in layers
+    }
     rows = []
     made: dict[tuple[frozenset[str], bool], S3Sparse] = {}  # one where the weight is shared
     for layer in layers:
@@ -140,12 +150,16 @@ def sparsify_training_(
 
 
 def _reason_to_skip(
-    layer: ModelWeight, pattern: Pattern, chosen: set[str] | None, options: dict[str, Any]
+    layer: ModelWeight,
+    pattern: Pattern,
+    chosen: set[str] | None,
+    routers: set[str],
+    options: dict[str, Any],
 ) -> str:
     """Why a layer is not parametrized, or an empty string; one that is to be is checked."""
     if parametrize.is_parametrized(layer.module, "weight"):
         return "parametrized already"
-    reason = reason_to_skip(layer, pattern, chosen)
+    reason = reason_to_skip(layer, pattern, chosen, routers)
     if reason:
         return reason
     if not (layer.parameter.is_meta or bool(torch.isfinite(layer.parameter).all())):
