@@ -233,14 +233,14 @@ def mixed_budgets(
     calibration tokens and one of a block over a batch for each linear.
     """
     options = choices(pattern)
-    stream = [Chunk(chunk.hidden, chunk.extras) for chunk in chunks]
+    stream = [chunk.twin() for chunk in chunks]
     names: list[str] = []
     losses: list[list[float]] = []
     costs: list[list[int]] = []
     for runner, linears in zip(runners, layers, strict=True):
         with on_device(runner.block, runner.device):
             progress(runner.index, "sensitivity")
-            first = Chunk(stream[0].hidden, stream[0].extras)
+            first = stream[0].twin()
             for layer, hessian, factors in _dense_hessians(runner, linears, stream, damp):
                 names.append(layer.name)
                 costs.append([kept_weights(option, layer.shape) for option in options])
@@ -264,7 +264,7 @@ def _dense_hessians(
     whole = [True] * len(order)
     for chunk in stream:
         out, inputs = runner.layer_inputs(chunk, leaders, keep=True)
-        chunk.hidden = out.to(runner.cache)
+        runner.advance(chunk, out)
         for n, given in enumerate(inputs):
             whole[n] = whole[n] and given is not None
             if given is not None:

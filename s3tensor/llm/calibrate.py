@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+import copy
+from collections import UserDict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +15,7 @@ from torch import Tensor, nn
 from s3tensor.errors import CalibrationError, ModelError, NonFiniteError
 from s3tensor.text.text import check_tokens
 
-_PROBE_TOKENS = 16
-_Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # hidden states and the other arguments
+Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # hidden states and the other arguments
 
 
 def transfer_to_device(value: Any, device: torch.device | str) -> Any:
@@ -36,7 +37,24 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return [map_tensors(item, change) for item in value]
     if isinstance(value, dict):
         return {key: map_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, UserDict):
+        made = copy.copy(value)
+        made.data = map_tensors(value.data, change)
+        return made
     return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested containers, or among the attributes of another object, in their order."""
+    found: list[Tensor] = []
+
+    def look(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    known = isinstance(value, (Tensor, tuple, list, dict, UserDict))
+    map_tensors(value if known else getattr(value, "__dict__", None), look)
+    return found
 
 
 class _Caught(Exception):
@@ -170,40 +188,65 @@ class ModuleInputCatcher:
         return call
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Stands among a block's arguments for a container that blocks write to: shared keys and values."""
+
+    number: int
+
+
 @dataclass
 class Chunk:
     """One batch of calibration sequences on its way through the blocks."""
 
-    hidden: Tensor  # (batch, tokens, hidden), input of the next block, on the cache device
-    extras: list[tuple[tuple[Any, ...], dict[str, Any]]]  # for each block its other arguments
+    # Input of the next block, on the cache device: (batch, tokens, hidden), or with more dims.
+    hidden: Tensor
+    # For each block its other arguments; None for one that is not called.
+    extras: list[tuple[tuple[Any, ...], dict[str, Any]] | None]
+    tokens: int = 0  # in the batch; of the hidden states where these have one row for each
+    written: list[Any] = field(
+        default_factory=list
+    )  # the container of each slot, on the cache device
 
+    def __post_init__(self) -> None:
+        # Several rows for each token, as in Gemma 3n (streams, batch, tokens, hidden), have more dims.
+        if not self.tokens or self.hidden.ndim <= 3:
+            self.tokens = self.hidden.shape[:-1].numel()
 
-def catch_chunks(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    batches: Sequence[Tensor],  # of (batch, tokens), as :func:`check_batches` gives them
-    cache: torch.device | str,
-) -> list[Chunk]:
-    """Embed every batch and record what each block is called with besides hidden states.
+    def twin(self) -> Chunk:
+        """The same batch for another stream, which goes its own way from here."""
+        return Chunk(self.hidden, self.extras, self.tokens, list(self.written))
 
-    The blocks do not compute: each passes its input on, so that masks and position embeddings, which
-    may differ from block to block, are caught at the cost of the embedding alone. A few tokens are run
-    through the whole model first, to check that it is a chain of these blocks.
+    def advance(self, hidden: Tensor, copied: list[Any], first: list[Tensor]) -> None:
+        """Go past a block.
 
-    Raises:
-        ModelError: a model that does more than pass hidden states from block to block.
-        NonFiniteError: NaN or Inf in the embedding of a batch.
-    """
-    device = next(model.parameters()).device
-    tuples = _probe(model, blocks, batches[0][:1, :_PROBE_TOKENS].to(device))
-    chunks: list[Chunk] = []
-    pool = _Pool(cache)
-    for batch in batches:
-        calls = _caught(model, blocks, batch.to(device), tuples)
-        hidden = calls[0][0].to(cache)
-        check_finite(hidden, "the embedding of the calibration tokens")
-        chunks.append(Chunk(hidden, pool.keep([call[1:] for call in calls])))
-    return chunks
+        Args:
+            hidden: what the block returned.
+            copied: the containers that :meth:`call` gave, as the block left them.
+            first: the tensors that were in them before.
+        """
+        cache = self.hidden.device
+        self.hidden = hidden.to(cache)
+        # What the block left alone is not copied: equal tensors stay one for all batches.
+        known = {id(new): old for new, old in zip(first, tensors_in(self.written), strict=True)}
+        self.written = map_tensors(
+            copied, lambda x: known[id(x)] if id(x) in known else x.to(cache)
+        )
+
+    def call(
+        self, block: int, device: torch.device | str
+    ) -> tuple[tuple[Any, ...], dict[str, Any], list[Any]]:
+        """A block's other arguments on a device, and the containers among them: copies of this stream's."""
+        extras = self.extras[block]
+        assert extras is not None
+        args, kwargs = transfer_to_device(extras, device)
+        written = transfer_to_device(self.written, device)
+
+        def filled(value: Any) -> Any:
+            return written[value.number] if isinstance(value, Slot) else value
+
+        args = tuple(map(filled, args))
+        return args, {name: filled(value) for name, value in kwargs.items()}, written
 
 
 def check_batches(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
@@ -238,32 +281,14 @@ def _is_integer(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
-def _caught(
-    model: nn.Module, blocks: Sequence[nn.Module], batch: Tensor, tuples: Sequence[bool]
-) -> list[_Call]:
-    """What each block is called with when every block passes its hidden states on."""
-    with _passing_on(blocks, tuples), ModuleInputCatcher(blocks) as catcher, torch.no_grad():
-        catcher.run(model, input_ids=batch, use_cache=False)
-    return [_only_call(blocks, index, catcher.inputs[index]) for index in range(len(blocks))]
-
-
-def _only_call(blocks: Sequence[nn.Module], index: int, calls: list[Any]) -> _Call:
-    if len(calls) != 1:
-        raise ModelError(
-            f"block {index} ({type(blocks[index]).__name__}) is called {len(calls)} times for a "
-            "sequence, not once; such a model cannot be pruned block by block"
-        )
-    return split_hidden(*calls[0])
-
-
-def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """A block's hidden states and its other arguments; key-value caches are left out.
 
     Raises:
         ModelError: no tensor comes first, nor one named ``hidden_states``.
     """
-    kwargs = {name: value for name, value in kwargs.items() if not _is_cache(value)}
-    args = tuple(None if _is_cache(value) else value for value in args)
+    kwargs = {name: value for name, value in kwargs.items() if not is_cache(value)}
+    args = tuple(None if is_cache(value) else value for value in args)
     hidden = args[0] if args else kwargs.pop("hidden_states", None)
     if not isinstance(hidden, Tensor):
         raise ModelError(
@@ -273,45 +298,13 @@ def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
     return hidden, args[1:], kwargs
 
 
-def _is_cache(value: object) -> bool:
+def is_cache(value: object) -> bool:
     return any(cls.__name__ == "Cache" for cls in type(value).__mro__)
 
 
-@torch.no_grad()
-def _probe(model: nn.Module, blocks: Sequence[nn.Module], batch: Tensor) -> list[bool]:
-    """Whether each block returns a tuple, as in older models, or its hidden states alone.
-
-    Raises:
-        ModelError: a block that is given other hidden states than the block before it returned, or
-            arguments that depend on the blocks before it: these cannot be caught from blocks that do
-            not compute.
-    """
-    outs: list[Any] = []
-
-    def look(block: nn.Module, args: Any, out: Any) -> None:
-        outs.append(out)
-
-    with ExitStack() as hooks:
-        catcher = hooks.enter_context(ModuleInputCatcher(blocks, stop=False))
-        for block in blocks:
-            hooks.callback(block.register_forward_hook(look).remove)
-        model(input_ids=batch, use_cache=False)  # to its end, in case a block is called again
-    true = [_only_call(blocks, index, catcher.inputs[index]) for index in range(len(blocks))]
-    tuples = [isinstance(out, tuple) for out in outs]
-    caught = _caught(model, blocks, batch, tuples)
-    for index in range(len(blocks)):
-        chained = index == 0 or equal_arguments(true[index][0], hidden_of(outs[index - 1]))
-        if not chained or not equal_arguments(true[index][1:], caught[index][1:]):
-            raise ModelError(
-                f"block {index} ({type(blocks[index]).__name__}) is given more than the hidden states "
-                "of the block before it; such a model cannot be pruned block by block"
-            )
-    return tuples
-
-
-def hidden_of(out: Any) -> Tensor:
+def hidden_of(out: Any) -> Any:
     """The hidden states among what a block returned."""
-    return out[0] if isinstance(out, tuple) else out
+    return out[0] if isinstance(out, (tuple, list)) and out else out
 
 
 def equal_arguments(first: Any, second: Any) -> bool:
@@ -323,6 +316,8 @@ def equal_arguments(first: Any, second: Any) -> bool:
         if first.shape != second.shape:
             return False
         return bool(((first == second) | ((first != first) & (second != second))).all())
+    if isinstance(first, UserDict) and isinstance(second, UserDict):
+        first, second = first.data, second.data
     if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):
         return len(first) == len(second) and all(map(equal_arguments, first, second))
     if isinstance(first, dict) and isinstance(second, dict):
@@ -332,39 +327,6 @@ def equal_arguments(first: Any, second: Any) -> bool:
     return isinstance(first, Tensor) == isinstance(second, Tensor)
 
 
-class _Pool:
-    """Keeps arguments of blocks on a device, equal tensors once.
-
-    Blocks share masks and position embeddings, and so do batches of one length: a mask of 1024 x 1024
-    for each of 30 blocks and 128 batches would take 4 GB.
-    """
-
-    def __init__(self, device: torch.device | str) -> None:
-        self.device = device
-        self._kept: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-        # By id, which holding the first of the two keeps unique.
-        self._moved: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def keep(self, value: Any) -> Any:
-        """``value`` with its tensors on the device; a tensor equal to a kept one is replaced by that."""
-        self._moved.clear()
-        return map_tensors(value, self._one)
-
-    def _one(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self._moved:
-            self._moved[id(tensor)] = tensor, self._known(tensor.to(self.device))
-        return self._moved[id(tensor)][1]
-
-    def _known(self, tensor: Tensor) -> Tensor:
-        alike = self._kept.setdefault((tensor.shape, tensor.dtype), [])
-        for known in alike:
-            if torch.equal(known, tensor):
-                return known
-        if len(alike) < 8:  # with more, each is likely different, and comparing is wasted
-            alike.append(tensor)
-        return tensor
-
-
 def has_room(device: torch.device, nbytes: int, share: float) -> bool:
     """Whether so many bytes fit in a share of a GPU's free memory; False for other devices."""
     if device.type != "cuda":
@@ -372,26 +334,6 @@ def has_room(device: torch.device, nbytes: int, share: float) -> bool:
     free = torch.cuda.mem_get_info(device)[0]
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return nbytes <= share * (free + unused)
-
-
-@contextmanager
-def _passing_on(blocks: Sequence[nn.Module], tuples: Sequence[bool]) -> Iterator[None]:
-    """Make blocks return the hidden states that they are given, in a tuple if they return tuples."""
-
-    def passing(as_tuple: bool) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = split_hidden(args, kwargs)[0]
-            return (hidden,) if as_tuple else hidden
-
-        return forward
-
-    for block, as_tuple in zip(blocks, tuples, strict=True):
-        block.__dict__["forward"] = passing(as_tuple)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.__dict__["forward"]
 
 
 OnInput = Callable[
@@ -413,6 +355,14 @@ class BlockRunner:
         self.name = name  # in the model
         self.device = device
         self.cache = cache
+        # Of the last pass: its chunk, the containers that the block wrote to, the tensors in them before.
+        self._last: tuple[Chunk, list[Any], list[Tensor]] | None = None
+
+    def advance(self, chunk: Chunk, hidden: Tensor) -> None:
+        """Move a chunk past the block, of which the last pass, over this chunk, gave ``hidden``."""
+        assert self._last is not None and self._last[0] is chunk
+        chunk.advance(hidden, *self._last[1:])
+        self._last = None
 
     @torch.no_grad()
     def output(
@@ -427,7 +377,8 @@ class BlockRunner:
         Args:
             chunk: the block's input.
             layers: modules inside the block; at each of their calls, with their index here,
-            on_input: gets the input, or None where it does not hold every token (a routed expert), and
+            on_input: gets the input, or None where it holds neither every token (a routed expert) nor an
+                argument of the block, such as the states that cross-attention reads, and
             on_output: gets the output, and may return a tensor in its place.
 
         Raises:
@@ -491,13 +442,15 @@ class BlockRunner:
         on_input: OnInput | None = None,
         on_output: OnOutput | None = None,
     ) -> Tensor:
-        args, kwargs = transfer_to_device(chunk.extras[self.index], self.device)
+        args, kwargs, written = chunk.call(self.index, self.device)
+        self._last = chunk, written, tensors_in(written)
+        arguments = set(map(id, tensors_in([args, kwargs])))
         with ExitStack() as hooks:
             for index, layer in enumerate(layers):
 
                 def before(_: nn.Module, a: Any, k: Any, index: int = index) -> None:
                     assert on_input is not None
-                    on_input(index, _whole_input(a, k, chunk))
+                    on_input(index, _whole_input(a, k, chunk, arguments))
 
                 def after(_: nn.Module, a: Any, out: Any, index: int = index) -> Any:
                     assert on_output is not None
@@ -528,10 +481,17 @@ class BlockRunner:
         return f"{self.name}.{name}" if name else self.name
 
 
-def _whole_input(args: tuple[Any, ...], kwargs: dict[str, Any], chunk: Chunk) -> Tensor | None:
-    """The input of a call of a linear if it holds every token of the chunk."""
+def _whole_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], chunk: Chunk, arguments: set[int]
+) -> Tensor | None:
+    """The input of a call of a linear if it holds every token of the chunk, or is an argument, given by id.
+
+    An argument is the same in the dense and in the pruned model, so that its rows can be compared.
+    """
     given: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return given if given.shape[:-1].numel() == chunk.hidden.shape[:-1].numel() else None
+    rows = given.shape[:-1].numel()
+    whole = rows in (chunk.tokens, chunk.hidden.shape[:-1].numel())
+    return given if whole or id(given) in arguments else None
 
 
 def check_finite(x: Tensor, where: str) -> None:

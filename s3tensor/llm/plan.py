@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +21,14 @@ from s3tensor.llm.budgets import Budgets, parse_budgets, pattern_of
 from s3tensor.llm.calibrate import check_batches, has_room
 from s3tensor.llm.recover import Recovery, shared_parameters
 from s3tensor.llm.resume import fingerprint, tokens_digest
-from s3tensor.llm.structure import Skipped, decoder_blocks, prunable_layers
-from s3tensor.model.weights import ADAPTER, LayerFilter, ModelWeight
+from s3tensor.llm.structure import (
+    Outside,
+    Skipped,
+    decoder_blocks,
+    outside_blocks,
+    prunable_layers,
+)
+from s3tensor.model.weights import ADAPTER, LayerFilter, ModelWeight, model_weights
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
 
@@ -37,6 +43,9 @@ class BlockPlan:
     name: str  # full name in the model
     layers: list[ModelWeight]  # to prune
     skipped: list[Skipped]  # stay dense
+    tied: list[ModelWeight] = field(
+        default_factory=list
+    )  # share a weight that a block before prunes
 
     @property
     def weights(self) -> int:
@@ -50,6 +59,7 @@ class Plan:
 
     model: nn.Module
     blocks: list[BlockPlan]
+    outside: list[Outside]  # what stays as it is
     pattern: Pattern  # the one asked for
     patterns: Mapping[str, Pattern]  # of each linear, by full name
     mixed: bool  # the run allocates ``patterns`` first
@@ -116,7 +126,9 @@ class Plan:
         if on_misfit not in ("skip", "error"):
             raise OptionError(f"on_misfit={on_misfit!r} must be 'skip' or 'error'")
         _check_placed(model)
-        planned = _plan_blocks(chosen, prefix, wanted, filter_fn, on_misfit == "error")
+        planned = _plan_blocks(
+            model, list(found), count, prefix, wanted, filter_fn, on_misfit == "error"
+        )
         if not any(block.layers for block in planned):
             reasons = sorted({s.reason for block in planned for s in block.skipped})
             raise ModelError(f"no linear of the model can be pruned to {wanted('')}: {reasons[0]}")
@@ -146,6 +158,7 @@ class Plan:
         return cls(
             model=model,
             blocks=planned,
+            outside=outside_blocks(model, prefix, count),
             pattern=pattern,
             patterns={x.name: wanted(x.name) for block in planned for x in block.layers},
             mixed=budgets == "mixed",
@@ -214,30 +227,65 @@ def _check_placed(model: nn.Module) -> None:
 
 
 def _plan_blocks(
-    blocks: Sequence[nn.Module],
+    model: nn.Module,
+    listed: Sequence[nn.Module],
+    count: int,  # of the blocks to prune
     prefix: str,
     pattern: Callable[[str], Pattern],  # by the full name of a linear
     filter_fn: LayerFilter | None,
     refuse_misfits: bool,
 ) -> list[BlockPlan]:
     planned: list[BlockPlan] = []
-    owners: dict[int, str] = {}  # the first linear of each parameter, by id
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(listed[:count]):
         name = f"{prefix}.{index}"
         layers, skipped = prunable_layers(block, name, pattern, filter_fn)
         misfits = [s for s in skipped if s.misfit]
         if misfits and refuse_misfits:
             raise PatternError(f"{misfits[0].name}: {misfits[0].reason}")
-        own = []
-        for layer in layers:
-            owner = owners.setdefault(id(layer.module.weight), layer.name)
-            if owner == layer.name:
-                _check_weight(layer)
-                own.append(layer)
-            else:
-                skipped.append(Skipped(layer.name, f"it shares its weight with {owner}"))
-        planned.append(BlockPlan(block, name, own, skipped))
+        planned.append(BlockPlan(block, name, layers, skipped))
+    _plan_shared(model, planned, listed[count:])
+    for each in planned:
+        for layer in each.layers:
+            _check_weight(layer)
     return planned
+
+
+def _plan_shared(
+    model: nn.Module, blocks: Sequence[BlockPlan], others: Sequence[nn.Module]
+) -> None:
+    """Leave a shared weight to the first of its linears, or dense if not all its places are to be pruned."""
+    places = {id(weight.parameter): weight.places for weight in model_weights(model)}
+    elsewhere = {id(x) for block in others for x in block.parameters()}
+    chosen: dict[int, list[ModelWeight]] = {}
+    for block in blocks:
+        for layer in block.layers:
+            chosen.setdefault(id(layer.parameter), []).append(layer)
+    owners: dict[int, ModelWeight] = {}
+    for block in blocks:
+        own: list[ModelWeight] = []
+        for layer in block.layers:
+            key = id(layer.parameter)
+            taken = {(id(each.module), each.attribute, each.transposed) for each in chosen[key]}
+            outside = [
+                x.path
+                for x in places[key]
+                if (id(x.module), x.attribute, layer.transposed) not in taken
+            ]
+            if outside or key in elsewhere:
+                where = outside[0] if outside else "a later block"
+                reason = f"it shares its weight with {where}, which is not pruned"
+                block.skipped.append(Skipped(layer.name, reason))
+            elif key in owners:
+                reason = f"it shares its weight with {owners[key].name}"
+                block.skipped.append(Skipped(layer.name, reason))
+                block.tied.append(layer)
+            else:
+                sharing = tuple(x for x in places[key] if x.module is not layer.module)
+                owners[key] = replace(layer, sharing=sharing)
+                own.append(owners[key])
+        block.layers[:] = own
+        first = {id(layer.parameter) for layer in own}
+        block.tied[:] = [layer for layer in block.tied if id(layer.parameter) not in first]
 
 
 def _check_weight(layer: ModelWeight) -> None:

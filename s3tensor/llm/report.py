@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from s3tensor.files import write_atomically
+from s3tensor.llm.structure import Outside
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LINEARS_CSV = "linears.csv"
 BLOCKS_CSV = "blocks.csv"
+_SHOWN = 5  # parts outside the blocks that the text names, the largest ones
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class PruneReport:
         pattern: the one asked for; with budgets each linear's row has its own.
         linears: a row for each pruned linear.
         blocks: a row for each finished block.
-        skipped: ``(name, reason)`` of each weight that stayed dense.
+        skipped: ``(name, reason)`` of each weight in the blocks that stayed dense.
+        outside: the parts of the model outside the blocks, which stay as they are.
         seconds: wall-clock seconds of the run; of a resumed run, since it resumed.
         resumed: how many blocks came from an earlier, interrupted run.
     """
@@ -79,6 +82,7 @@ class PruneReport:
     linears: list[LinearRow] = field(default_factory=list)
     blocks: list[BlockRow] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    outside: list[Outside] = field(default_factory=list)
     seconds: float = 0.0
     resumed: int = 0
 
@@ -146,6 +150,7 @@ class PruneReport:
             "layers": len(self.linears),
             "blocks": len(self.blocks),
             "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
+            "outside": [asdict(part) for part in self.outside],
             "density": kept / weights if weights else 1.0,
             "median_error": errors[len(errors) // 2] if errors else None,
             "median_held_out_error": held[len(held) // 2] if held else None,
@@ -179,6 +184,11 @@ class PruneReport:
         for reason, names in by_reason.items():
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
             lines.append(f"left dense: {names[0]}{others}: {reason}")
+        if self.outside:
+            shown = sorted(self.outside, key=lambda part: -part.weights)[:_SHOWN]
+            parts = [f"{x.name} ({x.linears} linears, {x.weights:,} weights)" for x in shown]
+            parts += [f"{len(self.outside) - len(shown)} more"] * (len(self.outside) > len(shown))
+            lines.append(f"outside the blocks, left as they were: {', '.join(parts)}")
         return "\n".join(lines)
 
 

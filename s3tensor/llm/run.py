@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from s3tensor.errors import ModelError
 from s3tensor.files import locked
 from s3tensor.llm.budgets import (
     BUDGETS_JSON,
@@ -21,16 +22,17 @@ from s3tensor.llm.budgets import (
     mixed_budgets,
     save_budgets,
 )
-from s3tensor.llm.calibrate import BlockRunner, Chunk, catch_chunks
+from s3tensor.llm.calibrate import BlockRunner, Chunk
+from s3tensor.llm.chain import catch_chunks
 from s3tensor.llm.group import prune_group, short_names
 from s3tensor.llm.moments import Moments, input_moments
-from s3tensor.llm.plan import Plan
+from s3tensor.llm.plan import BlockPlan, Plan
 from s3tensor.llm.progress import PruneProgress
 from s3tensor.llm.recover import Recovered, Recovery, Target, recover_block
 from s3tensor.llm.report import BlockRow, LinearRow, PeakMemory, PruneReport
 from s3tensor.llm.residual import writer_moments, writers
 from s3tensor.llm.resume import RunFolder
-from s3tensor.llm.structure import dense_again, on_device
+from s3tensor.llm.structure import dense_again, on_device, uncompiled, with_weights
 from s3tensor.model.linear import put_parameter
 from s3tensor.model.weights import LayerFilter, ModelWeight
 from s3tensor.modes import neutral, ordinary_
@@ -38,7 +40,10 @@ from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
 from s3tensor.tensor.sparse import StructuredSparseTensor
 
-_ROUTED = "it does not see every token of a sequence (never called, or routed)"
+_ROUTED = (
+    "it does not see every token of a sequence (never called, routed, or with inputs of its own)"
+)
+_NOT_CALLED = "the calibration sequences do not call its block"
 
 
 def prune_model(
@@ -105,7 +110,8 @@ def prune_model(
         The report, with a row for each linear and each block.
 
     Raises:
-        ModelError: no decoder blocks, nothing to prune in them, or blocks that do not form a chain.
+        ModelError: no decoder blocks, a model that does not run on token ids alone, blocks that do not form
+            a chain, or no linear in them that can be pruned, with the reasons.
         OptionError: an option out of range; PrunerError for those of pruners and recovery.
         TypeError: an option that the pruner does not have.
         PatternError: a misfit under ``on_misfit="error"``, or impossible budgets.
@@ -145,17 +151,22 @@ class _Streams:
         """At the input of the first block."""
         blocks = [block.module for block in plan.blocks]
         pruned = catch_chunks(plan.model, blocks, plan.batches, plan.cache)
-        dense = [Chunk(chunk.hidden, chunk.extras) for chunk in pruned]
+        dense = [chunk.twin() for chunk in pruned]
         if not plan.held_out:
             return cls(pruned, dense)
         return cls(pruned, dense, catch_chunks(plan.model, blocks, plan.held_out, plan.cache))
+
+    def calls(self, runner: BlockRunner) -> bool:
+        """Whether the tokens pass through a block."""
+        return self.pruned[0].extras[runner.index] is not None
 
 
 def run(plan: Plan) -> PruneReport:
     """Prune the model of a plan, in place; see :func:`prune_model` for errors and warnings."""
     start = time.perf_counter()
-    report = PruneReport(str(plan.pattern), plan.pruner)
+    report = PruneReport(str(plan.pattern), plan.pruner, outside=list(plan.outside))
     with ExitStack() as stack:
+        stack.enter_context(uncompiled(plan.model))
         stack.callback(plan.model.train, plan.model.training)
         plan.model.eval()
         folder = None
@@ -169,13 +180,22 @@ def run(plan: Plan) -> PruneReport:
             for index, block in enumerate(plan.blocks)
         ]
         streams = _Streams.of(plan)
+        originals: dict[
+            int, Tensor
+        ] = {}  # dense weights that a later block shares, by id of its module
         if plan.mixed:
             mixed = _mixed_budgets(plan, runners, streams, folder, bar)
             plan = replace(plan, patterns={**plan.patterns, **mixed})
         for runner, block in zip(runners, plan.blocks, strict=True):
+            report.skipped.extend((s.name, s.reason) for s in block.skipped)
+            if not streams.calls(runner):
+                report.skipped.extend((x.name, _NOT_CALLED) for x in block.layers)
+                bar.skip(block.weights)
+                continue
+            _keep_originals(block, plan.blocks, originals)
             with on_device(runner.block, plan.device):
                 if folder is not None and folder.finished(runner.index):
-                    row, linears = _replay(runner, streams, folder)
+                    row, linears = _replay(runner, block, streams, folder, originals)
                     bar.resumed(block.weights)
                     report.resumed += 1
                 else:
@@ -183,18 +203,43 @@ def run(plan: Plan) -> PruneReport:
                     seconds = _seconds_left(plan.recovery, report.blocks, left)
                     with dense_again(runner.block, block.layers):
                         row, linears = _prune_block(
-                            runner, block.layers, streams, plan, bar, seconds
+                            runner, block, streams, plan, bar, seconds, originals
                         )
                     if folder is not None:
                         folder.save(runner.index, runner.block, row, linears)
                     bar.block(row)
             report.blocks.append(row)
             report.linears.extend(linears)
-            report.skipped.extend((s.name, s.reason) for s in block.skipped)
             pruned = {linear.name for linear in linears}
             report.skipped.extend((x.name, _ROUTED) for x in block.layers if x.name not in pruned)
+    if not report.linears:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in _examples(report.skipped))
+        raise ModelError(f"no linear of the model was pruned, which stays as it was ({reasons})")
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _examples(skipped: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+    """The first weight that was skipped for each reason."""
+    first: dict[str, str] = {}
+    for name, reason in skipped:
+        first.setdefault(reason, name)
+    return ((name, reason) for reason, name in first.items())
+
+
+def _keep_originals(
+    block: BlockPlan, blocks: Sequence[BlockPlan], originals: dict[int, Tensor]
+) -> None:
+    """Keep, on the CPU, the weights of a block that is still dense which later blocks share."""
+    own = {id(layer.parameter): layer for layer in block.layers}
+    copies: dict[int, Tensor] = {}
+    for later in blocks:
+        for tied in later.tied:
+            key = id(tied.parameter)
+            if key in own:
+                if key not in copies:
+                    copies[key] = own[key].parameter.detach().to("cpu", copy=True)
+                originals[id(tied.module)] = copies[key]
 
 
 def _mixed_budgets(
@@ -208,7 +253,8 @@ def _mixed_budgets(
     file = None if folder is None else folder.folder / BUDGETS_JSON
     if folder is not None and file is not None and folder.resumes and file.is_file():
         return load_budgets(file)
-    layers = [block.layers for block in plan.blocks]
+    called = [(r, b.layers) for r, b in zip(runners, plan.blocks, strict=True) if streams.calls(r)]
+    runners, layers = [runner for runner, _ in called], [each for _, each in called]
     mixed = mixed_budgets(
         plan.pattern, runners, layers, streams.pruned, plan.coefficients.damp, bar.doing
     )
@@ -218,12 +264,17 @@ def _mixed_budgets(
 
 
 def _replay(
-    runner: BlockRunner, streams: _Streams, folder: RunFolder
+    runner: BlockRunner,
+    block: BlockPlan,
+    streams: _Streams,
+    folder: RunFolder,
+    originals: Mapping[int, Tensor],
 ) -> tuple[BlockRow, list[LinearRow]]:
     """Take a finished block from disk and move all streams past it."""
     state, row, linears = folder.load(runner.index, runner.block)
-    for chunk in streams.dense:
-        chunk.hidden = runner.output(chunk).to(runner.cache)
+    with with_weights(block.tied, originals):
+        for chunk in streams.dense:
+            runner.advance(chunk, runner.output(chunk))
     # As in the run that wrote it, the pruned stream passes through dense weights: the same products
     # in the same order give the same bits.
     with torch.no_grad():
@@ -232,30 +283,38 @@ def _replay(
             unpack = isinstance(found, Compressed) and not isinstance(tensor, Compressed)
             tensor.copy_(found.to_dense() if unpack else found)
     for chunk in (*streams.pruned, *streams.held_out):
-        chunk.hidden = runner.output(chunk).to(runner.cache)
+        runner.advance(chunk, runner.output(chunk))
+    shared = {id(layer.module) for layer in block.tied}
     for name, tensor in state.items():
         if isinstance(tensor, Compressed):
             owner, _, attribute = name.rpartition(".")
             parameter = nn.Parameter(tensor.to(runner.device), requires_grad=False)
-            put_parameter(runner.block.get_submodule(owner), attribute, parameter)
+            module = runner.block.get_submodule(owner)
+            if id(module) not in shared:  # compressed already, with the block that was pruned
+                put_parameter(module, attribute, parameter)
+    for layer in block.layers:
+        layer.replace(layer.parameter)
     return row, linears
 
 
 def _prune_block(
     runner: BlockRunner,
-    layers: Sequence[ModelWeight],
+    block: BlockPlan,
     streams: _Streams,
     plan: Plan,
     bar: PruneProgress,
     seconds: float | None,  # for its recovery
+    originals: Mapping[int, Tensor],  # dense weights that it shares with blocks before it
 ) -> tuple[BlockRow, list[LinearRow]]:
+    layers = block.layers
     start = time.perf_counter()
     memory = PeakMemory(plan.device)
     bar.doing(runner.index, "dense pass")
-    groups = _dense_pass(runner, layers, streams, plan)
-    targets = (
-        [] if plan.recovery is None else _recovery_targets(runner, streams, plan.recovery.target)
-    )
+    with with_weights(block.tied, originals):
+        groups = _dense_pass(runner, layers, streams, plan)
+        targets: list[Tensor] = []
+        if plan.recovery is not None:
+            targets = _recovery_targets(runner, streams, plan.recovery.target)
     rows: list[LinearRow] = []
     masks: list[tuple[ModelWeight, Tensor]] = []
     writing: list[int] = []
@@ -295,7 +354,8 @@ def _prune_block(
     if plan.compress:
         for layer, mask in masks:
             pattern = plan.patterns[layer.name]
-            layer.set_weight(StructuredSparseTensor.from_dense(layer.weight, pattern, mask))
+            packed = StructuredSparseTensor.from_dense(layer.weight, pattern, mask)
+            layer.replace(nn.Parameter(layer.upright(packed), requires_grad=False))
     row = BlockRow(
         block=runner.index,
         linears=len(rows),
@@ -329,7 +389,7 @@ def _dense_pass(
     inputs: list[list[Tensor | None]] = [[] for _ in groups]
     for chunk in streams.dense:
         out, given = runner.layer_inputs(chunk, leaders, keep=plan.dense_target)
-        chunk.hidden = out.to(runner.cache)
+        runner.advance(chunk, out)
         for kept, x in zip(inputs, given, strict=True):
             kept.append(x)
     return [
@@ -390,9 +450,9 @@ def _advance(runner: BlockRunner, streams: _Streams) -> float:
         expected = dense.hidden.to(out.device, torch.float32)
         lost += float((out.float() - expected).square().sum(dtype=torch.float64))
         total += float(expected.square().sum(dtype=torch.float64))
-        chunk.hidden = out.to(runner.cache)
+        runner.advance(chunk, out)
     for chunk in streams.held_out:
-        chunk.hidden = runner.output(chunk).to(runner.cache)
+        runner.advance(chunk, runner.output(chunk))
     if total == 0:
         return 0.0 if lost == 0 else math.inf
     return math.sqrt(lost / total)

@@ -62,7 +62,7 @@ class Sequences:
             shape = chunk.hidden.shape
             if shape not in splits:
                 splits[shape] = shape[0] > 1 and self._may_split(chunk)
-            call = chunk.extras[runner.index]
+            call = chunk.call(runner.index, runner.cache)[:2]
             parts = range(shape[0]) if splits[shape] else (slice(None),)
             for part in parts:
                 one = slice(part, part + 1) if isinstance(part, int) else part
@@ -107,7 +107,7 @@ class Sequences:
         return self._run(hidden, self._call(self._rows[rows[0]].kind), weights)
 
     def _run(self, hidden: Tensor, call: Any, weights: Mapping[str, Tensor]) -> Tensor:
-        args, kwargs = call
+        args, kwargs = map_tensors(call, lambda x: x)  # containers that the block may write to
         return hidden_of(functional_call(self.runner.block, dict(weights), (hidden, *args), kwargs))
 
     def _add(self, hidden: Tensor, target: Tensor, call: Any) -> None:
@@ -143,7 +143,7 @@ class Sequences:
 
     def _may_split(self, chunk: Chunk) -> bool:
         """Whether the first and the last sequence of a batch give the same output alone."""
-        whole, size = chunk.extras[self.runner.index], len(chunk.hidden)
+        whole, size = chunk.call(self.runner.index, self.runner.cache)[:2], len(chunk.hidden)
 
         def run(hidden: Tensor, call: Any) -> Tensor:
             there = hidden.to(self.runner.device, copy=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from s3tensor.errors import ModelError, PatternError
@@ -16,7 +16,9 @@ from s3tensor.model.weights import (
     LayerFilter,
     ModelWeight,
     adapter_parts,
+    computed_by_hook,
     is_linear,
+    router_names,
 )
 from s3tensor.pattern import Pattern
 from s3tensor.tensor.base import Compressed
@@ -75,13 +77,14 @@ def prunable_layers(
     skipped: list[Skipped] = []
     inside: tuple[str, ...] = ()  # prefixes of what belongs to a linear: its parametrizations
     adapters = adapter_parts(block)
+    routers = router_names(block)
     for name, module in block.named_modules():
         full = f"{prefix}.{name}" if name else prefix
         if is_linear(module):
             inside += (f"{name}.",)
             layer = ModelWeight(full, module)
             wanted = pattern if isinstance(pattern, Pattern) else pattern(full)
-            refusal = _refusal(layer, wanted, filter_fn)
+            refusal = _refusal(layer, wanted, filter_fn, name in routers)
             if id(module) in adapters:
                 refusal = Skipped(full, ADAPTER)
             if refusal is None:
@@ -99,12 +102,19 @@ def prunable_layers(
     return layers, skipped
 
 
-def _refusal(layer: ModelWeight, pattern: Pattern, filter_fn: LayerFilter | None) -> Skipped | None:
+def _refusal(
+    layer: ModelWeight, pattern: Pattern, filter_fn: LayerFilter | None, router: bool
+) -> Skipped | None:
     """Why a linear stays dense, or None."""
     if filter_fn is not None and not filter_fn(layer.module, layer.name):
         return Skipped(layer.name, "left out by the filter")
     if is_parametrized(layer.module, "weight"):
         return Skipped(layer.name, "its weight has a parametrization; call s3tensor.finalize first")
+    computed = computed_by_hook(layer.module)
+    if computed:
+        return Skipped(layer.name, computed)
+    if router:
+        return Skipped(layer.name, "it is a router")
     if not layer.weight.is_floating_point():
         return Skipped(layer.name, f"its weight is {layer.weight.dtype}, a quantized one")
     try:
@@ -112,6 +122,84 @@ def _refusal(layer: ModelWeight, pattern: Pattern, filter_fn: LayerFilter | None
     except PatternError as error:
         return Skipped(layer.name, str(error), misfit=True)
     return None
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A part of a model outside the blocks to prune, which stays as it is."""
+
+    name: str
+    linears: int
+    weights: int  # elements of its matrices, without those that a part before it shares
+
+
+def outside_blocks(model: nn.Module, prefix: str, count: int) -> list[Outside]:
+    """The parts of a model with matrices, outside the first ``count`` blocks of the list at ``prefix``."""
+    found: list[Outside] = []
+    path_to = prefix.split(".") if prefix else []
+    listed = model.get_submodule(prefix)
+    assert isinstance(listed, nn.ModuleList)
+    seen = {id(x) for block in listed[:count] for x in block.parameters()}
+
+    def add(name: str, parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module]) -> None:
+        own = {id(x): x for x in parameters if x.ndim >= 2 and id(x) not in seen}
+        seen.update(own)
+        if own:
+            weights = sum(x.shape.numel() for x in own.values())
+            found.append(Outside(name, sum(map(is_linear, modules)), weights))
+
+    module: nn.Module = model
+    for depth, part in enumerate([*path_to, None]):
+        path = path_to[:depth]
+        for name, parameter in module.named_parameters(recurse=False):
+            add(".".join([*path, name]), [parameter], [])
+        if part is None:
+            rest = listed[count:]
+            numbers = f"{count}" if len(rest) == 1 else f"{count}-{count + len(rest) - 1}"
+            add(".".join([*path, numbers]), rest.parameters(), rest.modules())
+            break
+        for name, child in module.named_children():
+            if name != part:
+                add(".".join([*path, name]), child.parameters(), child.modules())
+        module = module.get_submodule(part)
+    return found
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Modules that ``torch.compile`` compiled run as they were, until the exit.
+
+    Compiled code does not call hooks that were registered after it.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            state = module.__dict__
+            # Of module.compile(), of torch.compile(module), and of module.forward = torch.compile(...).
+            wrapped = module._modules.get("_orig_mod") if "dynamo_ctx" in state else None
+            plain = wrapped or getattr(state.get("forward"), "_torchdynamo_orig_callable", None)
+            if plain is not None:
+                stack.callback(state.__setitem__, "forward", state["forward"])
+                state["forward"] = plain
+            if state.get("_compiled_call_impl") is not None:
+                stack.callback(
+                    state.__setitem__, "_compiled_call_impl", state["_compiled_call_impl"]
+                )
+                state["_compiled_call_impl"] = None
+        yield
+
+
+@contextmanager
+def with_weights(layers: Sequence[ModelWeight], weights: Mapping[int, Tensor]) -> Iterator[None]:
+    """Other weights, by id of module and as they are stored, in the own places of layers, until the exit."""
+    held = [(layer, layer.parameter) for layer in layers]
+    for layer, parameter in held:
+        other = weights[id(layer.module)].to(parameter.device)
+        setattr(layer.module, layer.attribute, nn.Parameter(other, requires_grad=False))
+    try:
+        yield
+    finally:
+        for layer, parameter in held:
+            setattr(layer.module, layer.attribute, parameter)
 
 
 @contextmanager
@@ -128,7 +216,7 @@ def on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
 @contextmanager
 def dense_again(block: nn.Module, layers: list[ModelWeight]) -> Iterator[None]:
     """Restore a block's parameters and buffers if anything raises."""
-    held = [(layer.module, layer.module.weight) for layer in layers]
+    held = [(layer, layer.parameter) for layer in layers]
     plain = (
         x
         for x in (*block.parameters(), *block.buffers())
@@ -138,8 +226,8 @@ def dense_again(block: nn.Module, layers: list[ModelWeight]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for module, weight in held:
-            module.weight = weight
+        for layer, weight in held:
+            layer.replace(weight)
         with torch.no_grad():
             for tensor, value in values:
                 tensor.copy_(value)

@@ -18,7 +18,9 @@ from s3tensor.model.weights import (
     LayerFilter,
     ModelWeight,
     adapter_parts,
+    computed_by_hook,
     linear_layers,
+    router_names,
 )
 from s3tensor.modes import neutral
 from s3tensor.pattern import Pattern
@@ -68,8 +70,9 @@ def sparsify_(
         model: a module; its own weight counts too when it is a linear layer.
         pattern: a pattern or its string.
         filter_fn: ``filter_fn(module, name)`` is True for the layers to compress. By default all but
-            output heads (``lm_head`` and the like) and weights that several modules share. With a filter,
-            a shared weight is compressed once if every module that holds it is chosen, else skipped.
+            output heads (``lm_head`` and the like), routers of experts, and weights that several modules
+            share. With a filter, a shared weight is compressed once if every module that holds it is
+            chosen, else skipped.
 
     Returns:
         One row for each linear layer: what was done, bytes before and after, and why it was skipped.
@@ -85,8 +88,10 @@ def sparsify_(
     if not layers:
         raise ModelError(f"{type(model).__name__} has no linear layers to compress")
     chosen = names_chosen(layers, filter_fn)
-    adapters = adapter_parts(model)
-    reasons = {layer.name: reason_to_skip(layer, pattern, chosen, adapters) for layer in layers}
+    adapters, routers = adapter_parts(model), router_names(model)
+    reasons = {
+        layer.name: reason_to_skip(layer, pattern, chosen, routers, adapters) for layer in layers
+    }
     for layer in layers:
         if not reasons[layer.name] and not bool(torch.isfinite(layer.parameter).all()):
             raise NonFiniteError(
@@ -125,25 +130,35 @@ def names_chosen(layers: list[ModelWeight], filter_fn: LayerFilter | None) -> se
 
 
 def reason_to_skip(
-    layer: ModelWeight, pattern: Pattern, chosen: set[str] | None, adapters: Set[int] = frozenset()
+    layer: ModelWeight,
+    pattern: Pattern,
+    chosen: set[str] | None,
+    routers: set[str],
+    adapters: Set[int],
 ) -> str:
     """Why a layer stays as it is, or an empty string.
 
     Args:
-        chosen: the names of the layers that a filter takes, or None: all but output heads and weights
-            that several modules share.
+        chosen: the names of the layers that a filter takes, or None: all but output heads, routers and
+            weights that several modules share.
+        routers: names of layers, see :func:`s3tensor.model.weights.router_names`.
         adapters: ids of modules that belong to adapters, see :func:`adapter_parts`.
     """
     if id(layer.module) in adapters:
         return ADAPTER
     if parametrize.is_parametrized(layer.module, "weight"):
         return "parametrized; call s3tensor.finalize"
+    computed = computed_by_hook(layer.module)
+    if computed:
+        return computed
     if isinstance(layer.parameter, Compressed):
         return "compressed already"
     if chosen is not None and layer.name not in chosen:
         return "left out by the filter"
     if chosen is None and layer.name.rpartition(".")[2] in HEADS:
         return "output head"
+    if chosen is None and layer.name in routers:
+        return "a router"
     holders = {place.name for place in layer.places}
     if len(holders) > 1 and (chosen is None or not holders <= chosen):
         return f"shared with {', '.join(sorted(holders - {layer.name}))}"

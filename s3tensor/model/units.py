@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from s3tensor.errors import ModelError
 from s3tensor.model.outputs import computes_rms_norm
-from s3tensor.model.weights import ModelWeight, model_weights
+from s3tensor.model.weights import ModelWeight, computed_by_hook, model_weights
 from s3tensor.paper import BlockCoupling, BlockSpec, ScopeSpec, View
 
 Kind = Literal["channels", "heads", "hidden"]
@@ -298,6 +298,9 @@ def _check_parts(found: list[Unit]) -> None:
                 raise ModelError(
                     f"a {kind} of {unit.name} is parametrized; call s3tensor.finalize, then densify"
                 )
+            computed = computed_by_hook(part.module, part.attribute)
+            if computed:
+                raise ModelError(f"a {kind} of {unit.name} cannot be cut: {computed}")
             tensor = part.parameter
             if hasattr(tensor, "__tensor_flatten__") or not tensor.dtype.is_floating_point:
                 raise ModelError(

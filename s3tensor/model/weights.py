@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from s3tensor.model.linear import put_parameter
 from s3tensor.tensor.base import Compressed
@@ -77,11 +78,6 @@ class ModelWeight:
             return parameter.nbytes_compressed
         return int(parameter.numel() * parameter.element_size())
 
-    def set_weight(self, weight: Tensor) -> None:
-        """Make ``weight``, (out_features, in_features), the parameter of its own place, without gradient."""
-        parameter = nn.Parameter(self.upright(weight), requires_grad=False)
-        put_parameter(self.module, self.attribute, parameter)
-
     def copy_weight(self, weight: Tensor) -> None:
         """Write ``weight``, (out_features, in_features), into the parameter that is there."""
         self.weight.copy_(weight)
@@ -125,6 +121,47 @@ def linear_layers(
             found = known.get(id(parameter), own)
             places = (replace(place, sharing=()) for place in found.places)
             yield replace(own, sharing=tuple(place for place in places if place != own))
+
+
+def computed_by_hook(module: nn.Module, attribute: str = "weight") -> str:
+    """Why a module's weight is not a parameter that can be replaced, or an empty string.
+
+    ``torch.nn.utils.prune`` and the old ``weight_norm`` and ``spectral_norm`` compute it before each
+    forward, which would undo whatever was done to it. A parametrized weight is another matter.
+    """
+    if attribute in module._parameters or is_parametrized(module, attribute):
+        return ""
+    sources = [name for name in module._parameters if name.startswith(f"{attribute}_")]
+    if not sources:
+        return f"its {attribute} is not a parameter"
+    return (
+        f"its {attribute} is computed from {' and '.join(sources)} by a hook; make it a parameter first "
+        "(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm)"
+    )
+
+
+def router_names(model: nn.Module) -> set[str]:
+    """The names of linear layers that route tokens to experts, or weigh a shared expert.
+
+    They are ``router`` or part of one, by name or class, or a ``gate`` beside experts. A gate of the same
+    name that is a projection of an MLP or of attention has no experts beside it.
+    """
+    modules = dict(model.named_modules())
+    return {
+        path for path, module in modules.items() if is_linear(module) and _routes(path, modules)
+    }
+
+
+def _routes(path: str, modules: dict[str, nn.Module]) -> bool:
+    parts = path.split(".")
+    for depth, part in enumerate(parts):
+        owner = modules[".".join(parts[:depth])]
+        if "router" in part.lower():
+            return True
+        gate = part == "gate" or (part.endswith("gate") and ("expert" in part or "moe" in part))
+        if gate and any("expert" in name for name, _ in owner.named_children()):
+            return True
+    return "router" in type(modules[path]).__name__.lower()
 
 
 def is_linear(module: nn.Module) -> bool:

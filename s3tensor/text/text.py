@@ -200,7 +200,10 @@ def check_tokens(model: nn.Module, token_ids: Tensor, length: int) -> None:
     Raises:
         CalibrationError: with the limit and what was given.
     """
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    try:
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # of models with several, such as CLIP
+        embedding = None
     rows = getattr(getattr(embedding, "weight", None), "shape", (None,))[0]
     least, largest = int(token_ids.min()), int(token_ids.max())
     if rows is not None and not 0 <= least <= largest < rows:
@@ -209,7 +212,7 @@ def check_tokens(model: nn.Module, token_ids: Tensor, length: int) -> None:
             "tokenizer"
         )
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(positions, int) and length > positions:
+    if isinstance(positions, int) and 0 < positions < length:  # XLNet says -1: without a limit
         raise CalibrationError(
             f"sequences of {length} tokens for a model of {positions} positions; give a seq_len of at "
             f"most {positions}"

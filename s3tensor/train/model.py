@@ -20,6 +20,7 @@ from s3tensor.model.weights import (
     adapter_parts,
     linear_layers,
     model_weights,
+    router_names,
 )
 from s3tensor.paper import Scopes
 from s3tensor.pattern import Pattern
@@ -84,8 +85,9 @@ def sparsify_training_(
         pattern: a pattern or its string; or :class:`s3tensor.ScopeSpec` and ``ScopeCoupling`` objects.
         mode: ``"fixed"``, ``"ste"``, ``"srste"`` or ``"soft"`` (which couplings do not have).
         filter_fn: ``filter_fn(module, name)`` is True for the layers to take. By default all but output
-            heads (``lm_head`` and the like) and weights that several modules share. With a filter, a shared
-            weight is taken if every module that holds it is chosen, under one S3Sparse, else skipped.
+            heads (``lm_head`` and the like), routers of experts, and weights that several modules share.
+            With a filter, a shared weight is taken if every module that holds it is chosen, under one
+            S3Sparse, else skipped.
         options: of :class:`s3tensor.S3Sparse`: refresh, score, schedule, decay, transposable. Of a
             coupling: keep, refresh, schedule, decay.
 
@@ -123,9 +125,10 @@ def sparsify_training_(
     if not layers:
         raise ModelError(f"{type(model).__name__} has no {kind.__name__} layers for {pattern}")
     chosen = names_chosen(layers, filter_fn)
-    adapters = adapter_parts(model)
+    adapters, routers = adapter_parts(model), router_names(model)
     reasons = {
-        layer.name: _reason_to_skip(layer, pattern, chosen, adapters, options) for layer in layers
+        layer.name: _reason_to_skip(layer, pattern, chosen, routers, adapters, options)
+        for layer in layers
     }
     rows = []
     made: dict[tuple[frozenset[str], bool], S3Sparse] = {}  # one where the weight is shared
@@ -152,13 +155,14 @@ def _reason_to_skip(
     layer: ModelWeight,
     pattern: Pattern,
     chosen: set[str] | None,
+    routers: set[str],
     adapters: Set[int],
     options: dict[str, Any],
 ) -> str:
     """Why a layer is not parametrized, or an empty string; one that is to be is checked."""
     if parametrize.is_parametrized(layer.module, "weight"):
         return "parametrized already"
-    reason = reason_to_skip(layer, pattern, chosen, adapters)
+    reason = reason_to_skip(layer, pattern, chosen, routers, adapters)
     if reason:
         return reason
     if not (layer.parameter.is_meta or bool(torch.isfinite(layer.parameter).all())):

@@ -251,7 +251,7 @@ class S3Sparse(Masked):
             self.mask = self._select(weight)
         if self.beta is not None and not bool(torch.isfinite(self.beta)):
             held = self._select(weight) if self.mask is None else self.mask
-            self.beta = _outside_inference(self._scale(weight.detach(), held))
+            self.beta = ordinary(self._scale(weight.detach(), held))
         self._unset = False
 
     def upright(self, x: Tensor) -> Tensor:

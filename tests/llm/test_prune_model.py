@@ -16,7 +16,7 @@ from torch import nn
 
 import s3tensor as s3
 from s3tensor import llm
-from s3tensor.llm import calibrate, plan, progress, run, structure
+from s3tensor.llm import calibrate, chain, plan, progress, run, structure
 from s3tensor.text import text
 
 transformers = pytest.importorskip("transformers")
@@ -83,7 +83,7 @@ def test_linears_that_share_an_input_share_a_group_in_the_order_of_their_calls()
     prefix, blocks = llm.decoder_blocks(model)
     assert prefix == "model.layers"
     layers, _ = llm.prunable_layers(blocks[0], prefix, s3.Pattern.parse("2:4"))
-    chunk = calibrate.catch_chunks(model, blocks, batches(1), "cpu")[0]
+    chunk = chain.catch_chunks(model, blocks, batches(1), "cpu")[0]
     runner = calibrate.BlockRunner(blocks[0], 0, prefix, CPU, CPU)
     groups = runner.input_groups(chunk, [layer.module for layer in layers])
     assert [[layers[i].name.rpartition(".")[2] for i in group] for group in groups] == [

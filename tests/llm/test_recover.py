@@ -20,7 +20,7 @@ import s3tensor as s3
 from s3tensor import cli, llm
 from s3tensor.io import pretrained as hf
 from s3tensor.io.state import save_state
-from s3tensor.llm import calibrate, recover, structure
+from s3tensor.llm import calibrate, chain, recover, structure
 from s3tensor.llm import run as pruning
 from s3tensor.llm.recover import Recovered, Recovery, recover_block
 from s3tensor.llm.sequences import Sequences
@@ -441,7 +441,7 @@ def test_sequences_taken_apart_or_put_together_give_what_they_give_in_their_batc
 ) -> None:
     model = family(kind)
     blocks = llm.decoder_blocks(model)[1]
-    chunks = calibrate.catch_chunks(model, blocks, batches(3, size=2), "cpu")
+    chunks = chain.catch_chunks(model, blocks, batches(3, size=2), "cpu")
     runner = calibrate.BlockRunner(blocks[0], 0, "0", CPU, CPU)
     expected = [runner.output(chunk) for chunk in chunks]
     data = Sequences(runner, chunks, expected)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import s3tensor as s3
 from s3tensor import llm
-from s3tensor.llm.calibrate import BlockRunner, Chunk, catch_chunks
+from s3tensor.llm.calibrate import BlockRunner, Chunk
+from s3tensor.llm.chain import catch_chunks
 from s3tensor.llm.moments import input_moments, token_weights
 from s3tensor.llm.residual import writers
 
