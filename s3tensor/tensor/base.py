@@ -376,6 +376,11 @@ class Compressed(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         rule = cls.RULES.get(func)
+        if rule is None and torch.is_inference_mode_enabled():
+            # There composites such as ``to`` come whole; elsewhere autograd has broken them up.
+            made = func.decompose(*args, **(kwargs or {}))
+            if made is not NotImplemented:
+                return made
         if rule is None:
             raise refusal(cls, func)
         return rule(func, args, kwargs or {})

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from s3tensor.errors import UnsupportedOpError
 from s3tensor.tensor.base import FUNCTION_RULES, Compressed, refusal, rules_for
@@ -131,7 +132,7 @@ def _nothing_watches(*tensors: Tensor | None) -> bool:
     """Whether eager code may compute with the tensors at once: no gradient, mode, transform or autocast."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
     grad = torch.is_grad_enabled()
     for tensor in tensors:

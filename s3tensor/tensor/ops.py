@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from s3tensor.errors import NonFiniteError, PatternError
 from s3tensor.mask.packing import check_devices
@@ -505,6 +506,7 @@ class _WeightLinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _save_weight_linear(ctx, inputs, output)
         ctx.save_for_forward(inputs[1])
+        ctx.out_shape = output.shape
         ctx.set_materialize_grads(False)  # a None tangent tells what is not differentiated
 
     @staticmethod
@@ -513,8 +515,10 @@ class _WeightLinear(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Any:
-        if weight is not None or x is None:
+        if weight is not None:
             raise NotImplementedError("s3tensor: forward-mode derivatives are of x and bias only")
+        if x is None:
+            return None if bias is None else bias.expand(ctx.out_shape)
         return watched_linear(x, ctx.saved_tensors[0], bias)
 
     @staticmethod
@@ -523,13 +527,16 @@ class _WeightLinear(torch.autograd.Function):
 
 
 def watched_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """:func:`weight_linear`, also inside ``torch.func.grad``, ``jvp`` and ``jacrev``.
+    """:func:`weight_linear`, also inside ``torch.func.grad``, ``jvp`` and ``jacrev``, and in a dual level.
 
     The autograd of a custom op is an ``autograd.Function`` without ``setup_context``, which functorch
-    refuses (torch 2.6 to 2.13).
+    refuses, and without ``jvp``: where nothing requires a gradient, it drops a tangent in silence (torch
+    2.6 to 2.13).
     """
     traced = torch.compiler.is_dynamo_compiling()  # Dynamo cannot read the stack of transforms
-    if not traced and torch._C._functorch.peek_interpreter_stack() is not None:
+    if not traced and (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    ):
         mapped: Tensor = _WeightLinear.apply(x, weight, bias)
         return mapped
     return weight_linear(x, weight, bias)

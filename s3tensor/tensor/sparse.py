@@ -15,7 +15,7 @@ from s3tensor.tensor import cusparselt, ops
 from s3tensor.tensor.base import Compressed, Facts, Rules, refusal, rules_for
 from s3tensor.tensor.functions import is_compressed
 from s3tensor.tensor.linear import worth_keeping
-from s3tensor.tensor.operators import SHARED, copy_parts
+from s3tensor.tensor.operators import SHARED, copy_parts, packed_like
 from s3tensor.tensor.stored import (
     check_description,
     check_parts,
@@ -376,7 +376,4 @@ def _linear_grad(func: Any, args: Args, kwargs: Kwargs) -> Tensor:
     grad, x, weight = args
     if is_compressed(grad) or is_compressed(x):
         raise refusal(StructuredSparseTensor, func, "only one operand, a weight, may be compressed")
-    left, right = (x, grad) if weight.transposed else (grad, x)
-    dense = left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
-    packed = torch.ops.s3tensor.gather(dense, weight.indices, str(weight.pattern), weight.tiled)
-    return weight.map_parts(lambda values: packed, aten.clone.default, copies=False)
+    return packed_like(grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]), weight)

@@ -138,6 +138,12 @@ CASES: dict[str, list[Callable[..., Any]]] = {
     "`.numpy()`": [lambda: weight().numpy()],
     "x whose dtype differs from the weight's": [lambda: F.linear(x().bfloat16(), weight())],
     "a second derivative with respect to the weight": [gradient_of_the_gradient],
+    "`torch.func.grad`, `vjp`, `jacrev`, `jvp` by a compressed weight": [
+        lambda: torch.func.grad(lambda w: F.linear(x(), w).sum())(weight()),
+        lambda: torch.func.vjp(lambda w: F.linear(x(), w), weight()),
+        lambda: torch.func.jacrev(lambda w: F.linear(x(), w))(weight()),
+        lambda: torch.func.jvp(lambda w: F.linear(x(), w), (weight(),), (weight(),)),
+    ],
     "an operator without a rule under `torch.compile(fullgraph=True)`": [relu_compiled],
     "a weight of complex numbers, int8 or fp8": [
         lambda: compress(dense().to(torch.complex64)), lambda: compress(dense().to(torch.int8)),

@@ -759,3 +759,19 @@ def test_modules_move_to_cuda_and_back() -> None:
         assert module(torch.randn(3, 64, device="cuda")).dtype == torch.float16
     module.to("cpu", torch.bfloat16)
     assert torch.equal(module.weight.to_dense(), dense.bfloat16())
+
+
+def test_a_permutation_names_each_dim_once() -> None:
+    w = make()
+    for dims in ((0, 1), (1, 0), (-1, -2), (-2, 1)):
+        assert torch.equal(w.permute(*dims).to_dense(), w.to_dense().permute(*dims))
+    assert torch.equal(w.transpose(-1, 0).to_dense(), w.to_dense().t())
+    for wrong in ((0, 0), (0,), (1, -1)):
+        with pytest.raises(RuntimeError, match="once"):
+            w.permute(*wrong)
+    for call in (
+        lambda: w.transpose(0, 7), lambda: w.transpose(-3, 0), lambda: w.permute(2, 0),
+        lambda: w.swapaxes(0, 2),
+    ):  # fmt: skip
+        with pytest.raises(IndexError, match="out of range"):
+            call()
