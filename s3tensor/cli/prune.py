@@ -32,7 +32,7 @@ from s3tensor.cli.group import (
     perplexity_on,
     read_yaml,
 )
-from s3tensor.errors import PatternError
+from s3tensor.errors import ModelError, PatternError
 from s3tensor.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -219,9 +219,10 @@ def prune(
     batches, held_out = _texts(
         tokenizer, calibration, samples, seq_len, seed, eval_text, eval_samples, text_column
     )
+    evaluated = held_out if held_out is not None and _predicts(loaded) else None
     with llm.locked(directory), _resume_hint():
         llm.check_out(directory)  # again: another run may have ended here meanwhile
-        dense_ppl = perplexity_on(loaded, held_out, seq_len, where, "dense perplexity")
+        dense_ppl = perplexity_on(loaded, evaluated, seq_len, where, "dense perplexity")
         result = llm.prune_model(
             loaded,
             batches,
@@ -240,7 +241,7 @@ def prune(
             on_misfit=misfit,
             work_dir=directory,
         )
-        pruned_ppl = perplexity_on(loaded, held_out, seq_len, where, "pruned perplexity")
+        pruned_ppl = perplexity_on(loaded, evaluated, seq_len, where, "pruned perplexity")
         now, dense = hf.weight_bytes(loaded)
         figures = {
             "model": model,
@@ -265,7 +266,7 @@ def prune(
         # Everything in the folder is of this run, even a model that it was saving when it was killed.
         card = {**figures, "pattern": result.patterns_text}
         card["command"] = shlex.join(["s3tensor", *sys.argv[1:]])
-        if held_out is None:
+        if evaluated is None:
             del card["evaluation"]
         saved = hf.save_pretrained(
             loaded, directory, tokenizer, dense=form == "dense", overwrite=True, card=card
@@ -287,6 +288,18 @@ def _recovery(steps: int | None, seconds: float | None, seed: int) -> Recovery |
     if steps is None:
         return Recovery(seconds=seconds, seed=seed)
     return Recovery(steps, seconds=seconds, seed=seed)
+
+
+def _predicts(model: Any) -> bool:
+    """Whether a model has a perplexity; says why where it has none."""
+    from s3tensor.evaluate.perplexity import check_predicts
+
+    try:
+        check_predicts(model)
+    except ModelError as error:
+        err.print(f"no perplexity: {error}")
+        return False
+    return True
 
 
 @contextlib.contextmanager

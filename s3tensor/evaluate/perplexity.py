@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s3tensor.errors import CalibrationError, NonFiniteError
+from s3tensor.errors import CalibrationError, ModelError, NonFiniteError
 from s3tensor.modes import neutral
 from s3tensor.text.text import check_tokens
 
@@ -38,6 +38,7 @@ def perplexity(
     Raises:
         CalibrationError: fewer than two tokens, a window of fewer than two or of more than the model
             has positions, or ids beyond the vocabulary.
+        ModelError: a model that does not predict the next token.
         NonFiniteError: the model gives NaN or Inf.
     """
     ids = token_ids.flatten()
@@ -46,6 +47,7 @@ def perplexity(
             f"perplexity needs at least 2 integer token ids, seq_len >= 2 and batch >= 1; got {ids.numel()} "
             f"{ids.dtype} ids, seq_len={seq_len}, batch={batch}"
         )
+    check_predicts(model)
     check_tokens(model, ids, min(seq_len, ids.numel()))
     device = next(model.parameters()).device
     full = ids.numel() // seq_len
@@ -72,6 +74,22 @@ def perplexity(
     if not math.isfinite(total):
         raise NonFiniteError("the model's logits hold NaN or Inf; check its weights and its dtype")
     return math.exp(min(total / count, 700.0))
+
+
+def check_predicts(model: nn.Module) -> None:
+    """Refuse a model of transformers that does not predict the next token: an encoder, a classifier.
+
+    Raises:
+        ModelError: by name of its class.
+    """
+    generates = getattr(model, "can_generate", None)
+    if generates is None or not type(model).__module__.startswith("transformers."):
+        return  # its author knows
+    if not generates() or getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} does not predict the next token from those before it, of which "
+            "perplexity is made; measure it on its own task"
+        )
 
 
 def next_token_logits(

@@ -46,7 +46,7 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
 ) -> tuple[nn.Module, Any]:
-    """A causal language model and its tokenizer.
+    """A model and its tokenizer. The model's class is the one that ``config.json`` names, else a causal one.
 
     Args:
         source: a folder or hub name of a Hugging Face model, a ``.gguf`` file, or a folder that
@@ -55,9 +55,9 @@ def load_model(
         device: of the model.
 
     Raises:
-        ModelError: nothing can be loaded; the reason in one line.
+        ModelError: nothing can be loaded, or the class has no place for a tensor of the files, or they have
+            none for a parameter of the class; the reason in one line.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = _expanded(source)
     if compressed_files(path):
@@ -87,14 +87,55 @@ def load_model(
     with _quiet():
         try:
             wanted = torch.float32 if names and dtype == "auto" else dtype
-            model = AutoModelForCausalLM.from_pretrained(str(location), dtype=wanted, **names)
-            tokenizer = AutoTokenizer.from_pretrained(str(location), **names)
+            model, tokenizer = _dense_model(str(location), wanted, names)
+        except ModelError:
+            raise
         except (
             Exception
         ) as error:  # transformers raises many kinds; all mean that there is no model
             raise ModelError(f"cannot load a model from {source} ({first_line(error)})") from error
     _forget_gguf(model)
     return _on_device(model, device), tokenizer
+
+
+def _dense_model(location: str, dtype: Any, names: dict[str, Any]) -> tuple[Any, Any]:
+    """A dense model of the class that its config names, with all tensors of its files, and a tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    kind = _named_class(AutoConfig.from_pretrained(location, **names)) or AutoModelForCausalLM
+    takes = getattr(kind, "main_input_name", "input_ids")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, **names)
+    except Exception as error:
+        if takes == "input_ids":
+            raise
+        raise ModelError(
+            f"{location} has no tokenizer that can be loaded: it is a {kind.__name__}, which takes {takes}, "
+            "and models of token ids are what can be pruned and evaluated here"
+        ) from error
+    model, found = kind.from_pretrained(location, dtype=dtype, output_loading_info=True, **names)
+    lost, absent = sorted(found["unexpected_keys"]), sorted(found["missing_keys"])
+    if lost or absent:
+        keys = lost or absent
+        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        raise ModelError(
+            f"{location} as a {type(model).__name__} would "
+            f"{'lose' if lost else 'start with random values for'} {keys[0]}{more}; name the class of the "
+            "files in the architectures of config.json, or load the model with transformers and call "
+            "s3tensor.llm.prune_model and s3tensor.save_pretrained"
+        )
+    return model, tokenizer
+
+
+def _named_class(config: Any) -> Any:
+    """The class that a config names, if transformers has it for such a config, else None."""
+    import transformers
+
+    names = getattr(config, "architectures", None)
+    name = names[0] if isinstance(names, list) and names else None
+    kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    return kind if known and isinstance(config, kind.config_class or ()) else None
 
 
 @neutral()
@@ -273,16 +314,13 @@ def _check_layers(config: dict[str, Any], most: int) -> None:
 
 
 def _new_model(config: Any) -> Any:
-    """A new model of the class that a config names, if transformers has it, else a causal language model."""
-    import transformers
+    """A new model of the class that a config names, if transformers has it, else a causal one."""
+    from transformers import AutoModelForCausalLM
 
-    names = getattr(config, "architectures", None)
-    name = names[0] if isinstance(names, list) and names else None
-    kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-    if known and isinstance(config, kind.config_class or ()):
+    kind = _named_class(config)
+    if kind is not None:
         return kind._from_config(config)
-    return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _take_parameters(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:

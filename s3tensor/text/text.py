@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from typing import Any, Literal, overload
 
@@ -211,7 +212,12 @@ def check_tokens(model: nn.Module, token_ids: Tensor, length: int) -> None:
             f"token ids from {least} to {largest} for a vocabulary of {rows}; use the model's own "
             "tokenizer"
         )
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config: Any = getattr(model, "config", None)
+    with contextlib.suppress(
+        AttributeError, ValueError
+    ):  # of a model of text and images, that of text
+        config = config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < length:  # XLNet says -1: without a limit
         raise CalibrationError(
             f"sequences of {length} tokens for a model of {positions} positions; give a seq_len of at "

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune as torch_prune
 from torch import nn
 
 import s3tensor as s3
@@ -113,6 +114,68 @@ def load_dense_into_compressed() -> None:
     layer.load_state_dict(state)
 
 
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.down(self.up(hidden).tanh())
+
+
+class Halves(Plain):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + super().forward(hidden[:, ::2]).mean()
+
+
+class ByPixels(Plain):
+    def forward(self, hidden: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(hidden) + pixels
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, kind: type[nn.Module], between: float = 1.0) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(32, 16), nn.ModuleList(kind() for _ in range(2))
+        self.between = between
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        hidden = self.embed(input_ids)
+        for block in self.blocks:
+            hidden = block(hidden * self.between)
+        return hidden
+
+
+def prune_tokens(model: nn.Module) -> dict[str, str]:
+    tokens = torch.arange(32).view(2, 16)
+    return dict(s3.llm.prune_model(model, [tokens], "2:4", "magnitude", progress=False).skipped)
+
+
+def prune_shared() -> None:
+    model = LanguageModel(Plain)
+    model.head = nn.Linear(16, 32)
+    model.head.weight = model.blocks[0].up.weight
+    assert "head.weight" in prune_tokens(model)["blocks.0.up"]
+
+
+def prune_routed() -> None:
+    model = LanguageModel(Plain)
+    model.blocks[0].router = nn.Linear(16, 2)
+    torch_prune.l1_unstructured(model.blocks[1].up, "weight", 0.5)
+    skipped = prune_tokens(model)
+    assert skipped["blocks.0.router"] == "it is a router"
+    assert "by a hook" in skipped["blocks.1.up"]
+
+
+def load_as_another(folder: Path) -> None:
+    pytest.importorskip("transformers")
+    from saved_models import saved
+
+    config = saved(folder).joinpath("config.json")
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "LlamaModel"))
+    s3.load_model(folder)
+
+
 # Each row: what is done, once or in several ways, each of which must end so.
 CASES: dict[str, list[Callable[..., Any]]] = {
     "elementwise operators, `torch.relu(weight)`, `weight * 2`": [
@@ -184,6 +247,16 @@ CASES: dict[str, list[Callable[..., Any]]] = {
             nn.Linear(32, 16), [torch.zeros(1, 8, dtype=torch.int64)], "2:4", progress=False
         )
     ],
+    "a model of images, audio, or an encoder and a decoder": [
+        lambda: prune_tokens(LanguageModel(ByPixels)),
+    ],
+    "blocks that take more from each other than hidden states and a shared container": [
+        lambda: prune_tokens(LanguageModel(Plain, between=2.0)),
+    ],
+    "a model of which no linear can be pruned": [lambda: prune_tokens(LanguageModel(Halves))],
+    "a shared weight, some of whose places are not pruned": [prune_shared],
+    "routers of experts, and weights that a hook computes": [prune_routed],
+    "a folder whose `architectures` have no place for one of its tensors": [load_as_another],
     "calibration text that is too short": [short_text],
     "a `work_dir` of a run with other settings": [prune_into],
     "training a compressed weight by plain SGD": [
