@@ -188,7 +188,7 @@ ON_META: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", ON_META, ids=str)
+@pytest.mark.parametrize("options", ON_META, ids=lambda options: ", ".join(options))
 def test_a_model_prepared_on_meta_and_then_materialised_is_the_one_prepared_with_its_weights(
     options: dict[str, Any],
 ) -> None:
