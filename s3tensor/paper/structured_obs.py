@@ -70,12 +70,17 @@ class StructuredOBS:
         Raises:
             HessianError: an invalid Hessian, or a damped matrix that is singular or indefinite.
         """
+        factors = Factors(hessian, damp)
         with full_precision():
-            return inverse_of(Factors(hessian, damp))
+            return inverse_of(factors) / factors.unit
 
     @property
     def inv_h(self) -> Tensor:
         """The damped inverse (K, K), made when first needed."""
+        return self._scaled_inverse() / self.factors.unit
+
+    def _scaled_inverse(self) -> Tensor:
+        """The inverse of the matrix of ``factors``, which may be in another unit than the Hessian given."""
         if self._inverse is None:
             with full_precision():
                 self._inverse = inverse_of(self.factors)
@@ -114,7 +119,7 @@ class StructuredOBS:
             dense = self.factors.clear_dead(problem.dense)
             result, mask = one_shot(
                 dense,
-                self.inv_h,
+                self._scaled_inverse(),
                 self.factors,
                 product,
                 compensate,
@@ -165,7 +170,7 @@ class StructuredOBS:
             dense = self.factors.clear_dead(problem.dense)
             result, mask = sweep(
                 dense,
-                self.inv_h,
+                self._scaled_inverse(),
                 matrix,
                 problem.bound,
                 ng=ng,
@@ -200,7 +205,7 @@ class StructuredOBS:
             raise HessianError(
                 f"inv_h of shape {tuple(inv_h.shape)} beside a Hessian of {tuple(size)}"
             )
-        inverse = inv_h.detach().to(self.factors.matrix)
+        inverse = inv_h.detach().to(self.factors.matrix) * self.factors.unit
         if not bool(torch.isfinite(inverse).all()) or not bool((inverse.diagonal() > 0).all()):
             raise HessianError(
                 "inv_h holds NaN or Inf, or no positive diagonal; make it with compute_inverse"

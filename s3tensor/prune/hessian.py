@@ -264,6 +264,10 @@ class Factors:
     An input that is always zero (``H_jj = 0``) is *dead*: no data determines its weights. Its row and
     column are cleared, its diagonal is set to 1, and pruners set its weights to zero.
 
+    Squares and inverses of values near the ends of a dtype leave it. A Hessian whose largest diagonal lies
+    outside 2^-60 to 2^60 is therefore divided by a power of four, ``unit``, which is 1 for all others: so are
+    ``matrix``, ``diagonal``, ``ridge`` and what is factored from them. No pruner depends on the scale of H.
+
     Args:
         hessian: ``X'X / N`` (K, K), undamped; float64 stays, other dtypes become float32.
         damp: ``damp * mean(diag H)`` (the mean over live inputs) is added to the diagonal.
@@ -282,6 +286,8 @@ class Factors:
         h = h if h.dtype == torch.float64 else h.float()
         _check_values(h)
         self.damp = damp
+        self.unit = _unit(h)
+        h = h / self.unit if self.unit != 1 else h
         self.dead = h.diagonal() == 0  # (K,) bool
         self.has_dead = bool(self.dead.any())
         live = (~self.dead).sum().clamp_min(1)
@@ -315,7 +321,7 @@ class Factors:
             return self
         if (dtype, device) not in self._moved:
             moved = object.__new__(Factors)
-            moved.damp, moved.has_dead = self.damp, self.has_dead
+            moved.damp, moved.has_dead, moved.unit = self.damp, self.has_dead, self.unit
             moved.dead = self.dead.to(device)
             moved.ridge = self.ridge.to(device, dtype)
             moved.diagonal = self.diagonal.to(device, dtype)
@@ -356,7 +362,7 @@ class Factors:
         with full_precision():
             lower = self._lower(self.matrix * unscale[:, None] * unscale)
             found = torch.cholesky_solve((rows * unscale).T, lower)
-        return found.T * unscale
+        return found.T * (unscale / self.unit)
 
     @neutral()
     def inverse_cholesky(self, order: Tensor | None = None) -> Tensor:
@@ -401,6 +407,19 @@ class Factors:
 def as_factors(hessian: Tensor | Factors, damp: float) -> Factors:
     """A Hessian with its damping applied; ``Factors`` bring their own."""
     return hessian if isinstance(hessian, Factors) else Factors(hessian, damp)
+
+
+def _unit(h: Tensor) -> float:
+    """The power of four by which a Hessian is divided."""
+    largest = float(h.diagonal().amax())
+    if largest == 0 or 2.0**-60 <= largest <= 2.0**60:
+        return 1.0
+    if largest < torch.finfo(h.dtype).tiny:
+        raise HessianError(
+            f"the largest diagonal of the Hessian is {largest:.3g}, below the normal numbers of {h.dtype}: "
+            "scale the inputs, or give H in float64"
+        )
+    return 4.0 ** math.floor(math.log(largest, 4))
 
 
 def _check_square(hessian: Tensor, in_features: int | None) -> None:

@@ -255,7 +255,8 @@ def linear_term(
             )
         if not 0.0 <= alpha <= 1.0:
             raise PrunerError(f"alpha={alpha} must be from 0 (H alone) to 1 (the target alone)")
-        cross = _finite(target, "target", "accumulate it with Hessian.update(x, dense)").to(matrix)
+        cross = _finite(target, "target", "accumulate it with Hessian.update(x, dense)")
+        cross = (cross / factors.unit if factors.unit != 1 else cross).to(matrix)
         mixed = (1.0 - alpha) * factors.matrix + alpha * cross
         mixed.diagonal().add_(alpha * factors.ridge)
         matrix = mixed.masked_fill_(factors.dead, 0.0) if factors.has_dead else mixed
@@ -266,7 +267,7 @@ def linear_term(
                 "be E'X/N, E (N, out_features) the error that the outputs compensate for"
             )
         drift = _finite(drift, "drift", "look for NaN in E and in the inputs")
-        drift = drift.to(problem.dense) / problem.unit
+        drift = drift.to(problem.dense) / problem.unit / factors.unit
     return LinearTerm(problem, factors, matrix, drift)
 
 

@@ -122,10 +122,57 @@ def test_damping_changes_no_score_beside_one_input_that_holds_all_energy(
 def test_inputs_whose_squares_overflow_are_refused_with_the_reason() -> None:
     with pytest.raises(s3.HessianError, match="squares of the inputs are beyond float32"):
         s3.compute_hessian(torch.randn(10, 8) * 1e20)
-    hessian = torch.eye(8, dtype=torch.float64) * 1e39
+    hessian = torch.eye(8, dtype=torch.float64) * 1e39  # in float64 they are numbers as others
+    weight = torch.randn(4, 8)
     for prune in (s3.prune.sparsegpt, s3.prune.wanda):
-        with pytest.raises(s3.NonFiniteError):
-            prune(torch.randn(4, 8), hessian, "2:4")
+        assert torch.equal(prune(weight, hessian, "2:4").mask, s3.project(weight, "2:4"))
+
+
+@pytest.mark.parametrize("exponent", [-56, -50, -32, 32, 50, 60])
+def test_near_the_ends_of_float32_every_pruner_gives_the_same_bits(exponent: int) -> None:
+    """Powers of four round nothing, so that nothing may differ but by what leaves the range."""
+    weight, hessian = layer()
+    torch.manual_seed(1)
+    cross, drift = hessian + 0.1 * torch.randn(32, 32), torch.randn(16, 32)
+    mask = s3.project(weight, "2:4")
+
+    def results(scale: float) -> dict[str, Tensor]:
+        h, target, pull = hessian * scale, cross * scale, drift * scale
+        found = {name: prune(weight, h, "2:4").weight for name, prune in s3.prune.PRUNERS.items()}
+        for name in ("obs", "admm"):
+            made = s3.prune.PRUNERS[name](weight, h, "2:4", target=target, alpha=0.5, drift=pull)
+            found[f"{name} with a target"] = made.weight
+        found["refit"] = s3.prune.refit(weight, h, mask, target, drift=pull)
+        if abs(exponent) > 55:  # the inverse itself leaves the range
+            return found
+        found["factors"] = s3.Factors(h).solve(weight) * scale
+        for inverse in (None, s3.StructuredOBS.compute_inverse(h)):
+            parameter = torch.nn.Parameter(weight.clone())
+            scope = s3.ScopeSpec(s3.BlockSpec(parameter, shape=(1, 1)), shape=(1, 4))
+            pruner = s3.StructuredOBS(scope, h, inv_h=inverse)
+            pruner.prune(2, "full")
+            found[f"StructuredOBS, {inverse is None}"] = parameter.detach()
+            found[f"inverse, {inverse is None}"] = pruner.inv_h * scale
+        return found
+
+    expected, found = results(1.0), results(4.0**exponent)
+    for name in ("admm", "admm with a target"):  # its scales are powers of 0.85, which round
+        one, other = expected.pop(name), found.pop(name)
+        assert torch.equal(one != 0, other != 0)
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def test_a_hessian_below_the_normal_numbers_is_refused_with_the_remedy() -> None:
+    weight, hessian = layer()
+    tiny = hessian * 2.0**-140
+    for name in ("wanda", "sparsegpt", "obs", "admm"):
+        with pytest.raises(s3.HessianError, match=r"below the normal numbers of torch\.float32"):
+            s3.prune.PRUNERS[name](weight, tiny, "2:4")
+    plain, wide = (
+        s3.prune.sparsegpt(weight, hessian.double() * scale, "2:4") for scale in (1.0, 2.0**-140)
+    )
+    assert torch.equal(wide.weight, plain.weight)
 
 
 def test_a_cross_term_without_weight_is_refused_as_the_value_is() -> None:
