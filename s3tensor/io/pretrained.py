@@ -7,12 +7,13 @@ import copy
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from s3tensor.errors import CheckpointError, ModelError
@@ -124,7 +125,40 @@ def _dense_model(location: str, dtype: Any, names: dict[str, Any]) -> tuple[Any,
             "files in the architectures of config.json, or load the model with transformers and call "
             "s3tensor.llm.prune_model and s3tensor.save_pretrained"
         )
+    dropped = _dropped(model, location)
+    if dropped:
+        more = f" and {len(dropped) - 1} more weights" if len(dropped) > 1 else ""
+        warnings.warn(
+            f"transformers leaves {dropped[0]}{more} of {location} out of a {type(model).__name__}; a model "
+            "saved from it does not have them",
+            stacklevel=4,  # the caller of load_model
+        )
     return model, tokenizer
+
+
+def _dropped(model: Any, location: str) -> list[str]:
+    """Names of the weights in safetensors files that the model's class says to ignore, such as ``mtp.*``."""
+    from huggingface_hub import try_to_load_from_cache
+
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+    if not ignored:
+        return []
+    names: Iterable[str] = ()
+    for file in (f"{WEIGHTS}.index.json", WEIGHTS):
+        path: Any = Path(location) / file
+        if not Path(location).is_dir():
+            path = try_to_load_from_cache(location, file)
+        if not isinstance(path, (str, Path)) or not Path(path).is_file():
+            continue
+        if file == WEIGHTS:
+            with safe_open(path, "pt") as opened:
+                names = opened.keys()
+        else:
+            names = read_json(Path(path)).get("weight_map", {})
+        break
+    here = model.state_dict().keys()
+    pattern = re.compile("|".join(f"({each})" for each in ignored))
+    return sorted(x for x in names if x.endswith("weight") and x not in here and pattern.search(x))
 
 
 def _named_class(config: Any) -> Any:

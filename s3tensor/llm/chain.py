@@ -77,14 +77,12 @@ class _Form:
     """How a block is called and what it returns, as seen in a pass of the whole model."""
 
     called: bool
-    sequence: type | None = (
-        None  # tuple or list, if it returns one that starts with the hidden states
-    )
+    # Tuple or list, if it returns one that starts with the hidden states.
+    sequence: type | None = None
     # For each later item of it the key of the argument that is passed through, or a value.
     others: tuple[tuple[_Key | None, Any], ...] = ()
-    slots: Mapping[_Key, int] = field(
-        default_factory=dict
-    )  # numbers of arguments that blocks write to
+    # Numbers of the arguments that blocks write to.
+    slots: Mapping[_Key, int] = field(default_factory=dict)
 
 
 def _caught(
@@ -163,8 +161,8 @@ def _probe(model: nn.Module, blocks: Sequence[nn.Module], batch: Tensor) -> list
 
             hooks.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
             hooks.callback(block.register_forward_hook(look).remove)
-        # To its end, in case a block is called again.
-        _run_on_tokens(model, batch, "on token ids alone")
+        with _as_model_error(model, "on token ids alone"):
+            model(input_ids=batch, use_cache=False)  # to its end, in case a block is called again
     calls = catcher.inputs
     if not outs:
         raise ModelError(
@@ -207,11 +205,6 @@ def _probe(model: nn.Module, blocks: Sequence[nn.Module], batch: Tensor) -> list
             )
         expected = hidden_of(outs[index])
     return forms
-
-
-def _run_on_tokens(model: nn.Module, batch: Tensor, how: str) -> None:
-    with _as_model_error(model, how):
-        model(input_ids=batch, use_cache=False)
 
 
 @contextmanager

@@ -179,3 +179,18 @@ def test_a_tensor_more_or_less_than_the_class_has_is_refused_by_its_name(
     save_file(state, path, {"format": "pt"})
     with pytest.raises(s3.ModelError, match=r"random values for model\.layers\.1\.mlp\.up_proj"):
         s3.load_model(folder)
+
+
+def test_weights_that_the_class_says_to_ignore_are_named_in_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path / "before", causal)
+    path = folder / "model.safetensors"
+    more = {"mtp.proj.weight": torch.ones(2, 2), "mtp.norm.weight": torch.ones(2)}
+    save_file({**load_file(path), **more}, path, {"format": "pt"})
+    kind = transformers.LlamaForCausalLM
+    monkeypatch.setattr(kind, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."], raising=False)
+    with pytest.warns(
+        UserWarning, match=r"leaves mtp\.norm\.weight and 1 more weights of .*before"
+    ):
+        s3.load_model(folder)
