@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import s3tensor as s3
+from s3tensor.model.linear import CompressedLinear
 
 
 def test_without_peft_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +88,9 @@ def test_merging_keeps_mask_and_outputs_bit_for_bit(pattern: str, dtype: torch.d
     assert torch.equal(merged(x), before)
     for name, mask in zip(("up", "down"), masks, strict=True):
         layer = getattr(merged, name)
-        assert type(layer) is nn.Linear and isinstance(layer.weight, s3.StructuredSparseTensor)
+        assert type(layer) is CompressedLinear and isinstance(
+            layer.weight, s3.StructuredSparseTensor
+        )
         assert torch.equal(layer.weight.mask(), mask)
         assert s3.satisfies(layer.weight.to_dense(), pattern)
     assert not torch.equal(merged.up.weight.to_dense(), old)

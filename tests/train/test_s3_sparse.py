@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 import s3tensor as s3
 from s3tensor.mask.projection import tile
+from s3tensor.model.linear import CompressedLinear
 from s3tensor.model.sparsify import sparsify_
 from s3tensor.train.finalize import finalize
 from s3tensor.train.s3_sparse import S3Sparse
@@ -596,7 +597,7 @@ def test_finalize_leaves_the_last_forwards_weight_bit_for_bit(
     y = layer(x)
     finalize(layer)
     assert not parametrize.is_parametrized(layer)
-    assert type(layer) is nn.Linear
+    assert type(layer) is CompressedLinear
     assert isinstance(layer.weight, nn.Parameter)
     assert isinstance(layer.weight, s3.StructuredSparseTensor)
     assert not layer.weight.requires_grad
