@@ -183,6 +183,7 @@ class Hessian:
             raise HessianError(f"{name} has dtype {x.dtype}; inputs must be floating")
 
 
+@neutral()
 def compute_hessian(
     x: Tensor, device: torch.device | str | None = None, batch_size: int = _TOKENS
 ) -> Tensor:

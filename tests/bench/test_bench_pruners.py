@@ -21,10 +21,12 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.setattr(prune, "PRUNERS", dict(prune.PRUNERS))
+    before = dict(prune.PRUNERS)
     monkeypatch.setattr(sys, "path", [str(BENCH), str(BENCH.parent / "examples"), *sys.path])
     yield importlib.import_module("pruners")
     sys.modules.pop("pruners")
+    prune.PRUNERS.clear()
+    prune.PRUNERS.update(before)
 
 
 def batches(count: int = 4) -> list[torch.Tensor]:
