@@ -198,7 +198,8 @@ def draw_layout(
         mask: bool, True where kept, in the weight's shape; one for each parameter of a coupling.
         ax: axes to draw on, one for each parameter of a coupling; default a new figure.
         title: replaces the description above a single tensor.
-        max_rows, max_cols: of the corner.
+        max_rows: rows of the corner.
+        max_cols: its columns.
         cell_size: inches of a cell of a new figure; default what fits a page.
 
     Returns:

@@ -103,10 +103,10 @@ class StructuredOBS:
 
         Args:
             nnz: blocks to keep in each scope.
-            compensate: ``local``, ``full``, ``split`` or ``interleaved``.
-            n_splits: splits of ``interleaved``.
-            block_size: accepted, also as the second argument, and not needed: ``memory_budget`` says how
-                many columns are searched at once.
+            *options: ``compensate`` (``local``, ``full``, ``split`` or ``interleaved``) and ``n_splits``
+                (of ``interleaved``); before them ``block_size``, which is accepted and not needed:
+                ``memory_budget`` says how many columns are searched at once.
+            **named: the same by name.
 
         Raises:
             PatternError, NonFiniteError: an invalid budget or weight.
